@@ -1,0 +1,1 @@
+"""Prefect flows that compose relex, evaluation and deploy, and the command line."""

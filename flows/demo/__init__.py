@@ -1,0 +1,1 @@
+"""The demo: a real, tiny RLVR run."""

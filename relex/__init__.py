@@ -1,0 +1,1 @@
+"""Predict later checkpoints of an RLVR training run from the ones observed so far."""
