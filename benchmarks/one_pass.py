@@ -1,0 +1,169 @@
+"""How far one extrapolation is from the floor: reading and converting the same bytes once.
+
+Builds a bf16 trajectory of a Qwen2-shaped model (40 M parameters, 20 checkpoints by default), then runs, each in a process of its
+own: the floor, the Gram pass with its predictions at two memory budgets. Prints wall time without imports, peak resident memory,
+and the bytes that went through read and write calls. The files come from the page cache, so the disk is not in the figures.
+
+    .venv/bin/python benchmarks/one_pass.py [--parameters 40] [--checkpoints 20] [--targets 1] [--keep DIR]
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from relex import gram, store, trajectory
+from relex.forecast import forecast
+from relex.materialise import Output, materialise
+from relex.predictors import parse_method
+
+MIB = 1 << 20
+
+
+def build(root: Path, millions: int, checkpoints: int) -> None:
+    """Write base/ and run/step_N: a drift of 1e-6 a step with noise of the same size, rounded to bf16."""
+    hidden, layers = 512, max(1, round((millions * 1e6 - 16_000 * 512) / (4 * 512 * 512 + 3 * 512 * 1536)))
+    shapes = {"model.embed_tokens.weight": (16_000, hidden), "model.norm.weight": (hidden,)}
+    for layer in range(layers):
+        for name in ("q", "k", "v", "o"):
+            shapes[f"model.layers.{layer}.self_attn.{name}_proj.weight"] = (hidden, hidden)
+        for name in ("gate", "up"):
+            shapes[f"model.layers.{layer}.mlp.{name}_proj.weight"] = (1536, hidden)
+        shapes[f"model.layers.{layer}.mlp.down_proj.weight"] = (hidden, 1536)
+        shapes[f"model.layers.{layer}.input_layernorm.weight"] = (hidden,)
+    generator = torch.Generator().manual_seed(0)
+    base = {name: 0.02 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    drift = {name: 1e-6 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    for step in range(0, 10 * checkpoints + 1, 10):
+        state = {
+            name: (base[name] + step * drift[name] + 1e-5 * torch.randn(shapes[name], generator=generator)).bfloat16()
+            for name in shapes
+        }
+        path = root / ("base" if step == 0 else f"run/step_{step}")
+        path.mkdir(parents=True)
+        save_file(state, path / "model.safetensors", metadata={"format": "pt"})
+        (path / "config.json").write_text("{}")
+        if step:
+            (path / "trainer_state.json").write_text("{}")
+    print(f"{sum(tensor.numel() for tensor in base.values()) / 1e6:.1f} M parameters, {checkpoints} checkpoints, bf16")
+
+
+def floor(root: Path, threads: int) -> None:
+    """Read every file once in 4 MiB pieces and convert it to fp32 in cache-sized chunks, as simply as can be."""
+    torch.set_num_threads(1)
+
+    def convert(path: Path) -> None:
+        raw = torch.empty(4 * MIB, dtype=torch.uint8)
+        out = torch.empty(1 << 14, dtype=torch.float32)
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(raw.numpy().data):
+                halves = raw[: count // 2 * 2].view(torch.bfloat16)
+                for chunk in torch.split(halves, 1 << 14):
+                    out[: len(chunk)].copy_(chunk)
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(convert, sorted(root.glob("**/model.safetensors"))))
+
+
+def extrapolate(root: Path, memory: int, threads: int, targets: int) -> dict[str, float]:
+    """Run the product's own path: trajectory, Gram, forecasts, outputs."""
+    began = time.perf_counter()
+    base = store.open_base(root / "base")
+    run = root / "run"
+    observed = store.observed(store.scan(run, base, now=time.time()), run)
+    opened = trajectory.open_trajectory(base, observed)
+    with tempfile.TemporaryDirectory(dir=root) as scratch:
+        products = gram.cached(opened, Path(scratch) / "grams", memory=memory, threads=threads)
+        passed = time.perf_counter() - began
+        outputs = [
+            Output(forecast(opened, products, parse_method("relex"), target_step=step), Path(scratch) / f"step-{step}")
+            for step in range(500, 500 + 100 * targets, 100)
+        ]
+        materialise(opened, outputs, memory=memory, threads=threads)
+        wall = time.perf_counter() - began
+        useful = sum(path.stat().st_size for path in Path(scratch).rglob("*") if path.is_file())
+    return {"gram_s": passed, "wall_s": wall, "kept_mib": useful / MIB}
+
+
+def measured(arguments: list[str]) -> dict[str, float]:
+    """Run this script's own worker in a fresh process and return what it measured."""
+    done = subprocess.run([sys.executable, __file__, *arguments], check=True, capture_output=True, text=True)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def worker(kind: str, root: Path, memory: int, threads: int, targets: int) -> None:
+    """Do one measured thing and print its figures as JSON."""
+    before = io_counters()
+    resident = peak_resident_mib()
+    began = time.perf_counter()
+    figures: dict[str, float] = {}
+    if kind == "floor":
+        floor(root, threads)
+    else:
+        figures = extrapolate(root, memory, threads, targets)
+    figures.setdefault("wall_s", time.perf_counter() - began)
+    after = io_counters()
+    figures |= {key: (after[key] - before[key]) / MIB for key in before}
+    figures |= {"imports_rss_mib": resident, "peak_rss_mib": peak_resident_mib()}
+    print(json.dumps(figures))
+
+
+def peak_resident_mib() -> float:
+    """Peak resident memory of this process; ru_maxrss would include its parent's."""
+    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["VmHWM"].split()[0]) / 1024
+
+
+def io_counters() -> dict[str, int]:
+    """Bytes through read and write calls of this process so far."""
+    fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return {"read_mib": int(fields["rchar"]), "written_mib": int(fields["wchar"])}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--parameters", type=int, default=40, help="millions")
+    parser.add_argument("--checkpoints", type=int, default=20)
+    parser.add_argument("--targets", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--keep", type=Path, help="build here and keep it, or use what an earlier call built")
+    parser.add_argument("--worker", choices=["floor", "extrapolate"], help=argparse.SUPPRESS)
+    parser.add_argument("--memory", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        worker(options.worker, options.keep, options.memory, options.threads, options.targets)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        root = options.keep or Path(scratch)
+        if not (root / "base").exists():
+            build(root, options.parameters, options.checkpoints)
+        common = ["--keep", str(root), "--threads", str(options.threads), "--targets", str(options.targets)]
+        print(
+            f"{'':28}{'wall s':>8}{'x floor':>9}{'gram s':>8}{'peak RSS':>10}{'read MiB':>10}{'written':>9}{'kept':>7}"
+        )
+        for _ in range(options.repeats):
+            bare = measured(["--worker", "floor", "--memory", "0", *common])
+            show("read and convert once", bare, bare["wall_s"])
+            for memory in (64 * MIB, 4096 * MIB):
+                figures = measured(["--worker", "extrapolate", "--memory", str(memory), *common])
+                show(f"extrapolate --memory {memory // MIB}MiB", figures, bare["wall_s"])
+
+
+def show(name: str, figures: dict[str, float], floor_s: float) -> None:
+    print(
+        f"{name:28}{figures['wall_s']:8.2f}{figures['wall_s'] / floor_s:9.2f}{figures.get('gram_s', 0):8.2f}"
+        f"{figures['peak_rss_mib']:6.0f} MiB{figures['read_mib']:10.0f}{figures['written_mib']:9.1f}{figures.get('kept_mib', 0):7.1f}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""What can go wrong, as one tree.
+
+RelexError
+├── StoreError                     the store as a whole: no checkpoints, two directories for one step, too few steps
+├── CheckpointError                one checkpoint, or the base
+│   ├── CheckpointIncompleteError      files missing, truncated or still being written
+│   ├── CheckpointMismatchError        names, shapes or dtypes differ from the base
+│   ├── CheckpointChangedError         a file changed while it was read
+│   └── NonFiniteError                 NaN or infinity in a tensor
+├── TargetError                    the target step, the window or the method's parameters make no sense here
+├── MemoryBudgetError              --memory is below what one pass needs
+└── OutputError                    the output exists, or what was written there is not what its manifest says
+
+Every message is one line: the fact with names and both values, then the way out.
+"""
+
+
+class RelexError(Exception):
+    """Root of everything relex refuses."""
+
+
+class StoreError(RelexError):
+    """The store as a whole cannot be used."""
+
+
+class CheckpointError(RelexError):
+    """One checkpoint, or the base, cannot be used."""
+
+
+class CheckpointIncompleteError(CheckpointError):
+    """Files are missing, truncated or still being written."""
+
+
+class CheckpointMismatchError(CheckpointError):
+    """Names, shapes or dtypes differ from the base's."""
+
+
+class CheckpointChangedError(CheckpointError):
+    """A file changed while it was read."""
+
+
+class NonFiniteError(CheckpointError):
+    """A tensor holds NaN or infinity."""
+
+
+class TargetError(RelexError):
+    """The target step, the window or the method's parameters make no sense for this trajectory."""
+
+
+class MemoryBudgetError(RelexError):
+    """The memory budget is below what one pass needs."""
+
+
+class OutputError(RelexError):
+    """The output exists already, or is not what its manifest says."""

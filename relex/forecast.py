@@ -1,0 +1,145 @@
+"""A prediction as numbers: for every tensor, which coefficients, or which copy. No weight is read to make one.
+
+Shape suffixes: T = tensors that move, K = checkpoints.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from typing import Any, Literal
+
+import torch
+
+from relex import spectrum
+from relex.errors import TargetError
+from relex.gram import Gram
+from relex.predictors import Method
+from relex.trajectory import Trajectory
+
+FORMAT = 1
+
+Source = Literal["combined", "base", "latest"]
+
+
+@dataclass(frozen=True)
+class TensorForecast:
+    """How one tensor is made: sum of coefficients times deltas on the base, or the base's or the latest checkpoint's copy.
+
+    `coefficients` has one fp64 number a checkpoint when `source` is combined and is empty otherwise. `energy` is the rank-1
+    share of the squared deltas, `r_squared` that of the leading coordinate's line; None for integers and frozen tensors.
+    """
+
+    source: Source
+    coefficients: tuple[float, ...] = ()
+    energy: float | None = None
+    r_squared: float | None = None
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """One predicted checkpoint. `steps`, `digests` and `coefficients` are in the order of the observed checkpoints."""
+
+    method: str
+    description: Mapping[str, Any]
+    target_step: int
+    steps: tuple[int, ...]
+    base_digest: str
+    digests: tuple[str, ...]
+    dtype: str
+    tensors: Mapping[str, TensorForecast]
+    amplification: float
+    norm: float
+    norm_latest: float
+    norm_band: tuple[float, float] | None
+    energy: float
+    r_squared: float
+
+    @property
+    def digest(self) -> str:
+        """Hex digest of everything that decides the bytes of the predicted weights, and of what they are called."""
+        tensors = {name: [item.source, item.coefficients] for name, item in self.tensors.items()}
+        content = {"format": FORMAT, "method": self.method, "target_step": self.target_step, "steps": self.steps}
+        content |= {"base": self.base_digest, "checkpoints": self.digests, "dtype": self.dtype, "tensors": tensors}
+        return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON types; floats survive exactly."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Forecast":
+        """Read back what to_json wrote."""
+        tensors = {
+            name: TensorForecast(**(item | {"coefficients": tuple(item["coefficients"])}))
+            for name, item in content["tensors"].items()
+        }
+        lists = {key: tuple(content[key]) for key in ("steps", "digests")}
+        band = tuple(content["norm_band"]) if content["norm_band"] is not None else None
+        return cls(**(dict(content) | lists | {"tensors": tensors, "norm_band": band}))
+
+
+def check_target(target_step: int, steps: Sequence[int], *, inside: Literal["refuse", "allow"] = "refuse") -> None:
+    """Refuse a target that is not beyond the window: what was observed need not be predicted."""
+    if target_step <= 0:
+        raise TargetError(f"target step is {target_step}; give a training step after {steps[-1]}.")
+    if target_step <= steps[-1] and inside == "refuse":
+        raise TargetError(
+            f"target step {target_step} is not beyond the window, which ends at step {steps[-1]}."
+            " Give a later target, a shorter window, or --allow-inside to look at the fit itself."
+        )
+
+
+def forecast(
+    trajectory: Trajectory, gram: Gram, method: Method, *, target_step: int, dtype: torch.dtype | None = None
+) -> Forecast:
+    """Predict the checkpoint at `target_step` from a trajectory and its Gram.
+
+    `dtype` overrides the stored precision of the result (None: the base's, tensor by tensor). Raises TargetError when the
+    method's parameters do not fit the window.
+    """
+    steps_K = torch.tensor(trajectory.steps, dtype=torch.float64)
+    energy_T = spectrum.energy(gram.products)
+    r_squared_T = spectrum.r_squared(gram.products, steps_K)
+    latest_K = torch.zeros(len(steps_K), dtype=torch.float64)
+    latest_K[-1] = 1.0
+    coefficients_TK = torch.zeros(len(gram.names), len(steps_K), dtype=torch.float64)
+    place = {name: index for index, name in enumerate(gram.names)}
+    tensors: dict[str, TensorForecast] = {}
+    amplification = 0.0
+    for spec in trajectory.tensors:
+        if not spec.moves:
+            tensors[spec.name] = TensorForecast("latest")
+            continue
+        index = place[spec.name]
+        gram_KK = gram.products[index]
+        if not bool(gram_KK.diagonal().any()):
+            tensors[spec.name] = TensorForecast("base")
+            continue
+        coefficients_K = latest_K
+        if method.predictor.moves(spec.name, len(spec.base.shape)):
+            coefficients_K = method.predictor.coefficients(gram_KK, steps_K, target_step)
+        coefficients_TK[index] = coefficients_K
+        # The latest checkpoint is copied, not recomputed: base + (latest - base) can differ in the last bit.
+        source: Source = "latest" if torch.equal(coefficients_K, latest_K) else "combined"
+        coefficients = tuple(coefficients_K.tolist()) if source == "combined" else ()
+        amplification = max(amplification, float(coefficients_K.abs().sum()))
+        tensors[spec.name] = TensorForecast(source, coefficients, float(energy_T[index]), float(r_squared_T[index]))
+    trace_T = gram.products.diagonal(dim1=-2, dim2=-1).sum(-1)
+    weight_T = trace_T / trace_T.sum() if float(trace_T.sum()) > 0 else torch.full_like(trace_T, 1.0 / len(trace_T))
+    return Forecast(
+        method=method.spec,
+        description=method.describe(),
+        target_step=target_step,
+        steps=trajectory.steps,
+        base_digest=gram.base_digest,
+        digests=gram.digests,
+        dtype="base" if dtype is None else str(dtype).removeprefix("torch."),
+        tensors=tensors,
+        amplification=amplification,
+        norm=float(spectrum.norm(gram.products, coefficients_TK)),
+        norm_latest=float(spectrum.norm(gram.products, latest_K.expand_as(coefficients_TK))),
+        norm_band=spectrum.norm_band(gram.products, steps_K, target_step),
+        energy=float(weight_T @ energy_T),
+        r_squared=float(weight_T @ r_squared_T),
+    )

@@ -1,0 +1,257 @@
+"""One streamed pass over a trajectory: the Gram matrix of the deltas of every tensor, in fp64, and a digest of what was read.
+
+G[i, j] = <theta_i - theta_0, theta_j - theta_0>. Every linear method, window and target follows from G (see `predictors`), so
+the weights are read once. A Gram is saved under a digest of what it was made from, reused by whatever needs a part of it, and
+extended when checkpoints are added.
+
+Shape suffixes: T = tensors that move, K = checkpoints.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from relex.errors import NonFiniteError
+from relex.layouts.weights import Weights
+from relex.trajectory import CHUNK, Trajectory, Unit, Workspace, as_bytes, in_order, units, workspaces
+
+# Products are taken in tiles of fixed shape: the bits of G[i, j] then do not depend on how many checkpoints there are, and an
+# extended Gram equals one made afresh. 4 rows by 24 columns is what the small-matrix kernels of OpenBLAS like best.
+ROWS, COLUMNS = 4, 24
+FORMAT = 1
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all)."""
+
+
+@dataclass(frozen=True)
+class Gram:
+    """The Gram matrices of a trajectory.
+
+    `products` is (T, K, K) fp64, one for each of `names`; `base_norms` is (T,) fp64, the squared norm of the base's tensor.
+    `base_digest` and `digests` (one a checkpoint) identify the contents; `identities` say which files they were read from.
+    """
+
+    steps: tuple[int, ...]
+    names: tuple[str, ...]
+    products: Tensor
+    base_norms: Tensor
+    base_digest: str
+    digests: tuple[str, ...]
+    identities: tuple[str, ...]
+
+    @property
+    def digest(self) -> str:
+        """Hex digest of everything the Gram was made from."""
+        content = {"format": FORMAT, "base": self.base_digest, "steps": self.steps, "checkpoints": self.digests}
+        return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def of(self, name: str) -> Tensor:
+        """Return the (K, K) Gram of one tensor."""
+        return self.products[self.names.index(name)]
+
+    def rows(self, positions: Sequence[int]) -> "Gram":
+        """Return the Gram of some of the checkpoints, in the given order."""
+        index = torch.tensor(list(positions))
+        return Gram(
+            tuple(self.steps[i] for i in positions),
+            self.names,
+            self.products[:, index][:, :, index],
+            self.base_norms,
+            self.base_digest,
+            tuple(self.digests[i] for i in positions),
+            tuple(self.identities[i] for i in positions),
+        )
+
+
+def identity(weights: Weights) -> str:
+    """Return a digest of which files these are (name, size, mtime, inode), without reading them."""
+    return sha256(json.dumps([asdict(file) for file in weights.files]).encode()).hexdigest()
+
+
+def measure(
+    trajectory: Trajectory,
+    *,
+    memory: int,
+    threads: int,
+    known: Gram | None = None,
+    on_progress: Progress | None = None,
+) -> Gram:
+    """Read the trajectory once, within `memory` bytes, and return its Gram.
+
+    `known` holds products of the first checkpoints of this trajectory that need not be taken again. Raises NonFiniteError
+    naming the tensor and the step, CheckpointChangedError when a file changed meanwhile, MemoryBudgetError.
+    """
+    count = len(trajectory.checkpoints)
+    padded = -(-count // ROWS) * ROWS
+    kept = len(known.steps) if known is not None else 0
+    moving = [index for index, spec in enumerate(trajectory.tensors) if spec.moves]
+    position = {tensor: place for place, tensor in enumerate(moving)}
+    products = torch.zeros(len(moving), padded, padded, dtype=torch.float64)
+    base_norms = torch.zeros(len(moving), dtype=torch.float64)
+    hashes = [xxhash.xxh3_128() for _ in range(count + 1)]
+    extra = padded * CHUNK * 8
+    spaces = workspaces(trajectory, count, memory=memory, threads=threads, extra=extra)
+
+    def work(space: Workspace, unit: Unit) -> tuple[Tensor, float, list[bytes]]:
+        part = torch.zeros(padded, padded, dtype=torch.float64)
+        base_norm = 0.0
+        digests = [xxhash.xxh3_128() for _ in range(count + 1)]
+        wide = torch.zeros(padded, CHUNK, dtype=torch.float64)
+        for block in space.blocks(trajectory, unit, range(count)):
+            for digest, row in zip(digests, (block.base, *block.stored), strict=True):
+                digest.update(as_bytes(row))
+            if not trajectory.tensors[unit.tensor].moves:
+                continue
+            for place, deltas in space.subtract(block):
+                wide[:count, : deltas.shape[1]].copy_(deltas)
+                _add_products(part.numpy(), wide[:, : deltas.shape[1]].numpy(), first=kept)
+                base = block.base[place].double()
+                base_norm += float(base @ base)
+        return part, base_norm, [digest.digest() for digest in digests]
+
+    total = sum(spec.base.nbytes + sum(entry.nbytes for entry in spec.entries) for spec in trajectory.tensors)
+    done = 0
+    for unit, (part, base_norm, digests) in in_order(work, units(trajectory), spaces):
+        spec = trajectory.tensors[unit.tensor]
+        for whole, digest in zip(hashes, digests, strict=True):
+            if unit.start == 0:
+                whole.update(f"{spec.name} {list(spec.base.shape)}".encode())
+            whole.update(digest)
+        if spec.moves:
+            products[position[unit.tensor]] += part
+            base_norms[position[unit.tensor]] += base_norm
+        done += (unit.stop - unit.start) * (spec.base.dtype.itemsize + count * spec.dtype.itemsize)
+        if on_progress is not None:
+            on_progress(done, total)
+    trajectory.check_unchanged()
+
+    products = products[:, :count, :count]
+    if known is not None:
+        products[:, :kept, :kept] = known.products
+    lower = products.tril()
+    products = lower + lower.tril(-1).mT
+    names = tuple(trajectory.tensors[index].name for index in moving)
+    gram = Gram(
+        trajectory.steps,
+        names,
+        products,
+        base_norms,
+        hashes[0].hexdigest(),
+        tuple(digest.hexdigest() for digest in hashes[1:]),
+        tuple(identity(checkpoint.weights) for checkpoint in trajectory.checkpoints),
+    )
+    if known is not None and (gram.base_digest, gram.digests[:kept]) != (known.base_digest, known.digests):
+        # Same files by their stat, other bytes: what was known is about something else.
+        return measure(trajectory, memory=memory, threads=threads, on_progress=on_progress)
+    _refuse_non_finite(gram, trajectory)
+    return gram
+
+
+def _add_products(total: NDArray[np.float64], deltas: NDArray[np.float64], *, first: int) -> None:
+    """Add the lower triangle of deltas @ deltas.T to `total`, from the tile of row `first` on."""
+    for top in range(first // ROWS * ROWS, len(deltas), ROWS):
+        rows = slice(top, top + ROWS)
+        for left in range(0, top + ROWS, COLUMNS):
+            columns = slice(left, min(left + COLUMNS, top + ROWS))
+            total[rows, columns] += deltas[rows] @ deltas[columns].T
+
+
+def _refuse_non_finite(gram: Gram, trajectory: Trajectory) -> None:
+    for place, name in enumerate(gram.names):
+        if not bool(torch.isfinite(gram.base_norms[place])):
+            raise NonFiniteError(f"base {trajectory.base.path}: {name} holds NaN or infinity. Give an intact base.")
+        for row, checkpoint in enumerate(trajectory.checkpoints):
+            if not bool(torch.isfinite(gram.products[place, row, row])):
+                raise NonFiniteError(
+                    f"{checkpoint.weights.path}: {name} holds NaN or infinity at step {checkpoint.step}."
+                    " The run has diverged there, or the file is damaged: choose a window before it, or delete the directory."
+                )
+
+
+def cached(
+    trajectory: Trajectory,
+    directory: Path,
+    *,
+    memory: int,
+    threads: int,
+    on_progress: Progress | None = None,
+) -> Gram:
+    """Return the Gram of `trajectory`, from `directory` when it is there, else measured (from what is there) and saved."""
+    wanted = [(checkpoint.step, identity(checkpoint.weights)) for checkpoint in trajectory.checkpoints]
+    base = identity(trajectory.base)
+    known: Gram | None = None
+    superseded: Path | None = None
+    for path in sorted(directory.glob("*.safetensors")):
+        found = _load(path, base)
+        if found is None:
+            continue
+        have = list(zip(found.steps, found.identities, strict=True))
+        if all(key in have for key in wanted):
+            return found.rows([have.index(key) for key in wanted])
+        shared = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(have, wanted, strict=False))))
+        if shared > (len(known.steps) if known is not None else 0):
+            known, superseded = found.rows(range(shared)), path if shared == len(have) else None
+    gram = measure(trajectory, memory=memory, threads=threads, known=known, on_progress=on_progress)
+    _save(gram, base, directory)
+    if superseded is not None and superseded.name != f"{gram.digest}.safetensors":
+        # Every row of the shorter one is in the longer one.
+        superseded.unlink(missing_ok=True)
+    return gram
+
+
+def _save(gram: Gram, base_identity: str, directory: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    metadata = {
+        "format": FORMAT,
+        "steps": gram.steps,
+        "names": gram.names,
+        "base_digest": gram.base_digest,
+        "base_identity": base_identity,
+        "digests": gram.digests,
+        "identities": gram.identities,
+    }
+    content = save(
+        {"products": gram.products.contiguous(), "base_norms": gram.base_norms},
+        metadata={"relex": json.dumps(metadata)},
+    )
+    with tempfile.NamedTemporaryFile(dir=directory, prefix=".", suffix=".tmp", delete=False) as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    Path(file.name).replace(directory / f"{gram.digest}.safetensors")
+
+
+def _load(path: Path, base_identity: str) -> Gram | None:
+    """Return the Gram saved at `path`, None when it is of another base, another format or no Gram at all."""
+    try:
+        with safe_open(path, framework="pt", backend="pread") as file:
+            metadata: Mapping[str, Any] = json.loads((file.metadata() or {}).get("relex", "{}"))
+            if metadata.get("format") != FORMAT or metadata.get("base_identity") != base_identity:
+                return None
+            products, base_norms = file.get_tensor("products"), file.get_tensor("base_norms")
+    except (SafetensorError, OSError):
+        return None
+    return Gram(
+        tuple(metadata["steps"]),
+        tuple(metadata["names"]),
+        products,
+        base_norms,
+        metadata["base_digest"],
+        tuple(metadata["digests"]),
+        tuple(metadata["identities"]),
+    )

@@ -1,0 +1,108 @@
+"""`relex.json`, the provenance beside every predicted model: enough to rebuild it bit for bit, and to notice damage."""
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from relex.errors import OutputError
+from relex.forecast import FORMAT, Forecast
+from relex.trajectory import Trajectory
+
+FILE_NAME = "relex.json"
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size in bytes and sha256 of one file of the output."""
+
+    size: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> "FileRecord":
+        """Read the whole file."""
+        with path.open("rb") as file:
+            return cls(os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest())
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What was predicted, from what, by what, and every file that came of it.
+
+    `digest` names the prediction (equal inputs, equal digest); `checkpoints` are the observed ones' directories in step order.
+    """
+
+    digest: str
+    forecast: Forecast
+    base: str
+    checkpoints: tuple[str, ...]
+    files: Mapping[str, FileRecord]
+    versions: Mapping[str, str]
+    command: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON types; the forecast's method, target and window stand at the top for a reader's eye."""
+        head = {"format": FORMAT, "digest": self.digest, "method": self.forecast.description}
+        head |= {"target_step": self.forecast.target_step, "window": self.forecast.steps}
+        rest = {"base": self.base, "checkpoints": self.checkpoints, "versions": self.versions, "command": self.command}
+        files = {name: asdict(record) for name, record in self.files.items()}
+        return head | rest | {"files": files, "forecast": self.forecast.to_json()}
+
+
+def make(
+    forecast: Forecast, trajectory: Trajectory, files: Mapping[str, FileRecord], *, command: Sequence[str]
+) -> Manifest:
+    """Put the manifest of a finished output together."""
+    versions = {name: version(name) for name in ("relex", "torch", "safetensors")} | {
+        "python": platform.python_version()
+    }
+    checkpoints = tuple(str(checkpoint.weights.path) for checkpoint in trajectory.checkpoints)
+    return Manifest(
+        forecast.digest, forecast, str(trajectory.base.path), checkpoints, dict(files), versions, tuple(command)
+    )
+
+
+def read(directory: Path) -> Manifest:
+    """Read the manifest of a predicted model; raises OutputError when there is none or it does not parse."""
+    path = directory / FILE_NAME
+    try:
+        content = json.loads(path.read_bytes())
+        if content["format"] != FORMAT:
+            raise OutputError(f"{path} has format {content['format']}, this relex reads {FORMAT}. Predict again.")
+        return Manifest(
+            content["digest"],
+            Forecast.from_json(content["forecast"]),
+            content["base"],
+            tuple(content["checkpoints"]),
+            {name: FileRecord(**record) for name, record in content["files"].items()},
+            content["versions"],
+            tuple(content["command"]),
+        )
+    except FileNotFoundError:
+        raise OutputError(f"{directory} has no {FILE_NAME}: relex did not write it.") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise OutputError(
+            f"{path} is no manifest of relex ({error!r}). Predict again into another directory."
+        ) from error
+
+
+def verify(directory: Path) -> Manifest:
+    """Read the manifest and compare every file with it; raises OutputError naming the first that differs, with both values."""
+    manifest = read(directory)
+    for name, expected in manifest.files.items():
+        path = directory / name
+        if not path.is_file():
+            raise OutputError(f"{path} is missing; the manifest lists it with {expected.size} bytes. Predict again.")
+        found = FileRecord.of(path)
+        if found != expected:
+            raise OutputError(
+                f"{path} has {found.size} bytes, sha256 {found.sha256[:12]}…; the manifest says {expected.size} bytes,"
+                f" {expected.sha256[:12]}…. Delete {directory} and predict again."
+            )
+    return manifest

@@ -1,0 +1,201 @@
+"""Predicted weights as model directories: coefficients times trajectory, many predictions in one pass.
+
+Per chunk: the deltas once, then for each prediction the sum over its checkpoints in step order, in fp32, on the base, rounded
+once. The sum is taken checkpoint by checkpoint rather than as a matrix product, whose order of additions depends on its shape:
+so the bytes of a prediction do not depend on what else is asked for at once.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from relex import manifest
+from relex.errors import OutputError, RelexError
+from relex.forecast import Forecast, TensorForecast
+from relex.gram import Progress
+from relex.layouts.weights import open_weights
+from relex.manifest import FileRecord
+from relex.store import Checkpoint, open_base
+from relex.trajectory import (
+    CHUNK,
+    Block,
+    TensorSpec,
+    Trajectory,
+    Unit,
+    Workspace,
+    as_bytes,
+    in_order,
+    open_trajectory,
+    units,
+    workspaces,
+)
+from relex.writer import ModelWriter, OutputTensor, open_writer, side_files
+
+
+@dataclass(frozen=True)
+class Output:
+    """One prediction and the directory it becomes."""
+
+    forecast: Forecast
+    directory: Path
+
+
+def materialise(
+    trajectory: Trajectory,
+    outputs: Sequence[Output],
+    *,
+    memory: int,
+    threads: int,
+    command: Sequence[str] = (),
+    on_progress: Progress | None = None,
+) -> None:
+    """Write every output that is not there yet, in one pass within `memory` bytes; an interrupted call is taken up again.
+
+    Raises OutputError when a directory holds something else, CheckpointChangedError when an input changed meanwhile (then
+    nothing is left behind).
+    """
+    writers: dict[int, ModelWriter] = {}
+    try:
+        for index, output in enumerate(outputs):
+            writer = open_writer(output.directory, output.forecast.digest, _output_tensors(trajectory, output.forecast))
+            if writer is not None:
+                writers[index] = writer
+        _combine(trajectory, outputs, writers, memory=memory, threads=threads, on_progress=on_progress)
+        trajectory.check_unchanged()
+        for index, writer in writers.items():
+            forecast = outputs[index].forecast
+            files = side_files(trajectory.base, trajectory.checkpoints[-1].weights)
+            if forecast.dtype != "base":
+                config = json.loads(files["config.json"]) | {"dtype": forecast.dtype}
+                files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
+            writer.publish(files, partial(_manifest, forecast, trajectory, command))
+    except RelexError:
+        for writer in writers.values():
+            if writer.partial.exists():
+                writer.discard()
+        raise
+    finally:
+        for writer in writers.values():
+            writer.release()
+
+
+def _manifest(
+    forecast: Forecast, trajectory: Trajectory, command: Sequence[str], files: Mapping[str, FileRecord]
+) -> dict[str, Any]:
+    return manifest.make(forecast, trajectory, files, command=command).to_json()
+
+
+def _combine(
+    trajectory: Trajectory,
+    outputs: Sequence[Output],
+    writers: Mapping[int, ModelWriter],
+    *,
+    memory: int,
+    threads: int,
+    on_progress: Progress | None,
+) -> None:
+    pieces = []
+    rows: dict[int, list[int]] = {}
+    for unit in units(trajectory):
+        spec = trajectory.tensors[unit.tensor]
+        wanted = [outputs[i].forecast.tensors[spec.name] for i, writer in writers.items() if writer.pending(spec.name)]
+        if wanted:
+            pieces.append(unit)
+            rows[unit.tensor] = sorted({row for item in wanted for row in _rows(item, len(spec.entries))})
+    if not pieces:
+        return
+    spaces = workspaces(
+        trajectory, max(len(needed) for needed in rows.values()), memory=memory, threads=threads, extra=2 * CHUNK * 8
+    )
+
+    def work(space: Workspace, unit: Unit) -> None:
+        spec = trajectory.tensors[unit.tensor]
+        needed = rows[unit.tensor]
+        for block in space.blocks(trajectory, unit, needed):
+            for place, deltas in space.subtract(block) if spec.moves else _whole(block):
+                for i in filling[spec.name]:
+                    item, writer = outputs[i].forecast.tensors[spec.name], writers[i]
+                    chunk = _make(item, needed, block.base[place], block.stored[:, place], deltas)
+                    dtype = writer.tensors[spec.name].dtype
+                    writer.write(spec.name, (block.start + place.start) * dtype.itemsize, as_bytes(chunk.to(dtype)))
+
+    # Which outputs a tensor still goes to is fixed before the first byte: shards are finished while others are written.
+    filling: dict[str, list[int]] = {}
+    last: dict[tuple[int, str], Unit] = {}
+    for unit in pieces:
+        name = trajectory.tensors[unit.tensor].name
+        filling[name] = [i for i, writer in writers.items() if writer.pending(name)]
+        for i in filling[name]:
+            writers[i].begin(name)
+            last[i, writers[i].tensors[name].shard] = unit
+    total = sum(unit.stop - unit.start for unit in pieces)
+    done = 0
+    for unit, _ in in_order(work, pieces, spaces):
+        for (i, shard), final in last.items():
+            if final is unit:
+                writers[i].close(shard)
+        done += unit.stop - unit.start
+        if on_progress is not None:
+            on_progress(done, total)
+
+
+def _rows(item: TensorForecast, count: int) -> list[int]:
+    if item.source == "latest":
+        return [count - 1]
+    return [row for row, value in enumerate(item.coefficients) if value != 0.0]
+
+
+def _whole(block: Block) -> Iterator[tuple[slice, Tensor]]:
+    yield slice(0, len(block.base)), block.stored
+
+
+def _make(item: TensorForecast, rows: Sequence[int], base: Tensor, stored: Tensor, deltas: Tensor) -> Tensor:
+    """Return one chunk (N,) of a predicted tensor, before its rounding."""
+    if item.source == "base":
+        return base
+    if item.source == "latest":
+        return stored[-1].contiguous()
+    total = torch.zeros_like(base, dtype=deltas.dtype)
+    for position, row in enumerate(rows):
+        if item.coefficients[row] != 0.0:
+            total.add_(deltas[position], alpha=item.coefficients[row])
+    return total.add_(base.to(total.dtype))
+
+
+def _output_tensors(trajectory: Trajectory, forecast: Forecast) -> list[OutputTensor]:
+    override = None if forecast.dtype == "base" else getattr(torch, forecast.dtype)
+    return [_output_tensor(spec, override) for spec in trajectory.tensors]
+
+
+def _output_tensor(spec: TensorSpec, override: torch.dtype | None) -> OutputTensor:
+    dtype = override if override is not None and spec.moves else spec.base.dtype
+    return OutputTensor(spec.name, dtype, spec.base.shape, spec.count * dtype.itemsize, spec.base.file)
+
+
+def rebuild(directory: Path, out: Path, *, memory: int, threads: int) -> None:
+    """Build the model that the manifest in `directory` describes once more, into `out`, and compare every file with it.
+
+    The base and the checkpoints must still lie where they did. Raises OutputError when a file comes out different, which
+    means an input has changed; `out` is then removed.
+    """
+    old = manifest.read(directory)
+    base = open_base(Path(old.base))
+    checkpoints = [
+        Checkpoint(step, open_weights(Path(path), config=base.config))
+        for step, path in zip(old.forecast.steps, old.checkpoints, strict=True)
+    ]
+    trajectory = open_trajectory(base, checkpoints)
+    materialise(trajectory, [Output(old.forecast, out)], memory=memory, threads=threads, command=old.command)
+    new = manifest.read(out)
+    for name, record in old.files.items():
+        if new.files.get(name) != record:
+            raise OutputError(
+                f"{out / name} came out with sha256 {new.files[name].sha256[:12]}…, the manifest says {record.sha256[:12]}…:"
+                " a checkpoint or the base is not what it was."
+            )

@@ -1,0 +1,110 @@
+"""Methods by name. A method turns the Gram of one tensor, the steps and a target into K coefficients; it reads no weights.
+
+A family is one module; a method is a row of METHODS: a family with some parameters fixed and some left to the user.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from relex.errors import TargetError
+from relex.predictors.low_rank import LowRankLinear
+from relex.predictors.mean import Mean
+from relex.predictors.raw import RawLinear
+from relex.predictors.secant import Secant
+
+
+class Predictor(Protocol):
+    """What a family is."""
+
+    def coefficients(self, gram_KK: Tensor, steps_K: Tensor, target_step: float) -> Tensor:
+        """Return the fp64 (K,) coefficients c: the prediction is theta_0 + sum_k c_k delta_k."""
+
+    def moves(self, name: str, dimensions: int) -> bool:
+        """Say whether this tensor is predicted; if not, it is copied from the latest checkpoint."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of METHODS: what it is, what builds it, which parameters may be given and how they are read."""
+
+    summary: str
+    build: Callable[..., Predictor]
+    parameters: Mapping[str, Callable[[str], Any]]
+
+
+def _first_update(alpha: float) -> Predictor:
+    return Secant(end="first", beta=alpha)
+
+
+def _expo(alpha: float = 2.0) -> Predictor:
+    return Secant(beta=1.0 + alpha)
+
+
+METHODS: Mapping[str, Row] = {
+    "relex": Row("rank-r line rebuilt from the base (RELEX)", LowRankLinear, {"rank": int}),
+    "relex-pinned": Row(
+        "rank-r slope added to the latest checkpoint, damped",
+        partial(LowRankLinear, anchor="latest"),
+        {"rank": int, "damping": float},
+    ),
+    "raw": Row("least-squares line through every parameter", RawLinear, {}),
+    "weight-extrapolation": Row(
+        "line through two checkpoints, norms copied", partial(Secant, norms="copy"), {"start": int}
+    ),
+    "expo": Row("latest delta times 1 + alpha, whatever the target", _expo, {"alpha": float}),
+    "first-update": Row("first delta times alpha, whatever the target", _first_update, {"alpha": float}),
+    "mean": Row("average of the last checkpoints", Mean, {"last": int}),
+    "hold": Row("the latest checkpoint itself: the baseline to beat", Mean, {}),
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A predictor and the name and parameters it was asked for by."""
+
+    name: str
+    parameters: Mapping[str, Any]
+    predictor: Predictor
+
+    @property
+    def spec(self) -> str:
+        """The canonical `name:parameter=value,…`; parse_method(spec) gives the same method."""
+        given = ",".join(f"{key}={value}" for key, value in sorted(self.parameters.items()))
+        return f"{self.name}:{given}" if given else self.name
+
+    def describe(self) -> dict[str, Any]:
+        """Return name, given parameters and every parameter of the family, for a manifest."""
+        family = asdict(self.predictor)  # type: ignore[call-overload]
+        return {
+            "name": self.name,
+            "parameters": dict(self.parameters),
+            "family": {type(self.predictor).__name__: family},
+        }
+
+
+def parse_method(spec: str) -> Method:
+    """Parse `name` or `name:parameter=value,…`; raises TargetError listing what is known."""
+    name, _, tail = spec.partition(":")
+    row = METHODS.get(name)
+    if row is None:
+        raise TargetError(f"method {name!r} is not known; known are {', '.join(METHODS)}.")
+    parameters = {}
+    for item in filter(None, tail.split(",")):
+        key, _, value = item.partition("=")
+        read = row.parameters.get(key.strip())
+        if read is None:
+            known = ", ".join(row.parameters) or "none"
+            raise TargetError(f"method {name} has no parameter {key!r}; it has {known}.")
+        try:
+            parameters[key.strip()] = read(value)
+        except ValueError:
+            raise TargetError(f"method {name}: {key}={value!r} is not a valid {read.__name__}.") from None
+    try:
+        return Method(name, parameters, row.build(**parameters))
+    except TypeError:
+        needed = ", ".join(f"{key}=…" for key in row.parameters if key not in parameters)
+        raise TargetError(f"method {name} needs {needed}: write {name}:{needed}.") from None

@@ -1,0 +1,53 @@
+"""Low-rank linear extrapolation (RELEX at rank 1, arXiv 2605.21468).
+
+Fits a straight line in the training step to each leading singular coordinate of the deltas and reads it at the target.
+Multiplied out, delta(target) = sum_k c_k delta_k with c = U Uᵀ h: U the top eigenvectors of the Gram matrix, h the
+least-squares line at the target. Pinned to the latest checkpoint, only the slope is projected and damped:
+c = e_K + damping (target - s_K) U Uᵀ g. Shape suffixes: K = checkpoints, R = rank.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from relex.errors import TargetError
+from relex.predictors.line import line_at, slope
+
+
+@dataclass(frozen=True)
+class LowRankLinear:
+    """`anchor` says what the extrapolated part is added to: the base (as published) or the latest checkpoint."""
+
+    rank: int = 1
+    anchor: Literal["base", "latest"] = "base"
+    damping: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise TargetError(f"rank is {self.rank}; give at least 1.")
+        if self.anchor == "base" and self.damping != 1.0:
+            raise TargetError(
+                f"damping {self.damping} needs anchor=latest: rebuilt from the base there is no jump to damp."
+            )
+
+    def coefficients(self, gram_KK: Tensor, steps_K: Tensor, target_step: float) -> Tensor:
+        """Return the fp64 (K,) coefficient of each checkpoint's delta; steps increase, with any spacing."""
+        if self.rank > len(steps_K):
+            raise TargetError(
+                f"rank {self.rank} needs as many checkpoints, and the window has {len(steps_K)}. Give a lower rank."
+            )
+        # A tensor that never moved has a zero Gram and arbitrary eigenvectors: harmless, the deltas they combine are zero.
+        _, vectors_KK = torch.linalg.eigh(gram_KK)
+        basis_KR = vectors_KK[:, -self.rank :]
+        if self.anchor == "base":
+            return torch.mv(basis_KR, torch.mv(basis_KR.T, line_at(steps_K, target_step)))
+        jump = self.damping * (target_step - steps_K[-1])
+        coefficients_K = jump * torch.mv(basis_KR, torch.mv(basis_KR.T, slope(steps_K)))
+        coefficients_K[-1] += 1.0
+        return coefficients_K
+
+    def moves(self, name: str, dimensions: int) -> bool:
+        """Every tensor is extrapolated, norms and biases too, as published."""
+        return True

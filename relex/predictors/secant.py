@@ -1,0 +1,52 @@
+"""The line through two checkpoints: Weight Extrapolation (arXiv 2601.04537), ExPO (arXiv 2404.16792), first update times alpha.
+
+theta = theta_a + beta (theta_b - theta_a), with beta from the target step or given. Step 0 is the base.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from relex.errors import TargetError
+
+_NORM = re.compile(r"norm|^ln(_|\d|$)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Secant:
+    """From `start` (a training step; 0 is the base) to the latest or the first checkpoint; `beta` None: reach the target step.
+
+    `norms` says what becomes of normalisation tensors: extrapolated, or copied from the latest checkpoint.
+    """
+
+    start: int = 0
+    end: Literal["latest", "first"] = "latest"
+    beta: float | None = None
+    norms: Literal["move", "copy"] = "move"
+
+    def coefficients(self, gram_KK: Tensor, steps_K: Tensor, target_step: float) -> Tensor:
+        """Return the fp64 (K,) coefficients, zero but for the two checkpoints; the Gram is not looked at."""
+        steps = [int(step) for step in steps_K]
+        last = steps[-1] if self.end == "latest" else steps[0]
+        if self.start != 0 and self.start not in steps:
+            raise TargetError(
+                f"start {self.start} is not in the window, which has steps {steps}. Give one of them, or 0 for the base."
+            )
+        if self.start >= last:
+            raise TargetError(
+                f"start {self.start} is not before the {self.end} step {last}. Give an earlier one, or 0 for the base."
+            )
+        beta = self.beta if self.beta is not None else (target_step - self.start) / (last - self.start)
+        coefficients_K = torch.zeros(len(steps), dtype=torch.float64)
+        coefficients_K[steps.index(last)] = beta
+        if self.start != 0:
+            coefficients_K[steps.index(self.start)] += 1.0 - beta
+        return coefficients_K
+
+    def moves(self, name: str, dimensions: int) -> bool:
+        """Weight Extrapolation copies normalisation tensors (1-D, by name) from the latest checkpoint."""
+        is_norm = dimensions <= 1 and any(_NORM.search(part) for part in name.split("."))
+        return self.norms == "move" or not is_norm

@@ -1,0 +1,126 @@
+"""Which checkpoints of a training run exist, and which of them may be read."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from relex.errors import CheckpointError, CheckpointIncompleteError, CheckpointMismatchError, StoreError
+from relex.layouts import hf
+from relex.layouts.weights import Weights, open_weights
+
+logger = logging.getLogger(__name__)
+
+
+class State(StrEnum):
+    """READY may be read; NOT_YET may become ready; BROKEN will not without somebody's help."""
+
+    READY = "ready"
+    NOT_YET = "not yet"
+    BROKEN = "broken"
+
+
+@dataclass(frozen=True)
+class StoredCheckpoint:
+    """One step directory and its state; `weights` is there exactly when it is READY, `reason` when it is not."""
+
+    step: int
+    path: Path
+    state: State
+    reason: str = ""
+    weights: Weights | None = None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint: the training step it was written at and its weights."""
+
+    step: int
+    weights: Weights
+
+
+def open_base(path: Path) -> Weights:
+    """Open the model that the training run started from; it must have a config.json."""
+    if not path.is_dir():
+        raise CheckpointIncompleteError(
+            f"base {path} is not a directory. Give the directory of the model the run started from."
+        )
+    if not (path / "config.json").is_file():
+        raise CheckpointIncompleteError(
+            f"base {path} has no config.json. Give the directory of the model the run started from."
+        )
+    return open_weights(path)
+
+
+def scan(run: Path, base: Weights, *, now: float) -> tuple[StoredCheckpoint, ...]:
+    """Return every step directory of `run` by ascending step, with its state at time `now` (seconds since the epoch)."""
+    if not run.is_dir():
+        raise StoreError(
+            f"training run {run} is not a directory. Give the directory the trainer writes its checkpoints to."
+        )
+    return tuple(_look(step, path, base, now) for step, path in hf.step_directories(run).items())
+
+
+def _look(step: int, path: Path, base: Weights, now: float) -> StoredCheckpoint:
+    try:
+        weights = hf.open_complete(path, config=base.config, now=now)
+        check_same_tensors(weights, base)
+    except CheckpointError as error:
+        # What is wrong in a directory that still changes may be right a second later.
+        quiet = now - hf.last_change(path) >= hf.QUIET_SECONDS
+        return StoredCheckpoint(step, path, State.BROKEN if quiet else State.NOT_YET, str(error))
+    except FileNotFoundError:
+        return StoredCheckpoint(step, path, State.NOT_YET, f"{path} is being removed or replaced. Wait.")
+    return StoredCheckpoint(step, path, State.READY, weights=weights)
+
+
+def check_same_tensors(weights: Weights, base: Weights) -> None:
+    """Refuse weights whose names, shapes or kinds of dtype differ from the base's, naming the first difference and both sides."""
+    for name, entry in base.tensors.items():
+        other = weights.tensors.get(name)
+        if other is None:
+            raise CheckpointMismatchError(
+                f"{weights.path} has no tensor {name}, which the base {base.path} has with shape {list(entry.shape)}."
+                " Give the base this run was started from."
+            )
+        if other.shape != entry.shape:
+            raise CheckpointMismatchError(
+                f"{weights.path}: {name} has shape {list(other.shape)}, the base {base.path} has {list(entry.shape)}."
+                " Give the base this run was started from."
+            )
+        if other.dtype.is_floating_point != entry.dtype.is_floating_point:
+            raise CheckpointMismatchError(
+                f"{weights.path}: {name} is {other.dtype}, the base {base.path} has {entry.dtype}."
+                " Give the base this run was started from."
+            )
+    extra = sorted(weights.tensors.keys() - base.tensors.keys())
+    if extra:
+        raise CheckpointMismatchError(
+            f"{weights.path} has tensor {extra[0]} with shape {list(weights.tensors[extra[0]].shape)}, which the base {base.path}"
+            " does not have. Give the base this run was started from."
+        )
+
+
+def observed(stored: Sequence[StoredCheckpoint], run: Path, *, window: int | None = None) -> tuple[Checkpoint, ...]:
+    """Return the checkpoints at steps up to and including `window` (None: all), at least two of them, all ready.
+
+    A checkpoint inside the window that is not ready is refused, never left out: the fit would silently be another one.
+    """
+    inside = [item for item in stored if window is None or item.step <= window]
+    if not stored:
+        raise StoreError(
+            f"{run} has no checkpoints: no directory in it is named checkpoint-N, step_N or global_step_N."
+            " Give the directory the trainer writes its checkpoints to."
+        )
+    for item in inside:
+        if item.state is not State.READY:
+            raise CheckpointIncompleteError(f"step {item.step} is {item.state}: {item.reason}")
+    if len(inside) < 2:
+        steps = ", ".join(str(item.step) for item in stored)
+        limit = "" if window is None else f" at or before step {window}"
+        raise StoreError(
+            f"{run} has {len(inside)} checkpoint{'s' if len(inside) != 1 else ''}{limit} (steps there: {steps});"
+            " a line needs 2. Save more often, or widen the window."
+        )
+    return tuple(Checkpoint(item.step, item.weights) for item in inside if item.weights is not None)
