@@ -1,0 +1,137 @@
+"""A candidate: a predicted model directory that is exactly what its manifest says."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from deploy.errors import CandidateError
+
+MANIFEST = "relex.json"
+
+# What loading a model needs and nothing that could run: weights, configuration, chat templates, tokenizers.
+_KINDS = (".safetensors", ".json", ".jinja", ".txt", ".model")
+# Keys that make transformers import code named by the checkpoint; MLflow loads with trust_remote_code=True.
+_CODE_KEYS = ("auto_map", "custom_pipelines")
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """The size in bytes and the hexadecimal SHA-256 of one file."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A verified model directory: its digest, the training step it predicts, its files by relative POSIX name."""
+
+    path: Path
+    digest: str
+    target_step: int
+    files: Mapping[str, FileRecord]
+    manifest: Mapping[str, object]
+
+
+def verify(path: Path) -> Candidate:
+    """Return the candidate in `path` after reading every byte of it.
+
+    Refuses with CandidateError a missing or malformed relex.json, a file that is missing, extra, a link, or of
+    another size or SHA-256 than listed, a kind of file that a model does not need, and configuration that names code.
+    """
+    path = path.resolve()
+    manifest = _manifest(path)
+    files = listed_files(path / MANIFEST, manifest)
+    present = set(_present(path))
+    if missing := sorted(files.keys() - present):
+        raise CandidateError(
+            f"{path} is not complete: {MANIFEST} lists {len(files)} files and {missing[0]} is not there "
+            f"({len(missing)} missing). Predict the model again."
+        )
+    if extra := sorted(present - files.keys() - {MANIFEST}):
+        raise CandidateError(f"{path} holds {extra[0]}, which {MANIFEST} does not list. Remove it, or predict again.")
+    for name, record in files.items():
+        _verify_file(path / name, record)
+        if name.endswith("config.json"):
+            _refuse_code(path / name)
+    digest, target_step = manifest.get("digest"), manifest.get("target_step")
+    if not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{8,128}", digest):
+        raise CandidateError(f"{path / MANIFEST} has digest {digest!r}, not 8 to 128 hex digits. Predict again.")
+    if not isinstance(target_step, int):
+        raise CandidateError(f"{path / MANIFEST} has target_step {target_step!r}, not a step number. Predict again.")
+    return Candidate(path, digest, target_step, files, manifest)
+
+
+def listed_files(where: Path, manifest: Mapping[str, object]) -> dict[str, FileRecord]:
+    """Return the files the manifest read from `where` lists; CandidateError where they are malformed."""
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not files:
+        raise CandidateError(f"{where} lists no files. Predict the model again.")
+    records = {}
+    for name, entry in files.items():
+        if not isinstance(entry, dict) or not isinstance(entry.get("size"), int):
+            raise CandidateError(f"{where} describes {name} as {entry!r}, not by size and sha256. Predict again.")
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise CandidateError(f"{where} lists {name}, which lies outside the directory. Do not use this model.")
+        if not name.endswith(_KINDS):
+            raise CandidateError(f"{where} lists {name}; a model is made of {', '.join(_KINDS)} files. Remove it.")
+        records[name] = FileRecord(entry["size"], str(entry.get("sha256")))
+    return records
+
+
+def sha256_of(path: Path) -> str:
+    """Return the hexadecimal SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _manifest(path: Path) -> dict[str, object]:
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+    except (OSError, ValueError) as error:
+        raise CandidateError(f"{path / MANIFEST} cannot be read ({error}). Name a predicted directory.") from error
+    if not isinstance(manifest, dict):
+        raise CandidateError(f"{path / MANIFEST} holds a {type(manifest).__name__}, not an object. Predict again.")
+    return manifest
+
+
+def _present(path: Path) -> Iterator[str]:
+    for entry in path.rglob("*"):
+        # A link could point at bytes that change after they were verified.
+        if entry.is_symlink():
+            raise CandidateError(f"{entry} is a symbolic link. Put the file itself there.")
+        if not entry.is_dir():
+            yield entry.relative_to(path).as_posix()
+
+
+def _verify_file(path: Path, record: FileRecord) -> None:
+    size = path.stat().st_size
+    if size != record.size:
+        raise CandidateError(f"{path} has {size} bytes and {MANIFEST} lists {record.size}. Predict the model again.")
+    if (found := sha256_of(path)) != record.sha256:
+        raise CandidateError(
+            f"{path} has SHA-256 {found} and {MANIFEST} lists {record.sha256}: it changed. Predict the model again."
+        )
+
+
+def _refuse_code(path: Path) -> None:
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise CandidateError(f"{path} is not JSON ({error}). Repair the base model's and predict again.") from error
+    if key := next((key for key in _keys(content) if key in _CODE_KEYS), None):
+        raise CandidateError(
+            f"{path} has {key}, which makes whoever loads the model run code from it. Remove {key} from the base model."
+        )
+
+
+def _keys(content: object) -> Iterator[str]:
+    if isinstance(content, dict):
+        yield from content
+        content = list(content.values())
+    if isinstance(content, list):
+        for value in content:
+            yield from _keys(value)

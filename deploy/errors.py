@@ -1,0 +1,23 @@
+"""What deployment refuses.
+
+DeployError
+├── CandidateError           a model directory is not what its manifest says, or holds what must not be served
+└── RegistryError            the MLflow store cannot be reached, or refused
+    └── DigestConflictError  the digest is registered already, for other bytes
+"""
+
+
+class DeployError(Exception):
+    """Anything deployment refuses; the message is one line: the fact, both values, the way out."""
+
+
+class CandidateError(DeployError):
+    """A model directory is not what its manifest says, or holds what must not be served."""
+
+
+class RegistryError(DeployError):
+    """The MLflow store cannot be reached, or refused what was asked of it."""
+
+
+class DigestConflictError(RegistryError):
+    """The digest is registered already, for other bytes."""

@@ -1,0 +1,116 @@
+"""MLflow runs: one per decision, registered or refused, and one per curve."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from deploy.errors import RegistryError
+from deploy.store import connect, locked_experiment, page
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Experiment, Run
+
+_KEY_TAG = "relex.key"
+# MLflow takes at most 1,000 metrics in one call.
+_BATCH = 1000
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One MLflow run: its id, and its page where a server shows it."""
+
+    run_id: str
+    url: str | None
+
+
+def record(
+    name: str,
+    *,
+    tracking_uri: str,
+    key: str,
+    title: str,
+    parameters: Mapping[str, object] | None = None,
+    metrics: Mapping[str, float] | None = None,
+    tags: Mapping[str, str] | None = None,
+    artifacts: Sequence[Path] = (),
+) -> Recorded:
+    """Record one decision in the experiment `name`, complete or not at all; the same `key` again is the same run.
+
+    What the first complete call recorded stands; later calls with its key change nothing. RegistryError where MLflow
+    refuses.
+    """
+    client = connect(tracking_uri)
+    with locked_experiment(client, name) as experiment:
+        run = open_run(client, experiment, key=key, title=title, tags=tags or {})
+        if run.info.status != "FINISHED":
+            for parameter, value in (parameters or {}).items():
+                client.log_param(run.info.run_id, parameter, value)
+            log_metrics(client, run, metrics or {})
+            log_artifacts(client, run, artifacts)
+            client.set_terminated(run.info.run_id, "FINISHED")
+    return _recorded(tracking_uri, run)
+
+
+def log_series(
+    name: str,
+    points: Mapping[int, float],
+    *,
+    tracking_uri: str,
+    series: str,
+    metric: str,
+    tags: Mapping[str, str] | None = None,
+) -> Recorded:
+    """Log one curve of the experiment `name` as one run, with the training step as MLflow's step.
+
+    Runs of one experiment with the same `metric` are drawn in one chart. A point logged before is not logged twice,
+    new points extend the curve.
+    """
+    from mlflow.entities import Metric
+
+    client = connect(tracking_uri)
+    with locked_experiment(client, name) as experiment:
+        run = open_run(client, experiment, key=f"series {series}", title=series, tags=tags or {})
+        # With one fixed time a repeated point is the same row.
+        rows = [Metric(metric, value, run.info.start_time, step) for step, value in sorted(points.items())]
+        for start in range(0, len(rows), _BATCH):
+            client.log_batch(run.info.run_id, metrics=rows[start : start + _BATCH])
+        client.set_terminated(run.info.run_id, "FINISHED")
+    return _recorded(tracking_uri, run)
+
+
+def open_run(
+    client: "MlflowClient", experiment: "Experiment", *, key: str, title: str, tags: Mapping[str, str]
+) -> "Run":
+    """Return the run of `key` in a locked experiment, created where it is missing."""
+    if not re.fullmatch(r"[\w .:/@=+-]{1,200}", key):
+        raise RegistryError(f"{key!r} is no key for a run. Use up to 200 letters, digits, spaces and .:/@=+-_.")
+    found = client.search_runs([experiment.experiment_id], filter_string=f"tags.`{_KEY_TAG}` = '{key}'", max_results=1)
+    if found:
+        return found[0]
+    # Created together with its key, so that a crash right after leaves a run the next call finds.
+    return client.create_run(experiment.experiment_id, run_name=title, tags={**tags, _KEY_TAG: key})
+
+
+def log_metrics(
+    client: "MlflowClient", run: "Run", metrics: Mapping[str, float], *, model_id: str | None = None
+) -> None:
+    """Log single values on a run, and on a model; again with the same values it adds nothing."""
+    from mlflow.entities import Metric
+
+    rows = [Metric(key, value, run.info.start_time, 0, model_id=model_id) for key, value in metrics.items()]
+    if rows:
+        client.log_batch(run.info.run_id, metrics=rows)
+
+
+def log_artifacts(client: "MlflowClient", run: "Run", artifacts: Sequence[Path]) -> None:
+    """Copy small files beside a run, under their own names."""
+    for path in artifacts:
+        client.log_artifact(run.info.run_id, str(path))
+
+
+def _recorded(tracking_uri: str, run: "Run") -> Recorded:
+    path = f"experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
+    return Recorded(run.info.run_id, page(tracking_uri, path))

@@ -1,0 +1,102 @@
+"""Registers a model in child processes that kill themselves at a chosen step; run by test_registry_faults.
+
+    dying.py MODEL TEMPLATE HOMES STRIDE    prints one JSON object: {"steps": steps of an undisturbed run, "homes": […]}
+
+TEMPLATE is a database to start from, or "-" to let the child set its store up.
+"""
+
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
+
+from deploy.registry import register
+from deploy.store import connect
+
+
+def _watch(step: Callable[[], None]) -> None:
+    """Call `step` before every change this process makes to the file system or a database."""
+
+    def heard(name: str, arguments: tuple[object, ...]) -> None:
+        if name in ("os.link", "os.rename", "os.mkdir"):
+            step()
+
+    sys.addaudithook(heard)
+    event.listen(Engine, "commit", lambda connection: step())
+
+
+def _child(work: Callable[[], None]) -> int:
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+            os._exit(1)
+        os._exit(0)
+    return os.waitpid(pid, 0)[1]
+
+
+def _register(model: Path, home: Path) -> None:
+    register(model, name="tiny", tracking_uri=f"sqlite:///{home}/mlflow.db", metrics={"accuracy": 0.5})
+
+
+def _count(model: Path, home: Path) -> int:
+    steps = 0
+
+    def step() -> None:
+        nonlocal steps
+        steps += 1
+
+    def work() -> None:
+        _watch(step)
+        _register(model, home)
+        (home / "steps").write_text(str(steps))
+
+    assert _child(work) == 0
+    return int((home / "steps").read_text())
+
+
+def _die(model: Path, home: Path, last: int) -> None:
+    left = last
+
+    def step() -> None:
+        nonlocal left
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left -= 1
+
+    def work() -> None:
+        _watch(step)
+        _register(model, home)
+
+    assert _child(work) == signal.SIGKILL
+
+
+def main(model: Path, template: str, homes: Path, stride: int) -> None:
+    # Imported once, before the forks.
+    connect("http://127.0.0.1:1")
+
+    def home(name: str) -> Path:
+        (homes / name).mkdir()
+        if template != "-":
+            shutil.copy(template, homes / name / "mlflow.db")
+        return homes / name
+
+    steps = _count(model, home("undisturbed"))
+    killed = []
+    for last in range(0, steps, stride):
+        killed.append(home(f"killed-before-{last}"))
+        _die(model, killed[-1], last)
+        assert _child(lambda: _register(model, killed[-1])) == 0
+    sys.stdout.write(json.dumps({"steps": steps, "homes": [str(path) for path in killed]}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]))
