@@ -1,0 +1,157 @@
+"""Harness: scores a model directory on benchmarks, in a child process of its own, resuming what was interrupted."""
+
+import collections
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+from evaluation import errors
+from evaluation.benchmark import Benchmark, resolve_benchmark
+from evaluation.errors import BenchmarkError, DeviceError, EvaluationError, ModelError, WorkerError
+from evaluation.fingerprint import Fingerprint, fingerprint
+from evaluation.job import Assignment, Job
+from evaluation.report import Report, Setting
+
+# A version of any of these can change a score.
+LIBRARIES = ("antlr4-python3-runtime", "lm_eval", "math-verify", "torch", "transformers")
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far one benchmark is, counted in answers; answers kept from an earlier run count as done."""
+
+    benchmark: str
+    done: int
+    total: int
+
+
+def evaluate(
+    model: Path,
+    benchmarks: Sequence[str | Path],
+    *,
+    cache: Path,
+    device: str = "cpu",
+    dtype: str = "auto",
+    batch_size: int = 64,
+    limit: int | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> list[Report]:
+    """Return one report a benchmark, in their order, scoring in one child process whatever `cache` does not hold yet.
+
+    A benchmark is a shipped name or the path of an lm-eval task YAML. Reports are keyed by the content of model and
+    benchmark and by the settings, so asking again costs nothing; after a kill at any moment the same call goes on from
+    the last finished batch and ends in the same report. dtype "auto" is the dtype the model is stored in; `limit`
+    scores the first problems only. Raises EvaluationError, see evaluation.errors.
+    """
+    subject = fingerprint(model)
+    resolved = [resolve_benchmark(benchmark) for benchmark in benchmarks]
+    settings = _settings(subject, device=device, dtype=dtype, batch_size=batch_size, limit=limit)
+    assignments = tuple(_assignment(subject, benchmark, settings, cache) for benchmark in resolved)
+    missing = tuple(assignment for assignment in assignments if not assignment.report_path.exists())
+    if missing:
+        job = Job(
+            model=str(subject.path),
+            device=device,
+            dtype=str(settings["dtype"]),
+            batch_size=batch_size,
+            limit=limit,
+            assignments=missing,
+        )
+        _run_worker(job, on_progress)
+    # The content decides, but the path in a report from the cache may be that of a copy.
+    return [replace(Report.read(assignment.report_path), model=str(subject.path)) for assignment in assignments]
+
+
+def _settings(
+    subject: Fingerprint, *, device: str, dtype: str, batch_size: int, limit: int | None
+) -> dict[str, Setting]:
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise DeviceError(f"device is {device} and must be cpu, cuda or cuda:N.")
+    if dtype == "auto" and subject.dtype is None:
+        raise ModelError(f"{subject.path / 'config.json'} states no dtype: pass dtype, one of {', '.join(DTYPES)}.")
+    chosen = subject.dtype if dtype == "auto" else dtype
+    if chosen not in DTYPES:
+        raise ModelError(f"dtype of {subject.path} is {chosen} and must be one of {', '.join(DTYPES)}: pass dtype.")
+    for name, value in (("batch_size", batch_size), ("limit", 1 if limit is None else limit)):
+        if value < 1:
+            raise BenchmarkError(f"{name} is {value} and must be at least 1.")
+    return {
+        "add_special_tokens": True,
+        "batch_size": batch_size,
+        "device": device,
+        "dtype": chosen,
+        "limit": limit,
+        **{f"{library} version": version(library) for library in LIBRARIES},
+    }
+
+
+def _assignment(subject: Fingerprint, benchmark: Benchmark, settings: Mapping[str, Setting], cache: Path) -> Assignment:
+    assignment = Assignment(
+        benchmark=benchmark.name,
+        benchmark_path=str(benchmark.path),
+        benchmark_digest=benchmark.digest,
+        model_digest=subject.digest,
+        settings={**settings, **benchmark.generation},
+        cache=str(cache.absolute()),
+    )
+    assignment.directory.mkdir(parents=True, exist_ok=True)
+    return assignment
+
+
+def _run_worker(job: Job, on_progress: Callable[[Progress], None] | None) -> None:
+    log_path = job.assignments[0].directory / "worker.log"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
+    refusal: EvaluationError | None = None
+    with (
+        log_path.open("wb") as log,
+        # A session of its own: an interrupt at the terminal reaches the parent, which ends the child in its own time.
+        subprocess.Popen(
+            [sys.executable, "-m", "evaluation.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=environment,
+            start_new_session=True,
+        ) as worker,
+    ):
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        try:
+            worker.stdin.write(job.to_line())
+            worker.stdin.flush()
+            for line in worker.stdout:
+                event = json.loads(line)
+                if event["event"] == "refused":
+                    refusal = getattr(errors, event["kind"])(event["message"])
+                elif on_progress is not None:
+                    on_progress(Progress(event["benchmark"], event["done"], event["total"]))
+            code = worker.wait()
+        except BrokenPipeError:
+            code = worker.wait()
+        finally:
+            worker.kill()
+    if refusal is not None:
+        raise refusal
+    if code != 0:
+        raise WorkerError(_obituary(job, code, log_path))
+
+
+def _obituary(job: Job, code: int, log_path: Path) -> str:
+    names = ", ".join(assignment.benchmark for assignment in job.assignments)
+    if code < 0:
+        return (
+            f"the process scoring {job.model} on {names} was killed by {signal.Signals(-code).name}; "
+            "finished answers are kept, evaluate again to go on. If memory ran out, pass a smaller batch size."
+        )
+    last = collections.deque(log_path.read_text(encoding="utf-8", errors="replace").split("\n"), maxlen=2)[0]
+    return (
+        f"the process scoring {job.model} on {names} failed with exit code {code}: {last.strip()} (more in {log_path})"
+    )

@@ -1,0 +1,61 @@
+"""Job: what the parent asks of one worker process, as the line of JSON that crosses the pipe."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from evaluation.digest import digest_value
+from evaluation.report import Setting
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One benchmark to score, under settings that equal those of every other model it is compared with."""
+
+    benchmark: str
+    benchmark_path: str
+    benchmark_digest: str
+    model_digest: str
+    settings: Mapping[str, Setting]
+    cache: str
+
+    @property
+    def directory(self) -> Path:
+        """Return the directory of this evaluation: its journal, its lock, its log and at last its report."""
+        key = digest_value([self.model_digest, self.benchmark_digest, dict(self.settings)])
+        return Path(self.cache) / f"{self.benchmark}-{key[:24]}"
+
+    @property
+    def report_path(self) -> Path:
+        """Return the path of the report, which is complete or absent."""
+        return self.directory / "report.json"
+
+    @property
+    def journal_path(self) -> Path:
+        """Return the path of the journal of answers."""
+        return self.directory / "journal.jsonl"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model and the benchmarks to score it on, in order."""
+
+    model: str
+    device: str
+    dtype: str
+    batch_size: int
+    limit: int | None
+    assignments: tuple[Assignment, ...]
+
+    def to_line(self) -> bytes:
+        """Return the job as one line of JSON."""
+        return json.dumps(dataclasses.asdict(self)).encode() + b"\n"
+
+    @classmethod
+    def from_line(cls, line: bytes) -> Self:
+        """Return the job that `to_line` wrote."""
+        fields = json.loads(line)
+        return cls(assignments=tuple(Assignment(**each) for each in fields.pop("assignments")), **fields)

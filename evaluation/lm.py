@@ -1,0 +1,141 @@
+"""Language model: lm-eval's Hugging Face model, answering in fixed chunks that a journal keeps."""
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from evaluation.digest import digest_value
+from evaluation.errors import BenchmarkError, ModelError
+from evaluation.journal import Journal
+
+
+class JournalledLM(HFLM):  # type: ignore[misc]  # lm_eval carries no types
+    """A model whose answers depend on the requests alone, never on what was answered before.
+
+    A chunk is `batch_size` requests in the benchmark's order, so padding and batching are the same whatever the journal
+    holds already, and each chunk starts from a seed of its own. `truncated` tells, for each answer of the last call of
+    `generate_until`, whether the token limit cut it off.
+    """
+
+    def __init__(self, path: Path, *, device: str, dtype: str, batch_size: int) -> None:
+        """Load the model directory; ModelError when its weights do not fill exactly the architecture it names."""
+        model, tokenizer = _load(path, dtype)
+        super().__init__(pretrained=model.to(device), tokenizer=tokenizer, batch_size=batch_size, backend="causal")
+        # The checkpoint's sampling settings must not leak into a benchmark's; where to stop is the model's own affair.
+        stops = model.generation_config.eos_token_id
+        self._stops = sorted({self.tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None})
+        model.generation_config = GenerationConfig(eos_token_id=self._stops or None)  # type: ignore[no-untyped-call]
+        self.truncated: list[bool] = []
+
+    def keep(self, journal: Journal, on_chunk: Callable[[int, int], None]) -> None:
+        """Answer from and into `journal` from now on, calling `on_chunk(done, total)` in requests after each chunk."""
+        self._journal = journal
+        self._on_chunk = on_chunk
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """Return the text generated for each request, up to its first stop sequence."""
+        self._refuse_too_long(requests, [request.args[0] for request in requests], _token_limit)
+        answers = self._answer("generate_until", requests, self._generate)
+        self.truncated = [truncated for _, truncated in answers]
+        return [text for text, _ in answers]
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """Return, for each request, the log-likelihood of its continuation and whether it is the greedy one."""
+        self._refuse_too_long(requests, ["".join(request.args) for request in requests], lambda _: 0)
+        answers = self._answer("loglikelihood", requests, partial(super().loglikelihood, disable_tqdm=True))
+        return [(likelihood, greedy) for likelihood, greedy in answers]
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        """Return the log-likelihood of each request's whole text."""
+        answer = partial(super().loglikelihood_rolling, disable_tqdm=True)
+        return self._answer("loglikelihood_rolling", requests, answer)
+
+    def _answer(self, kind: str, requests: list[Instance], answer: Callable[[list[Instance]], list[Any]]) -> list[Any]:
+        answers: list[Any] = []
+        for start in range(0, len(requests), self.batch_size):
+            chunk = requests[start : start + self.batch_size]
+            # The start tells repeats of one request apart: each shall be another sample.
+            key = digest_value([kind, start, [list(request.args) for request in chunk]])
+            kept = self._journal.find(key)
+            if kept is None:
+                torch.manual_seed(int(key[:12], 16))
+                started = time.perf_counter()
+                kept = answer(chunk)
+                self._journal.append(key, kept, seconds=time.perf_counter() - started)
+            answers += kept
+            self._on_chunk(len(answers), len(requests))
+        return answers
+
+    def _generate(self, chunk: list[Instance]) -> list[tuple[str, bool]]:
+        settings = normalize_gen_kwargs(chunk[0].args[1])
+        until, limit = settings.pop("until"), settings.pop("max_gen_toks")
+        if settings["do_sample"]:
+            # Unless a benchmark states it: transformers would sample from the 50 likeliest tokens.
+            settings.setdefault("top_k", 0)
+        prompts = self.tokenizer(
+            [request.args[0] for request in chunk], padding=True, padding_side="left", return_tensors="pt"
+        )
+        width = prompts["input_ids"].shape[1]
+        rows = self._model_generate(
+            context=prompts["input_ids"].to(self.device),
+            attention_mask=prompts["attention_mask"].to(self.device),
+            stop=until,
+            max_length=width + limit,
+            **settings,
+        )
+        return [self._decode(row, until) for row in rows[:, width:].tolist()]
+
+    def _decode(self, tokens: list[int], until: list[str]) -> tuple[str, bool]:
+        end = next((position for position, token in enumerate(tokens) if token in self._stops), None)
+        raw = self.tokenizer.decode(tokens[:end], skip_special_tokens=True)
+        text = postprocess_generated_text(raw, until, None)
+        return text, end is None and text == raw
+
+    def _refuse_too_long(
+        self, requests: Sequence[Instance], texts: Sequence[str], room: Callable[[Instance], int]
+    ) -> None:
+        # lm-eval would cut the beginning of the prompt off, silently.
+        for request, tokens in zip(requests, self.tokenizer(list(texts))["input_ids"], strict=True):
+            if len(tokens) + room(request) > self.max_length:
+                raise BenchmarkError(
+                    f"problem {request.doc_id} of {request.task_name} has {len(tokens)} tokens and may generate "
+                    f"{room(request)}, more than the {self.max_length} the model can hold: "
+                    "lower max_gen_toks or drop the problem."
+                )
+
+
+def _token_limit(request: Instance) -> int:
+    return int(normalize_gen_kwargs(request.args[1])["max_gen_toks"])
+
+
+def _load(path: Path, dtype: str) -> tuple[Any, Any]:
+    causal: Any = AutoModelForCausalLM  # transformers does not type output_loading_info
+    try:
+        model, info = causal.from_pretrained(
+            path,
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"{path} cannot be loaded: {' '.join(str(error).split())}") from error
+    # transformers fills such tensors with random numbers and goes on.
+    unfilled = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    if unfilled:
+        raise ModelError(
+            f"{path} lacks {len(unfilled)} tensors that its config.json asks for, such as {unfilled[0]}: "
+            "write the model again."
+        )
+    return model, tokenizer

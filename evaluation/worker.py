@@ -1,0 +1,196 @@
+"""Worker: the child process that scores one model, `python -m evaluation.worker`.
+
+It reads one job from its standard input, reports progress as JSON lines on its standard output, and leaves a report a
+benchmark. It holds a lock on each evaluation, so two workers never write one journal, and it does not outlive its
+parent.
+"""
+
+import ctypes
+import gc
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from filelock import FileLock
+
+from evaluation.errors import BenchmarkError, DeviceError, EvaluationError
+from evaluation.job import Assignment, Job
+from evaluation.journal import Journal
+from evaluation.problems import problem_id
+from evaluation.report import Report
+
+if TYPE_CHECKING:
+    from evaluation.lm import JournalledLM
+
+Send: TypeAlias = Callable[[Mapping[str, Any]], None]
+
+PR_SET_PDEATHSIG = 1
+FEWSHOT_SEED = 1234
+
+
+def main() -> None:
+    """Do the job on standard input; exit 1 after naming the reason for what this package refuses."""
+    send = _channel()
+    _die_with_parent()
+    job = Job.from_line(_first_line())
+    threading.Thread(target=_exit_at_end_of_input, daemon=True).start()
+    try:
+        run(job, send)
+    except EvaluationError as error:
+        send({"event": "refused", "kind": type(error).__name__, "message": str(error)})
+        sys.exit(1)
+
+
+def run(job: Job, send: Send) -> None:
+    """Score every assignment that has no report yet, loading the model once; `send` gets an event for each chunk."""
+    with ExitStack() as locks:
+        # In one order for everybody: two jobs with the same benchmarks cannot wait for each other.
+        for directory in sorted({assignment.directory for assignment in job.assignments}):
+            locks.enter_context(FileLock(directory / "lock"))
+        pending = [assignment for assignment in job.assignments if not assignment.report_path.exists()]
+        if not pending:
+            return
+        _refuse_absent_device(job.device)
+        lm = _load_lm(job)
+        for assignment in pending:
+            with Journal(assignment.journal_path) as journal:
+                lm.keep(journal, partial(_report_progress, send, assignment.benchmark))
+                report = score(lm, assignment, model=job.model, limit=job.limit, journal=journal)
+            report.write(assignment.report_path)
+
+
+def score(lm: "JournalledLM", assignment: Assignment, *, model: str, limit: int | None, journal: Journal) -> Report:
+    """Return the report of `lm` on one benchmark; BenchmarkError when lm-eval cannot load it."""
+    from lm_eval.evaluator import evaluate
+
+    task = _load_task(assignment)
+    metric = next(iter(task.aggregation()))
+    if not task.higher_is_better().get(metric, True):
+        raise BenchmarkError(
+            f"{assignment.benchmark} scores by {metric}, where lower is better: name another metric first."
+        )
+    results = evaluate(
+        lm=lm,
+        task_dict={"tasks": {assignment.benchmark: task}},
+        limit=limit,
+        bootstrap_iters=0,
+        log_samples=True,
+    )
+    samples = results["samples"][assignment.benchmark]
+    samples = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
+    rates = {name: _mean_rate(samples, name) for name in samples[0]["metrics"] if name != metric}
+    if task.OUTPUT_TYPE == "generate_until":
+        rates["truncated"] = sum(lm.truncated) / len(lm.truncated)
+    return Report(
+        model=model,
+        model_digest=assignment.model_digest,
+        benchmark=assignment.benchmark,
+        benchmark_digest=assignment.benchmark_digest,
+        metric=metric,
+        scores=tuple((problem_id(sample["doc"]), _number(sample, metric)) for sample in samples),
+        rates={name: rate for name, rate in rates.items() if rate is not None},
+        settings=assignment.settings,
+        seconds=journal.seconds,
+    )
+
+
+def _load_task(assignment: Assignment) -> Any:  # lm_eval's Task
+    from lm_eval.tasks import TaskManager
+
+    try:
+        # Never the default index, which takes a quarter of a minute to build.
+        task = TaskManager(include_defaults=False).load(assignment.benchmark_path)["tasks"][assignment.benchmark]
+    except (ImportError, AttributeError, KeyError, TypeError, ValueError, OSError, IndexError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise BenchmarkError(f"lm-eval cannot load {assignment.benchmark_path}: {reason}") from error
+    if task.get_config("num_fewshot") is None:
+        task.set_config(key="num_fewshot", value=0)
+    task.set_fewshot_seed(seed=FEWSHOT_SEED)
+    return task
+
+
+def _load_lm(job: Job) -> "JournalledLM":
+    # Collecting garbage among the modules that torch and transformers leave behind costs a fifth of the start.
+    gc.disable()
+    import lm_eval.evaluator  # noqa: F401
+
+    from evaluation.lm import JournalledLM
+
+    lm = JournalledLM(Path(job.model), device=job.device, dtype=job.dtype, batch_size=job.batch_size)
+    gc.freeze()
+    gc.enable()
+    return lm
+
+
+def _refuse_absent_device(device: str) -> None:
+    if device == "cpu":
+        return
+    import torch
+
+    found, wanted = torch.cuda.device_count(), torch.device(device).index or 0
+    if wanted >= found:
+        raise DeviceError(f"device {device} was asked for and this machine has {found} CUDA devices: pass device cpu.")
+
+
+def _number(sample: Mapping[str, Any], metric: str) -> float:
+    value = sample[metric]
+    if not isinstance(value, (int, float)):
+        raise BenchmarkError(f"metric {metric} has no score per problem but {value!r}: name another metric first.")
+    return float(value)
+
+
+def _mean_rate(samples: list[dict[str, Any]], name: str) -> float | None:
+    values = [sample[name] for sample in samples]
+    if not all(isinstance(value, (int, float)) and 0 <= value <= 1 for value in values):
+        return None
+    return float(sum(values) / len(values))
+
+
+def _report_progress(send: Send, benchmark: str, done: int, total: int) -> None:
+    send({"event": "progress", "benchmark": benchmark, "done": done, "total": total})
+
+
+def _channel() -> Send:
+    # Libraries print: standard output becomes standard error, and the events have the original to themselves.
+    events = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+    def send(event: Mapping[str, Any]) -> None:
+        events.write(json.dumps(event) + "\n")
+        events.flush()
+
+    return send
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _first_line() -> bytes:
+    # Unbuffered: what follows the line belongs to the thread that waits for the end of the input.
+    line = bytearray()
+    while not line.endswith(b"\n"):
+        byte = os.read(sys.stdin.fileno(), 1)
+        if not byte:
+            os._exit(1)
+        line += byte
+    return bytes(line)
+
+
+def _exit_at_end_of_input() -> None:
+    # The parent never closes its end: end of input means that it is gone, on any platform.
+    while os.read(sys.stdin.fileno(), 1):
+        pass
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from evaluation.benchmark import SHIPPED, resolve_benchmark, write_benchmark
+from evaluation.errors import BenchmarkError
+
+PROBLEMS = [{"prompt": "1+1=", "answer": "2"}, {"prompt": "2+2=", "answer": "4"}]
+
+
+def test_a_benchmark_is_named_by_its_content_and_not_by_its_place(tmp_path: Path) -> None:
+    here = resolve_benchmark(write_benchmark(tmp_path / "here", "sums", PROBLEMS, max_new_tokens=4, stop=["\n"]))
+    there = resolve_benchmark(write_benchmark(tmp_path / "there", "sums", PROBLEMS, max_new_tokens=4, stop=["\n"]))
+    assert here.name == "sums"
+    assert here.generation == {"max_new_tokens": 4, "temperature": 0.0}
+    assert here.digest == there.digest
+    assert here.path != there.path
+
+
+def test_any_change_of_problems_or_settings_is_another_benchmark(tmp_path: Path) -> None:
+    variants = [
+        write_benchmark(tmp_path / "a", "sums", PROBLEMS, max_new_tokens=4),
+        write_benchmark(tmp_path / "b", "sums", PROBLEMS[::-1], max_new_tokens=4),
+        write_benchmark(tmp_path / "c", "sums", PROBLEMS, max_new_tokens=5),
+        write_benchmark(tmp_path / "d", "sums", PROBLEMS, max_new_tokens=4, stop=["."]),
+        write_benchmark(tmp_path / "e", "sums", PROBLEMS, max_new_tokens=4, base="boxed_math"),
+    ]
+    assert len({resolve_benchmark(path).digest for path in variants}) == len(variants)
+
+
+def test_a_grading_function_beside_the_yaml_is_part_of_the_benchmark(edited: Callable[[str, str], Path]) -> None:
+    path = edited("evaluation.grading.score_exact_match", "marks.score")
+    marks = path.parent / "marks.py"
+    marks.write_text("def score(problem, results): return {'exact_match': 1.0, 'answered': 1.0}\n")
+    before = resolve_benchmark(path).digest
+    marks.write_text("def score(problem, results): return {'exact_match': 0.0, 'answered': 1.0}\n")
+    assert resolve_benchmark(path).digest != before
+
+
+def test_writing_the_same_benchmark_again_changes_nothing(tmp_path: Path) -> None:
+    path = write_benchmark(tmp_path, "sums", PROBLEMS, max_new_tokens=4)
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
+    assert write_benchmark(tmp_path, "sums", PROBLEMS, max_new_tokens=4) == path
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()} == before
+    with pytest.raises(BenchmarkError, match=r"sums\.jsonl exists and holds another benchmark"):
+        write_benchmark(tmp_path, "sums", PROBLEMS[:1], max_new_tokens=4)
+
+
+def test_changed_data_is_refused_with_both_digests(tmp_path: Path) -> None:
+    path = write_benchmark(tmp_path, "sums", PROBLEMS, max_new_tokens=4)
+    data = tmp_path / "sums.jsonl"
+    data.write_text(data.read_text().replace('"2"', '"3"'))
+    with pytest.raises(BenchmarkError, match=r"sums\.jsonl has sha256 [0-9a-f]{64} and .* for [0-9a-f]{64}"):
+        resolve_benchmark(path)
+    data.unlink()
+    with pytest.raises(BenchmarkError, match=r"sums\.jsonl does not exist"):
+        resolve_benchmark(path)
+
+
+def test_an_unknown_benchmark_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(BenchmarkError, match=r"benchmark nonsense is neither a file nor shipped \(shipped: "):
+        resolve_benchmark("nonsense")
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_shipped_base_is_a_base_and_no_benchmark(path: Path) -> None:
+    with pytest.raises(BenchmarkError, match="names no single task"):
+        resolve_benchmark(path.stem)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("task: [", "is no readable YAML: while parsing .* line 1"),
+        ("- a", "holds a list and must hold"),
+        ("doc_to_text: x", r"names no single task \(task is None\)"),
+        ("group: g\ntask: [a, b]", r"names no single task \(task is \['a', 'b'\]\)"),
+        ("task: t\noutput_type: essay", "has output_type essay and lm-eval knows generate_until"),
+        ("task: t\ninclude: absent.yaml", r"absent\.yaml is no readable YAML: .*No such file"),
+        ("task: t\ninclude: broken.yaml", r"broken\.yaml includes itself"),
+        ("task: t\ncustom_dataset: !function evaluation.problems.load_problems", "needs dataset_kwargs"),
+        ("task: t\nprocess_results: !function evaluation.nothing.score", r"there is no module evaluation\.nothing"),
+    ],
+)
+def test_a_broken_yaml_is_refused_in_one_line(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(BenchmarkError, match=message) as refusal:
+        resolve_benchmark(path)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("problems", "message"),
+    [
+        ([], "has no problems"),
+        ([{"prompt": "1+1="}], "problem 1 of sums needs a prompt and an answer"),
+        ([*PROBLEMS, {"prompt": " ", "answer": "2"}], "problem 3 of sums needs"),
+        ([*PROBLEMS, PROBLEMS[0]], "problems 1 and 3 of sums are the same"),
+    ],
+)
+def test_unfit_problems_are_refused_and_nothing_is_left(
+    tmp_path: Path, problems: list[dict[str, str]], message: str
+) -> None:
+    with pytest.raises(BenchmarkError, match=message):
+        write_benchmark(tmp_path / "benchmarks", "sums", problems, max_new_tokens=4)
+    assert not (tmp_path / "benchmarks").exists()
+
+
+def test_a_name_that_is_a_path_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BenchmarkError, match=r"'\.\./sums' cannot name a benchmark"):
+        write_benchmark(tmp_path, "../sums", PROBLEMS, max_new_tokens=4)

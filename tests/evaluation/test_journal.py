@@ -1,0 +1,41 @@
+from pathlib import Path
+
+import pytest
+
+from evaluation.errors import JournalError
+from evaluation.journal import Journal
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "journal.jsonl"
+    with Journal(path) as journal:
+        journal.append("one", [["a", False]], seconds=1.5)
+        journal.append("two", [[-0.1, True]], seconds=2.0)
+    return path
+
+
+def test_a_journal_remembers_answers_and_time(path: Path) -> None:
+    with Journal(path) as journal:
+        assert journal.find("one") == [["a", False]]
+        assert journal.find("two") == [[-0.1, True]]
+        assert journal.find("three") is None
+        assert journal.seconds == 3.5
+
+
+def test_a_last_line_torn_anywhere_is_dropped_and_writing_goes_on(path: Path) -> None:
+    whole = path.read_bytes()
+    start = whole.index(b"\n") + 1
+    for length in range(start, len(whole)):
+        path.write_bytes(whole[:length])
+        with Journal(path) as journal:
+            assert journal.find("one") is not None
+            assert journal.find("two") is None
+            journal.append("two", [[-0.1, True]], seconds=2.0)
+        assert path.read_bytes() == whole
+
+
+def test_damage_before_the_last_line_is_refused_by_line(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b'{"chunk": "one"', b'{"chunk" "one"'))
+    with pytest.raises(JournalError, match=r"journal\.jsonl: line 1 is damaged"):
+        Journal(path)
