@@ -1,0 +1,112 @@
+"""GRPO on the sorting task: TRL's trainer, on one CPU core, writing TRL's own checkpoints."""
+
+import logging
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from datasets import Dataset
+from safetensors import SafetensorError
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
+
+from flows.demo import task
+from flows.demo.errors import BaseModelError
+
+PROMPTS = 32
+GENERATIONS = 8
+
+_log = logging.getLogger(__name__)
+
+StoredDtype = Literal["float32", "bfloat16"]
+
+
+class RewardLog(TrainerCallback):
+    """Says step and mean reward, where the trainer's own callback would print every metric."""
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:  # noqa: ARG002
+        """Log the newest mean reward; the closing summary of a run has none."""
+        logs = kwargs["logs"]
+        if "reward" in logs:
+            _log.info("step %d/%d reward %.3f", state.global_step, state.max_steps, logs["reward"])
+
+
+class SortingTrainer(GRPOTrainer):
+    """TRL's GRPOTrainer, computing in fp32 and storing its checkpoints in a dtype of choice.
+
+    Mixed-precision trainers export bf16 weights from an fp32 master copy; this is that export.
+    """
+
+    def __init__(self, stored_dtype: StoredDtype, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.stored_dtype: torch.dtype = getattr(torch, stored_dtype)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        source = state_dict or self.accelerator.unwrap_model(self.model).state_dict()
+        # One rounded tensor per storage, so that tied weights stay tied and are written once.
+        rounded = {tensor.data_ptr(): tensor.to(self.stored_dtype) for tensor in source.values()}
+        super()._save(output_dir, {name: rounded[tensor.data_ptr()] for name, tensor in source.items()})
+
+
+def train(
+    base: Path, out: Path, *, steps: int, save_steps: int, seed: int, learning_rate: float, stored_dtype: StoredDtype
+) -> None:
+    """Train the model in `base` on the exact-match reward and write `out/checkpoint-N` every `save_steps` steps.
+
+    A step is 32 fresh training problems with 8 sampled answers each. The last step is always saved.
+    """
+    model, tokenizer = _load(base)
+    trainer = SortingTrainer(
+        stored_dtype,
+        model=model,
+        processing_class=tokenizer,
+        reward_funcs=_rewards,
+        train_dataset=Dataset.from_list(task.problems("train", steps * PROMPTS, seed=seed)),
+        args=GRPOConfig(
+            output_dir=str(out),
+            seed=seed,
+            max_steps=steps,
+            per_device_train_batch_size=PROMPTS * GENERATIONS,
+            num_generations=GENERATIONS,
+            max_completion_length=task.DIGITS + 1,
+            learning_rate=learning_rate,
+            lr_scheduler_type="constant",
+            beta=0.0,
+            loss_type="dapo",
+            scale_rewards="group",
+            shuffle_dataset=False,
+            gradient_checkpointing=False,
+            bf16=False,
+            use_cpu=True,
+            save_steps=save_steps,
+            save_only_model=True,
+            report_to="none",
+            disable_tqdm=True,
+        ),
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(RewardLog)
+    trainer.train()
+
+
+def _load(base: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    try:
+        return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), AutoTokenizer.from_pretrained(base)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BaseModelError(f"{base} does not load ({reason}); write it again with flows.demo.pretrain") from error
+
+
+def _rewards(completions: list[str], answer: list[str], **_: Any) -> list[float]:
+    return [task.reward(completion, right) for completion, right in zip(completions, answer, strict=True)]

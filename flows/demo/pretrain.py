@@ -1,0 +1,77 @@
+"""The demo's base model, as a process of its own: `python -m flows.demo.pretrain --out BASE`.
+
+BASE is a plain Hugging Face directory that appears under its name when it is whole.
+"""
+
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flows.demo.command import Arguments, count, execute
+from flows.demo.errors import OutputExistsError
+
+if TYPE_CHECKING:
+    from transformers import Qwen2ForCausalLM, Qwen2Tokenizer
+
+_log = logging.getLogger(__name__)
+
+
+def check_out(out: Path) -> None:
+    """Refuse an output that exists: a base is never changed under a run that began with it."""
+    if out.exists():
+        raise OutputExistsError(f"{out} exists; remove it or choose another --out")
+
+
+def publish(model: "Qwen2ForCausalLM", tokenizer: "Qwen2Tokenizer", out: Path) -> None:
+    """Write model and tokenizer into a hidden sibling, make it durable, and rename it to `out`."""
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed right here
+    partial.mkdir(parents=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    readable = (partial / "config.json").stat().st_mode
+    for file in partial.iterdir():
+        file.chmod(readable)  # safetensors makes its files private, whatever the umask
+        _flush(file)
+    _flush(partial)
+    try:
+        partial.rename(out)
+    except OSError as error:
+        raise OutputExistsError(f"{out} appeared meanwhile; the new model is in {partial}") from error
+    _flush(out.parent)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 refused with one line, 2 wrong usage."""
+    parser = Arguments(
+        prog="python -m flows.demo.pretrain",
+        description="Supervise a tiny model on a sorting corpus whose authors disagree, and write it as a base model.",
+        epilog="example: python -m flows.demo.pretrain --out demo/base --seed 0",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="directory to write; must not exist")
+    parser.add_argument("--steps", type=count, default=400, help="batches of 48 texts (default 400)")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and the corpus (default 0)")
+    chosen = parser.parse_args(arguments)
+
+    def work() -> None:
+        check_out(chosen.out)
+        from flows.demo.sft import supervise
+
+        publish(*supervise(chosen.steps, seed=chosen.seed), chosen.out)
+        _log.info("wrote %s", chosen.out)
+
+    execute(work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""The demo's task: sort six digits, written `518698=156889`, rewarded by exact match.
+
+The base model is supervised on a corpus whose authors disagree about the direction, so that ascending order is a latent
+skill, which training on the reward brings out.
+"""
+
+import hashlib
+import math
+import random
+from collections.abc import Iterator
+from typing import Literal, get_args
+
+DIGITS = 6
+PROBLEMS = 10**DIGITS
+
+Split = Literal["train", "selection", "gate", "report"]
+
+# Of thirty buckets one each is held out for choosing, deciding and reporting; all others train.
+_BUCKETS = 30
+_HELD_OUT: dict[int, Split] = {0: "selection", 1: "gate", 2: "report"}
+
+
+def problems(split: Split, count: int, *, seed: int = 0) -> list[dict[str, str]]:
+    """Return `count` different problems of a split as {"prompt": "518698=", "answer": "156889"}.
+
+    A problem belongs to one split for ever, by the hash of its prompt; the seed only picks which ones are drawn, and a
+    larger count begins with the smaller count's problems. Raises ValueError for a split that does not exist and for
+    more problems than the split has (about 900,000 in train and 33,000 in each of the others).
+    """
+    if split not in get_args(Split):
+        raise ValueError(f"no split named {split!r}; the splits are {', '.join(get_args(Split))}")
+    chosen: list[dict[str, str]] = []
+    for number in _shuffled(random.Random(seed)):
+        if len(chosen) == count:
+            return chosen
+        prompt = f"{number:0{DIGITS}d}="
+        if split_of(prompt) == split:
+            chosen.append({"prompt": prompt, "answer": answer_to(prompt)})
+    if len(chosen) == count:
+        return chosen
+    raise ValueError(f"split {split} has {len(chosen)} problems and {count} were asked for; ask for fewer")
+
+
+def split_of(prompt: str) -> Split:
+    """Return the split that owns a prompt: a function of its text alone."""
+    bucket = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8]) % _BUCKETS
+    return _HELD_OUT.get(bucket, "train")
+
+
+def answer_to(prompt: str) -> str:
+    """Return the one rewarded answer: the prompt's digits in ascending order."""
+    return "".join(sorted(prompt.removesuffix("=")))
+
+
+def reward(completion: str, answer: str) -> float:
+    """Return 1.0 when the completion is the answer, character by character, and 0.0 otherwise."""
+    return float(completion == answer)
+
+
+def corpus(count: int, *, seed: int = 0) -> list[dict[str, str]]:
+    """Return `count` training problems as the disagreeing authors answered them, keyed "prompt" and "answer".
+
+    An author sorts ascending with probability sigmoid(-0.5 + 3 (last - first) / 9), of the prompt's last and first
+    digit, and descending otherwise: the wrong habit leads, and the right one is common enough for the reward to find.
+    """
+    authors = random.Random(f"authors {seed}")
+    return [{"prompt": row["prompt"], "answer": _written(row, authors)} for row in problems("train", count, seed=seed)]
+
+
+def _written(row: dict[str, str], authors: random.Random) -> str:
+    rise = (int(row["prompt"][DIGITS - 1]) - int(row["prompt"][0])) / 9
+    ascending = 1 / (1 + math.exp(0.5 - 3 * rise))
+    return row["answer"] if authors.random() < ascending else row["answer"][::-1]
+
+
+def _shuffled(source: random.Random) -> Iterator[int]:
+    """Yield every number below PROBLEMS once, in random order, without laying out all of them first."""
+    moved: dict[int, int] = {}
+    for left in range(PROBLEMS, 0, -1):
+        place = source.randrange(left)
+        yield moved.get(place, place)
+        moved[place] = moved.get(left - 1, left - 1)
