@@ -24,10 +24,11 @@ Source = Literal["combined", "base", "latest"]
 
 @dataclass(frozen=True)
 class TensorForecast:
-    """How one tensor is made: sum of coefficients times deltas on the base, or the base's or the latest checkpoint's copy.
+    """How one tensor is made: sum of coefficients times deltas on the base, or the base's or the latest's copy.
 
-    `coefficients` has one fp64 number a checkpoint when `source` is combined and is empty otherwise. `energy` is the rank-1
-    share of the squared deltas, `r_squared` that of the leading coordinate's line; None for integers and frozen tensors.
+    `coefficients` has one fp64 number a checkpoint when `source` is combined and is empty otherwise. `energy` is the
+    rank-1 share of the squared deltas, `r_squared` that of the leading coordinate's line; None for integers and frozen
+    tensors.
     """
 
     source: Source
@@ -95,8 +96,8 @@ def forecast(
 ) -> Forecast:
     """Predict the checkpoint at `target_step` from a trajectory and its Gram.
 
-    `dtype` overrides the stored precision of the result (None: the base's, tensor by tensor). Raises TargetError when the
-    method's parameters do not fit the window.
+    `dtype` overrides the stored precision of the result (None: the base's, tensor by tensor). Raises TargetError when
+    the method's parameters do not fit the window.
     """
     steps_K = torch.tensor(trajectory.steps, dtype=torch.float64)
     energy_T = spectrum.energy(gram.products)

@@ -1,8 +1,8 @@
-"""One streamed pass over a trajectory: the Gram matrix of the deltas of every tensor, in fp64, and a digest of what was read.
+"""One streamed pass over a trajectory: the fp64 Gram matrix of every tensor's deltas, and a digest of what it read.
 
-G[i, j] = <theta_i - theta_0, theta_j - theta_0>. Every linear method, window and target follows from G (see `predictors`), so
-the weights are read once. A Gram is saved under a digest of what it was made from, reused by whatever needs a part of it, and
-extended when checkpoints are added.
+G[i, j] = <theta_i - theta_0, theta_j - theta_0>. Every linear method, window and target follows from G (see
+`predictors`), so the weights are read once. A Gram is saved under a digest of what it was made from, reused by whatever
+needs a part of it, and extended when checkpoints are added.
 
 Shape suffixes: T = tensors that move, K = checkpoints.
 """
@@ -29,8 +29,8 @@ from relex.errors import NonFiniteError
 from relex.layouts.weights import Weights
 from relex.trajectory import CHUNK, Trajectory, Unit, Workspace, as_bytes, in_order, units, workspaces
 
-# Products are taken in tiles of fixed shape: the bits of G[i, j] then do not depend on how many checkpoints there are, and an
-# extended Gram equals one made afresh. 4 rows by 24 columns is what the small-matrix kernels of OpenBLAS like best.
+# Products are taken in tiles of fixed shape: the bits of G[i, j] then do not depend on how many checkpoints there are,
+# and an extended Gram equals one made afresh. 4 rows by 24 columns is what small-matrix kernels of OpenBLAS like best.
 ROWS, COLUMNS = 4, 24
 FORMAT = 1
 
@@ -42,8 +42,9 @@ Progress = Callable[[int, int], None]
 class Gram:
     """The Gram matrices of a trajectory.
 
-    `products` is (T, K, K) fp64, one for each of `names`; `base_norms` is (T,) fp64, the squared norm of the base's tensor.
-    `base_digest` and `digests` (one a checkpoint) identify the contents; `identities` say which files they were read from.
+    `products` is (T, K, K) fp64, one for each of `names`; `base_norms` is (T,) fp64, the squared norm of the base's
+    tensor. `base_digest` and `digests` (one a checkpoint) identify the contents; `identities` say which files they were
+    read from.
     """
 
     steps: tuple[int, ...]
@@ -93,8 +94,9 @@ def measure(
 ) -> Gram:
     """Read the trajectory once, within `memory` bytes, and return its Gram.
 
-    `known` holds products of the first checkpoints of this trajectory that need not be taken again. Raises NonFiniteError
-    naming the tensor and the step, CheckpointChangedError when a file changed meanwhile, MemoryBudgetError.
+    `known` holds products of the first checkpoints of this trajectory that need not be taken again. Raises
+    NonFiniteError naming the tensor and the step, CheckpointChangedError when a file changed meanwhile,
+    MemoryBudgetError.
     """
     count = len(trajectory.checkpoints)
     padded = -(-count // ROWS) * ROWS
@@ -179,7 +181,8 @@ def _refuse_non_finite(gram: Gram, trajectory: Trajectory) -> None:
             if not bool(torch.isfinite(gram.products[place, row, row])):
                 raise NonFiniteError(
                     f"{checkpoint.weights.path}: {name} holds NaN or infinity at step {checkpoint.step}."
-                    " The run has diverged there, or the file is damaged: choose a window before it, or delete the directory."
+                    " The run has diverged there, or the file is damaged: choose a window before it, or delete the"
+                    " directory."
                 )
 
 
@@ -191,7 +194,7 @@ def cached(
     threads: int,
     on_progress: Progress | None = None,
 ) -> Gram:
-    """Return the Gram of `trajectory`, from `directory` when it is there, else measured (from what is there) and saved."""
+    """Return the Gram of `trajectory`: from `directory`, else measured (from what is there) and saved."""
     wanted = [(checkpoint.step, identity(checkpoint.weights)) for checkpoint in trajectory.checkpoints]
     base = identity(trajectory.base)
     known: Gram | None = None

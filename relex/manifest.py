@@ -35,7 +35,8 @@ class FileRecord:
 class Manifest:
     """What was predicted, from what, by what, and every file that came of it.
 
-    `digest` names the prediction (equal inputs, equal digest); `checkpoints` are the observed ones' directories in step order.
+    `digest` names the prediction (equal inputs, equal digest); `checkpoints` are the observed ones' directories in step
+    order.
     """
 
     digest: str
@@ -93,7 +94,7 @@ def read(directory: Path) -> Manifest:
 
 
 def verify(directory: Path) -> Manifest:
-    """Read the manifest and compare every file with it; raises OutputError naming the first that differs, with both values."""
+    """Read the manifest and compare every file with it; raises OutputError with both values of the first difference."""
     manifest = read(directory)
     for name, expected in manifest.files.items():
         path = directory / name

@@ -1,8 +1,8 @@
 """Predicted weights as model directories: coefficients times trajectory, many predictions in one pass.
 
-Per chunk: the deltas once, then for each prediction the sum over its checkpoints in step order, in fp32, on the base, rounded
-once. The sum is taken checkpoint by checkpoint rather than as a matrix product, whose order of additions depends on its shape:
-so the bytes of a prediction do not depend on what else is asked for at once.
+Per chunk: the deltas once, then for each prediction the sum over its checkpoints in step order, in fp32, on the base,
+rounded once. The sum is taken checkpoint by checkpoint rather than as a matrix product, whose order of additions
+depends on its shape: so the bytes of a prediction do not depend on what else is asked for at once.
 """
 
 import json
@@ -55,10 +55,10 @@ def materialise(
     command: Sequence[str] = (),
     on_progress: Progress | None = None,
 ) -> None:
-    """Write every output that is not there yet, in one pass within `memory` bytes; an interrupted call is taken up again.
+    """Write every output that is not there yet, in one pass within `memory` bytes, going on after a killed call.
 
-    Raises OutputError when a directory holds something else, CheckpointChangedError when an input changed meanwhile (then
-    nothing is left behind).
+    Raises OutputError when a directory holds something else, CheckpointChangedError when an input changed meanwhile
+    (then nothing is left behind).
     """
     writers: dict[int, ModelWriter] = {}
     try:
@@ -181,8 +181,8 @@ def _output_tensor(spec: TensorSpec, override: torch.dtype | None) -> OutputTens
 def rebuild(directory: Path, out: Path, *, memory: int, threads: int) -> None:
     """Build the model that the manifest in `directory` describes once more, into `out`, and compare every file with it.
 
-    The base and the checkpoints must still lie where they did. Raises OutputError when a file comes out different, which
-    means an input has changed; `out` is then removed.
+    The base and the checkpoints must still lie where they did. Raises OutputError when a file comes out different,
+    which means an input has changed; `out` is then removed.
     """
     old = manifest.read(directory)
     base = open_base(Path(old.base))
@@ -196,6 +196,6 @@ def rebuild(directory: Path, out: Path, *, memory: int, threads: int) -> None:
     for name, record in old.files.items():
         if new.files.get(name) != record:
             raise OutputError(
-                f"{out / name} came out with sha256 {new.files[name].sha256[:12]}…, the manifest says {record.sha256[:12]}…:"
-                " a checkpoint or the base is not what it was."
+                f"{out / name} came out with sha256 {new.files[name].sha256[:12]}…, the manifest says"
+                f" {record.sha256[:12]}…: a checkpoint or the base is not what it was."
             )

@@ -12,14 +12,14 @@ _BAND_QUANTILE = 1.6448536269514722
 
 
 def energy(gram_TKK: Tensor, rank: int = 1) -> Tensor:
-    """Return (T,) the share of the squared deltas that the best rank-`rank` trajectory holds; 1 for a tensor that never moved."""
+    """Return (T,) the share of the squared deltas the best rank-`rank` trajectory holds; 1 for a frozen tensor."""
     values_TK = torch.linalg.eigvalsh(gram_TKK).clamp(min=0.0)
     total_T = values_TK.sum(-1)
     return torch.where(total_T > 0, values_TK[..., -rank:].sum(-1) / total_T, 1.0)
 
 
 def r_squared(gram_TKK: Tensor, steps_K: Tensor) -> Tensor:
-    """Return (T,) R² of the straight line in the step through the leading singular coordinate; 1 where it is constant."""
+    """Return (T,) R² of the line in the step through the leading singular coordinate; 1 where that is constant."""
     _, vectors_TKK = torch.linalg.eigh(gram_TKK)
     # R² does not change with the coordinate's scale: the eigenvector itself will do.
     coordinate_TK = vectors_TKK[..., -1]

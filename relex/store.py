@@ -54,7 +54,7 @@ def open_base(path: Path) -> Weights:
 
 
 def scan(run: Path, base: Weights, *, now: float) -> tuple[StoredCheckpoint, ...]:
-    """Return every step directory of `run` by ascending step, with its state at time `now` (seconds since the epoch)."""
+    """Return every step directory of `run` by ascending step, with its state at `now` (seconds since the epoch)."""
     if not run.is_dir():
         raise StoreError(
             f"training run {run} is not a directory. Give the directory the trainer writes its checkpoints to."
@@ -76,7 +76,7 @@ def _look(step: int, path: Path, base: Weights, now: float) -> StoredCheckpoint:
 
 
 def check_same_tensors(weights: Weights, base: Weights) -> None:
-    """Refuse weights whose names, shapes or kinds of dtype differ from the base's, naming the first difference and both sides."""
+    """Refuse weights whose names, shapes or kinds of dtype differ from the base's, naming both sides."""
     for name, entry in base.tensors.items():
         other = weights.tensors.get(name)
         if other is None:
@@ -97,8 +97,8 @@ def check_same_tensors(weights: Weights, base: Weights) -> None:
     extra = sorted(weights.tensors.keys() - base.tensors.keys())
     if extra:
         raise CheckpointMismatchError(
-            f"{weights.path} has tensor {extra[0]} with shape {list(weights.tensors[extra[0]].shape)}, which the base {base.path}"
-            " does not have. Give the base this run was started from."
+            f"{weights.path} has tensor {extra[0]} with shape {list(weights.tensors[extra[0]].shape)}, which the base"
+            f" {base.path} does not have. Give the base this run was started from."
         )
 
 

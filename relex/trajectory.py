@@ -1,13 +1,14 @@
 """A base and the ordered checkpoints that agree with it, read as deltas, piece by piece.
 
-The arithmetic is fixed by a grid that depends on nothing but the tensor: UNIT elements are one piece of work for one thread,
-CHUNK elements are what is subtracted and multiplied at once. The memory budget decides only how many bytes one `pread` brings.
-So equal input gives equal bits, whatever the budget and the number of threads.
+The arithmetic is fixed by a grid that depends on nothing but the tensor: UNIT elements are one piece of work for one
+thread, CHUNK elements are what is subtracted and multiplied at once. The memory budget decides only how many bytes one
+`pread` brings. So equal input gives equal bits, whatever the budget and the number of threads.
 
 Shape suffixes: K = checkpoints, N = elements of a chunk.
 """
 
 import contextlib
+import itertools
 import math
 import queue
 from collections import deque
@@ -24,8 +25,8 @@ from relex.errors import CheckpointMismatchError, MemoryBudgetError, StoreError
 from relex.layouts.weights import TensorEntry, Weights, embedding_name
 from relex.store import Checkpoint, check_same_tensors
 
-# The deltas of 20 checkpoints stay in a core's cache from the subtraction to the product, and the product stays small enough
-# for the BLAS kernels that need no packing (2.4 times faster here than at twice the size).
+# The deltas of 20 checkpoints stay in a core's cache from the subtraction to the product, and the product stays small
+# enough for the BLAS kernels that need no packing (2.4 times faster here than at twice the size).
 CHUNK = 1 << 13
 UNIT = 1 << 20
 # Larger reads gain nothing, and a budget is a bound, not a target.
@@ -91,9 +92,9 @@ class Unit:
 
 
 def open_trajectory(base: Weights, checkpoints: Sequence[Checkpoint]) -> Trajectory:
-    """Put a base and checkpoints together; refuses what does not agree, and a tied head that differs from its embedding."""
+    """Put a base and checkpoints together; refuses what does not agree, and a tied head unlike its embedding."""
     steps = [checkpoint.step for checkpoint in checkpoints]
-    if len(steps) < 2 or any(later <= earlier for earlier, later in zip(steps, steps[1:], strict=False)):
+    if len(steps) < 2 or any(later <= earlier for earlier, later in itertools.pairwise(steps)):
         raise StoreError(f"a trajectory needs at least 2 checkpoints at increasing steps, and these are at {steps}.")
     for weights in (base, *(checkpoint.weights for checkpoint in checkpoints)):
         check_same_tensors(weights, base)
@@ -112,7 +113,7 @@ def open_trajectory(base: Weights, checkpoints: Sequence[Checkpoint]) -> Traject
 
 
 def _check_tied_head(weights: Weights) -> None:
-    """Refuse a config that says tied over a file whose head and embedding differ: transformers would load something else."""
+    """Refuse a config that says tied over a file whose head and embedding differ: transformers would untie them."""
     name = embedding_name(weights.tensors)
     if weights.alias is None or name is None:
         return
@@ -151,7 +152,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Workspace:
-    """The buffers of one thread: bytes of the base and of R checkpoints, `width` elements of each, and (R, CHUNK) deltas."""
+    """The buffers of one thread: bytes of the base and of R checkpoints, `width` elements each; (R, CHUNK) deltas."""
 
     raw: Tensor
     deltas: Tensor
@@ -172,7 +173,7 @@ class Workspace:
             yield Block(start, base.view(spec.base.dtype), stored.view(spec.dtype))
 
     def subtract(self, block: Block) -> Iterator[tuple[slice, Tensor]]:
-        """Yield, chunk by chunk, (the chunk's place in the block, deltas (R, n)); a chunk is overwritten by the next one.
+        """Yield, chunk by chunk, (the chunk's place in the block, deltas (R, n)), overwritten by the next.
 
         Deltas are fp32, or fp64 when either side is stored so.
         """
@@ -207,8 +208,8 @@ def workspaces(trajectory: Trajectory, rows: int, *, memory: int, threads: int, 
     if memory < least:
         mib = 1 << 20
         raise MemoryBudgetError(
-            f"--memory {memory // mib} MiB is below the {-(-least // mib)} MiB that one pass over {rows} checkpoints needs."
-            f" Give at least {-(-least // mib)}MiB."
+            f"--memory {memory // mib} MiB is below the {-(-least // mib)} MiB that one pass over {rows} checkpoints"
+            f" needs. Give at least {-(-least // mib)}MiB."
         )
     threads = max(1, min(threads, memory // least))
     chunks = (memory // threads - fixed) // per_chunk

@@ -1,7 +1,7 @@
 """A model directory that is complete or absent.
 
-Shards are filled by position in a hidden sibling of the output; a shard gets its name when it is whole and on disk, so a
-killed process goes on where it stopped; the directory gets its name last.
+Shards are filled by position in a hidden sibling of the output; a shard gets its name when it is whole and on disk, so
+a killed process goes on where it stopped; the directory gets its name last.
 """
 
 import fcntl
@@ -136,7 +136,7 @@ class ModelWriter:
 def open_writer(out: Path, digest: str, tensors: Sequence[OutputTensor]) -> ModelWriter | None:
     """Start, or take up again, the output `out` of the prediction named `digest`.
 
-    None: it is there already, finished. Raises OutputError when something else is, or when another process is writing it.
+    None: it is there already, finished. Raises OutputError when something else is, or another process is writing it.
     """
     if out.exists() or out.is_symlink():
         found = read(out).digest if (out / FILE_NAME).is_file() else None

@@ -1,7 +1,7 @@
-"""Hugging Face checkpoints: `checkpoint-N` as Trainer and TRL write them, and plain `step_N` or `global_step_N` directories.
+"""Hugging Face checkpoints: `checkpoint-N` as Trainer and TRL write them, and plain `step_N`, `global_step_N`.
 
-Complete means: an exact name; the marker `trainer_state.json`, which Trainer writes last, parses and is not older than the
-newest weight file, or, with no marker, nothing changed for a while; every weight file whole and without holes.
+Complete means: an exact name; the marker `trainer_state.json`, which Trainer writes last, parses and is not older than
+the newest weight file, or, with no marker, nothing changed for a while; every weight file whole and without holes.
 """
 
 import json
@@ -54,8 +54,8 @@ def open_complete(path: Path, *, config: Mapping[str, Any], now: float) -> Weigh
         age = now - newest / 1e9
         if age < QUIET_SECONDS:
             raise CheckpointIncompleteError(
-                f"{path} has no {_MARKER} and changed {max(age, 0.0):.0f} s ago; without that marker a checkpoint counts as"
-                f" complete after {QUIET_SECONDS:.0f} quiet seconds. Wait."
+                f"{path} has no {_MARKER} and changed {max(age, 0.0):.0f} s ago; without that marker a checkpoint"
+                f" counts as complete after {QUIET_SECONDS:.0f} quiet seconds. Wait."
             )
         return weights
     try:

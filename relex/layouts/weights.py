@@ -1,7 +1,8 @@
-"""The safetensors weights of one model directory: which tensors, where their bytes lie, and whether the files still are what they were.
+"""The safetensors weights of one model directory: which tensors, where their bytes lie, whether files changed.
 
-Only headers are read here. `safetensors.safe_open` checks that a file is whole (it rejects every truncation and every trailing
-byte); the offsets are then taken from the header so that any flat range of a tensor, whatever its shape, is one `pread`.
+Only headers are read here. `safetensors.safe_open` checks that a file is whole (it rejects every truncation and every
+trailing byte); the offsets are then taken from the header so that any flat range of a tensor, whatever its shape, is
+one `pread`.
 """
 
 import json
@@ -69,8 +70,8 @@ class TensorEntry:
 class Weights:
     """The tensors of one model directory by canonical name, in file order, and the files that hold them.
 
-    `alias` is the stored name of a tied output head that repeats the input embedding (None when there is none); it is not
-    among `tensors`. That the two are equal has not been checked here, since it needs their bytes: see `trajectory`.
+    `alias` is the stored name of a tied output head that repeats the input embedding (None when there is none); it is
+    not among `tensors`. That the two are equal has not been checked here, since it needs their bytes: see `trajectory`.
     """
 
     path: Path
@@ -86,8 +87,8 @@ class Weights:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise CheckpointChangedError(
-                f"{path} was there when the pass began and cannot be opened now ({error.strerror}). Does the trainer prune?"
-                " Raise its number of kept checkpoints, then run again."
+                f"{path} was there when the pass began and cannot be opened now ({error.strerror}). Does the trainer"
+                " prune? Raise its number of kept checkpoints, then run again."
             ) from error
         try:
             position = entry.offset + start
@@ -111,12 +112,14 @@ class Weights:
                 now = FileIdentity.of(path)
             except FileNotFoundError:
                 raise CheckpointChangedError(
-                    f"{path} was removed while it was read. Raise the trainer's number of kept checkpoints, then run again."
+                    f"{path} was removed while it was read. Raise the trainer's number of kept checkpoints, then run"
+                    " again."
                 ) from None
             if now != was:
                 raise CheckpointChangedError(
                     f"{path} changed while it was read (size {was.size} → {now.size} bytes, mtime {was.mtime_ns} →"
-                    f" {now.mtime_ns} ns, inode {was.inode} → {now.inode}). Was the run resumed? Run again when it is quiet."
+                    f" {now.mtime_ns} ns, inode {was.inode} → {now.inode}). Was the run resumed? Run again when it is"
+                    " quiet."
                 )
 
 
@@ -137,8 +140,8 @@ def open_weights(path: Path, *, config: Mapping[str, Any] | None = None) -> Weig
         missing = sorted(expected - entries.keys()) if expected is not None else []
         if missing:
             raise CheckpointIncompleteError(
-                f"{path / INDEX_FILE} places {missing[0]} in {shard}, which holds {len(entries)} tensors but not that one."
-                " If the trainer is still writing, wait; otherwise save the checkpoint again."
+                f"{path / INDEX_FILE} places {missing[0]} in {shard}, which holds {len(entries)} tensors but not that"
+                " one. If the trainer is still writing, wait; otherwise save the checkpoint again."
             )
         wanted = entries.keys() if expected is None else expected
         tensors |= {name: entry for name, entry in entries.items() if name in wanted}
@@ -152,7 +155,8 @@ def _shards(path: Path) -> dict[str, set[str] | None]:
     single, index = path / SINGLE_FILE, path / INDEX_FILE
     if single.is_file() and index.is_file():
         raise CheckpointMismatchError(
-            f"{path} has both {SINGLE_FILE} and {INDEX_FILE}: one of them is left over. Delete the one that is not meant."
+            f"{path} has both {SINGLE_FILE} and {INDEX_FILE}: one of them is left over. Delete the one that is not"
+            " meant."
         )
     if single.is_file():
         return {SINGLE_FILE: None}
@@ -170,7 +174,8 @@ def _shards(path: Path) -> dict[str, set[str] | None]:
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard or shard.startswith("."):
             raise CheckpointMismatchError(
-                f"{index} places {name} in {shard!r}, which is not a plain file name. A checkpoint may not point outside itself."
+                f"{index} places {name} in {shard!r}, which is not a plain file name. A checkpoint may not point"
+                " outside itself."
             )
         names = shards.setdefault(shard, set())
         assert names is not None
@@ -178,7 +183,8 @@ def _shards(path: Path) -> dict[str, set[str] | None]:
     missing = sorted(shard for shard in shards if not (path / shard).is_file())
     if missing:
         raise CheckpointIncompleteError(
-            f"{path} is not complete: {INDEX_FILE} names {len(shards)} shards and {len(shards) - len(missing)} are present"
+            f"{path} is not complete: {INDEX_FILE} names {len(shards)} shards and {len(shards) - len(missing)} are"
+            " present"
             f" (missing {missing[0]}). If the trainer is still writing, wait; if it died there, delete the directory."
         )
     return dict(sorted(shards.items()))

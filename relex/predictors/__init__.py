@@ -1,4 +1,4 @@
-"""Methods by name. A method turns the Gram of one tensor, the steps and a target into K coefficients; it reads no weights.
+"""Methods by name: each turns the Gram of one tensor, the steps and a target into K coefficients and reads no weights.
 
 A family is one module; a method is a row of METHODS: a family with some parameters fixed and some left to the user.
 """

@@ -38,7 +38,7 @@ class LowRankLinear:
             raise TargetError(
                 f"rank {self.rank} needs as many checkpoints, and the window has {len(steps_K)}. Give a lower rank."
             )
-        # A tensor that never moved has a zero Gram and arbitrary eigenvectors: harmless, the deltas they combine are zero.
+        # A tensor that never moved has a zero Gram and any eigenvectors: harmless, the deltas they combine are zero.
         _, vectors_KK = torch.linalg.eigh(gram_KK)
         basis_KR = vectors_KK[:, -self.rank :]
         if self.anchor == "base":

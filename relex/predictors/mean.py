@@ -1,4 +1,4 @@
-"""Means of observed checkpoints: the average of the last m (LAWA-style); with m = 1 it is hold, the baseline to beat."""
+"""Means of observed checkpoints: the average of the last m (LAWA-style); with m = 1 hold, the baseline to beat."""
 
 from dataclasses import dataclass
 

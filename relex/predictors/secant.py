@@ -1,4 +1,4 @@
-"""The line through two checkpoints: Weight Extrapolation (arXiv 2601.04537), ExPO (arXiv 2404.16792), first update times alpha.
+"""The line through two checkpoints: Weight Extrapolation (arXiv 2601.04537), ExPO (2404.16792), first update.
 
 theta = theta_a + beta (theta_b - theta_a), with beta from the target step or given. Step 0 is the base.
 """
@@ -17,7 +17,7 @@ _NORM = re.compile(r"norm|^ln(_|\d|$)", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Secant:
-    """From `start` (a training step; 0 is the base) to the latest or the first checkpoint; `beta` None: reach the target step.
+    """From `start` (a training step; 0 is the base) to the latest or the first checkpoint; `beta` None: to the target.
 
     `norms` says what becomes of normalisation tensors: extrapolated, or copied from the latest checkpoint.
     """
@@ -33,7 +33,8 @@ class Secant:
         last = steps[-1] if self.end == "latest" else steps[0]
         if self.start != 0 and self.start not in steps:
             raise TargetError(
-                f"start {self.start} is not in the window, which has steps {steps}. Give one of them, or 0 for the base."
+                f"start {self.start} is not in the window, which has steps {steps}. Give one of them, or 0 for the"
+                " base."
             )
         if self.start >= last:
             raise TargetError(
