@@ -26,7 +26,7 @@ def write_model(directory: Path, seed: int) -> Path:
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     backend.decoder = decoders.Fuse()
     backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=backend, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", model_max_length=64
     )
     torch.manual_seed(seed)
@@ -46,7 +46,7 @@ def write_model(directory: Path, seed: int) -> Path:
     )
     model = Qwen2ForCausalLM(config)
     # What a checkpoint may carry and a benchmark must not be scored with.
-    model.generation_config.update(do_sample=True, temperature=5.0, repetition_penalty=3.0, max_new_tokens=2)
+    model.generation_config.update(do_sample=True, temperature=5.0, repetition_penalty=3.0, max_new_tokens=2)  # type: ignore[no-untyped-call]
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
@@ -63,28 +63,29 @@ def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def ask(model: Path) -> Callable[[str], str]:
-    """Return a slow and obvious greedy decoder: one prompt, no cache, no batch, no library around it."""
+def ask(model: Path) -> Callable[[str], tuple[str, bool]]:
+    """Return a slow and obvious greedy decoder of one prompt: the text, and whether the model ended it itself."""
     network = Qwen2ForCausalLM.from_pretrained(model)
     tokenizer = AutoTokenizer.from_pretrained(model)
 
-    def answer(prompt: str) -> str:
+    def answer(prompt: str) -> tuple[str, bool]:
         tokens: list[int] = tokenizer(prompt)["input_ids"]
         start = len(tokens)
         with torch.no_grad():
             while len(tokens) < start + NEW_TOKENS and 2 not in tokens[start:]:
                 tokens.append(int(network(torch.tensor([tokens])).logits[0, -1].argmax()))
-        return str(tokenizer.decode(tokens[start:], skip_special_tokens=True))
+        return str(tokenizer.decode(tokens[start:], skip_special_tokens=True)), tokens[-1] == 2
 
     return answer
 
 
 @pytest.fixture(scope="session")
-def problems(ask: Callable[[str], str]) -> list[dict[str, str]]:
+def problems(ask: Callable[[str], tuple[str, bool]]) -> list[dict[str, str]]:
     """Return twelve problems with prompts of several lengths; the model answers every third correctly."""
     prompts = [f"{'7' * (number % 4)}{number}+{number * number}=" for number in range(12)]
     return [
-        {"prompt": prompt, "answer": ask(prompt) if number % 3 == 0 else "no"} for number, prompt in enumerate(prompts)
+        {"prompt": prompt, "answer": ask(prompt)[0] if number % 3 == 0 else "no"}
+        for number, prompt in enumerate(prompts)
     ]
 
 

@@ -62,7 +62,7 @@ def test_graded_scores_keep_the_same_promise() -> None:
     for _ in range(1000):
         ability = random.uniform(0.1, 0.9, size=60)
         ours, theirs = random.binomial(8, ability - 0.05) / 8, random.binomial(8, ability) / 8
-        passed.append(gate(report(ours), report(theirs), margin=0.05).passed)
+        passed.append(gate(report(ours.tolist()), report(theirs.tolist()), margin=0.05).passed)
     assert 0.02 <= np.mean(passed) <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 1000)
 
 
