@@ -214,9 +214,9 @@ def _create_version(
 
 
 def _link_back(client: "MlflowClient", logged: "LoggedModel", version: "ModelVersion") -> None:
-    link = {"name": version.name, "version": str(version.version)}
+    link = {"name": version.name, "version": int(version.version)}
     links = json.loads(client.get_logged_model(logged.model_id).tags.get(_VERSIONS_TAG, "[]"))
-    if not any(str(known["version"]) == link["version"] and known["name"] == link["name"] for known in links):
+    if link not in links:
         client.set_logged_model_tags(logged.model_id, {_VERSIONS_TAG: json.dumps([*links, link])})
 
 

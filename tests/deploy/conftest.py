@@ -57,8 +57,10 @@ def predicted(tmp_path_factory: pytest.TempPathFactory) -> Path:
         max_position_embeddings=64,
         tie_word_embeddings=True,
     )
-    Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=characters, pad_token="<pad>", eos_token="<eos>")
+    Qwen2ForCausalLM(config).bfloat16().save_pretrained(path)
+    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=characters, pad_token="<pad>", eos_token="<eos>"
+    )
     tokenizer.save_pretrained(path)
     _list(path)
     return path

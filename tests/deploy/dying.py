@@ -10,6 +10,8 @@ import os
 import shutil
 import signal
 import sys
+import threading
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +19,6 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
 from deploy.registry import register
-from deploy.store import connect
 
 
 def _watch(step: Callable[[], None]) -> None:
@@ -27,19 +28,33 @@ def _watch(step: Callable[[], None]) -> None:
         if name in ("os.link", "os.rename", "os.mkdir"):
             step()
 
+    writing = set()
+
+    def executes(connection: object, cursor: object, statement: str, *rest: object) -> None:
+        if statement.lstrip().upper().startswith(("INSERT", "UPDATE", "DELETE", "CREATE", "ALTER")):
+            writing.add(connection)
+
+    def commits(connection: object) -> None:
+        if connection in writing:
+            writing.remove(connection)
+            step()
+
     sys.addaudithook(heard)
-    event.listen(Engine, "commit", lambda connection: step())
+    event.listen(Engine, "before_cursor_execute", executes)
+    event.listen(Engine, "commit", commits)
 
 
 def _child(work: Callable[[], None]) -> int:
     pid = os.fork()
     if pid == 0:
+        code = 1
         try:
             work()
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-            os._exit(1)
-        os._exit(0)
+            code = 0
+        finally:
+            if code:
+                traceback.print_exc()
+            os._exit(code)
     return os.waitpid(pid, 0)[1]
 
 
@@ -80,8 +95,9 @@ def _die(model: Path, home: Path, last: int) -> None:
 
 
 def main(model: Path, template: str, homes: Path, stride: int) -> None:
-    # Imported once, before the forks.
-    connect("http://127.0.0.1:1")
+    # Imports everything once, before the forks.
+    _register(model, homes / "warm")
+    assert threading.active_count() == 1
 
     def home(name: str) -> Path:
         (homes / name).mkdir()

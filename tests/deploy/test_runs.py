@@ -1,0 +1,76 @@
+from pathlib import Path
+
+import pytest
+
+from deploy.errors import RegistryError
+from deploy.registry import register
+from deploy.runs import Recorded, log_series, record
+from deploy.store import Store, connect
+
+
+def _refuse(store: Store, decision: Path) -> Recorded:
+    return record(
+        "tiny",
+        tracking_uri=store.tracking_uri,
+        key="window 10..75 target 240",
+        title="step 240",
+        parameters={"method": "low-rank-linear", "target_step": 240},
+        metrics={"accuracy": 0.25},
+        tags={"verdict": "refused", "reason": "worse than the last observed checkpoint"},
+        artifacts=[decision],
+    )
+
+
+def test_a_refused_decision_is_recorded_once(store: Store, tmp_path: Path) -> None:
+    decision = tmp_path / "decision.json"
+    decision.write_text("{}")
+    first, again = _refuse(store, decision), _refuse(store, decision)
+    assert first == again
+    client = connect(store.tracking_uri)
+    run = client.get_run(first.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params == {"method": "low-rank-linear", "target_step": "240"}
+    assert run.data.tags["verdict"] == "refused"
+    assert [metric.value for metric in client.get_metric_history(first.run_id, "accuracy")] == [0.25]
+    assert [file.path for file in client.list_artifacts(first.run_id)] == ["decision.json"]
+
+
+def test_a_decision_cut_short_is_completed_by_the_next_call(store: Store, tmp_path: Path) -> None:
+    missing = tmp_path / "decision.json"
+    with pytest.raises(OSError, match=r"decision\.json"):
+        _refuse(store, missing)
+    missing.write_text("{}")
+    recorded = _refuse(store, missing)
+    client = connect(store.tracking_uri)
+    assert len(client.search_runs([client.get_run(recorded.run_id).info.experiment_id])) == 1
+    assert client.get_run(recorded.run_id).info.status == "FINISHED"
+
+
+def test_a_registered_model_belongs_to_the_decision_it_comes_from(model: Path, store: Store, tmp_path: Path) -> None:
+    decision = tmp_path / "decision.json"
+    decision.write_text("{}")
+    recorded = _refuse(store, decision)
+    made = register(model, name="tiny", tracking_uri=store.tracking_uri, run_id=recorded.run_id)
+    assert made.run_id == recorded.run_id
+    version = connect(store.tracking_uri).get_model_version(made.name, str(made.version))
+    assert version.run_id == recorded.run_id
+
+
+def test_a_curve_has_the_training_step_as_its_step_and_grows_without_repeating(store: Store) -> None:
+    points = {10: 0.1, 20: 0.2, 25: 0.4}
+    log_series("tiny", points, tracking_uri=store.tracking_uri, series="real", metric="accuracy")
+    more = {**points, 40: 0.3, 75: 0.6}
+    run = log_series("tiny", more, tracking_uri=store.tracking_uri, series="real", metric="accuracy")
+    history = connect(store.tracking_uri).get_metric_history(run.run_id, "accuracy")
+    assert sorted((metric.step, metric.value) for metric in history) == sorted(more.items())
+
+
+def test_a_curve_of_thousands_of_points_is_kept_whole(store: Store) -> None:
+    points = {step: step / 7 for step in range(2501)}
+    run = log_series("tiny", points, tracking_uri=store.tracking_uri, series="long", metric="accuracy")
+    assert len(connect(store.tracking_uri).get_metric_history(run.run_id, "accuracy")) == len(points)
+
+
+def test_a_key_that_cannot_be_searched_for_is_refused(store: Store) -> None:
+    with pytest.raises(RegistryError, match="is no key for a run"):
+        record("tiny", tracking_uri=store.tracking_uri, key="it's", title="")
