@@ -64,12 +64,13 @@ def scan(run: Path, base: Weights, *, now: float) -> tuple[StoredCheckpoint, ...
 
 def _look(step: int, path: Path, base: Weights, now: float) -> StoredCheckpoint:
     try:
-        weights = hf.open_complete(path, config=base.config, now=now)
-        check_same_tensors(weights, base)
-    except CheckpointError as error:
-        # What is wrong in a directory that still changes may be right a second later.
-        quiet = now - hf.last_change(path) >= hf.QUIET_SECONDS
-        return StoredCheckpoint(step, path, State.BROKEN if quiet else State.NOT_YET, str(error))
+        try:
+            weights = hf.open_complete(path, config=base.config, now=now)
+            check_same_tensors(weights, base)
+        except CheckpointError as error:
+            # What is wrong in a directory that still changes may be right a second later.
+            quiet = now - hf.last_change(path) >= hf.QUIET_SECONDS
+            return StoredCheckpoint(step, path, State.BROKEN if quiet else State.NOT_YET, str(error))
     except FileNotFoundError:
         return StoredCheckpoint(step, path, State.NOT_YET, f"{path} is being removed or replaced. Wait.")
     return StoredCheckpoint(step, path, State.READY, weights=weights)
@@ -117,10 +118,10 @@ def observed(stored: Sequence[StoredCheckpoint], run: Path, *, window: int | Non
         if item.state is not State.READY:
             raise CheckpointIncompleteError(f"step {item.step} is {item.state}: {item.reason}")
     if len(inside) < 2:
-        steps = ", ".join(str(item.step) for item in stored)
         limit = "" if window is None else f" at or before step {window}"
         raise StoreError(
-            f"{run} has {len(inside)} checkpoint{'s' if len(inside) != 1 else ''}{limit} (steps there: {steps});"
+            f"{run} has {len(inside)} checkpoint{'s' if len(inside) != 1 else ''}{limit}, of {len(stored)} at steps"
+            f" {stored[0].step} to {stored[-1].step};"
             " a line needs 2. Save more often, or widen the window."
         )
     return tuple(Checkpoint(item.step, item.weights) for item in inside if item.weights is not None)

@@ -1,0 +1,310 @@
+"""The command line: `relex …`. Exit status 0 done, 1 refused or failed with one line, 2 usage."""
+
+import json
+import logging
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ByteSize, TypeAdapter, ValidationError
+from rich.console import Console
+
+from deploy.errors import DeployError
+from evaluation.errors import EvaluationError
+from flows.errors import FlowError
+from relex.errors import RelexError
+
+app = typer.Typer(
+    name="relex",
+    help="Predict later checkpoints of an RLVR training run, test them, and register the one worth having.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+out = Console()
+err = Console(stderr=True)
+
+
+def _memory(text: str) -> int:
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError:
+        raise typer.BadParameter(f"{text!r} is not a size; write 4GiB or 512MiB") from None
+
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Directory the trainer writes its checkpoints to.")]
+Base = Annotated[Path, typer.Option(help="Directory of the model the run started from.", show_default=False)]
+Memory = Annotated[int, typer.Option(parser=_memory, metavar="SIZE", help="Memory for reading and combining.")]
+Threads = Annotated[int, typer.Option(min=1, help="Threads for reading and combining.")]
+Window = Annotated[int | None, typer.Option(min=1, help="Use checkpoints up to this training step (default: all).")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Home = Annotated[
+    Path, typer.Option(envvar="RELEX_HOME", help="Where the local stack keeps its state.", show_default="~/.relex")
+]
+Cache = Annotated[
+    Path | None, typer.Option(help="Where what was measured is kept for the next call (default: the user's cache).")
+]
+
+CORES = os.cpu_count() or 1
+HOME = Path.home() / ".relex"
+FOUR_GIB = "4GiB"
+
+
+@app.command()
+def inspect(
+    run: Run,
+    base: Base,
+    window: Window = None,
+    memory: Memory = FOUR_GIB,  # type: ignore[assignment]
+    threads: Threads = CORES,
+    cache: Cache = None,
+    as_json: Json = False,
+) -> None:
+    """Show the steps of a training run, the state of each, and how straight the trajectory is.
+
+    Example: relex inspect runs/qwen --base models/qwen-base
+    """
+    from flows import report
+
+    found = report.inspection(
+        run, base, window=window, memory=memory, threads=threads, cache=_cache(cache), progress=report.Bars(err)
+    )
+    if as_json:
+        _print_json(found)
+    else:
+        report.show_inspection(out, found)
+
+
+@app.command()
+def extrapolate(
+    run: Run,
+    base: Base,
+    target_step: Annotated[list[int], typer.Option(help="Training step to predict; may be given several times.")],
+    out_directory: Annotated[Path, typer.Option("--out", help="Directory to put step-N directories in.")],
+    window: Window = None,
+    method: Annotated[str, typer.Option(help="Method, as NAME or NAME:parameter=value,….")] = "relex",
+    rank: Annotated[int | None, typer.Option(min=1, help="Short for the method's parameter rank.")] = None,
+    memory: Memory = FOUR_GIB,  # type: ignore[assignment]
+    threads: Threads = CORES,
+    dtype: Annotated[
+        str | None, typer.Option(help="Precision of the output: float32, float16 or bfloat16 (default: the base's).")
+    ] = None,
+    allow_inside: Annotated[
+        bool, typer.Option("--allow-inside", help="Allow a target inside the window, to look at the fit itself.")
+    ] = False,
+    cache: Cache = None,
+    as_json: Json = False,
+) -> None:
+    """Predict checkpoints from the observed ones and write them as model directories.
+
+    Example: relex extrapolate runs/qwen --base models/qwen-base --window 75 --target-step 500 --out predicted
+    """
+    from flows import report
+
+    if rank is not None:
+        method += f"{',' if ':' in method else ':'}rank={rank}"
+    manifests = report.extrapolation(
+        run,
+        base,
+        targets=list(dict.fromkeys(target_step)),
+        out=out_directory,
+        window=window,
+        method=method,
+        memory=memory,
+        threads=threads,
+        dtype=dtype,
+        inside="allow" if allow_inside else "refuse",
+        cache=_cache(cache),
+        command=sys.argv,
+        progress=report.Bars(err),
+    )
+    if as_json:
+        _print_json([manifest.to_json() for manifest in manifests.values()])
+    else:
+        report.show_extrapolation(out, manifests)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="A model directory.")],
+    benchmark: Annotated[list[str], typer.Option(help="Benchmark: a shipped name or a YAML file; may be repeated.")],
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="Precision to run in; auto: the model's own.")] = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="Problems at once.")] = 64,
+    limit: Annotated[int | None, typer.Option(min=1, help="Score only the first problems.")] = None,
+    cache: Cache = None,
+    as_json: Json = False,
+) -> None:
+    """Score a model on benchmarks; what was scored before is not paid for again.
+
+    Example: relex evaluate predicted/step-500 --benchmark my-benchmark.yaml
+    """
+    from evaluation.harness import evaluate as score
+    from flows import report
+
+    with report.Bars(err) as bars:
+        reports = score(
+            model,
+            benchmark,
+            cache=_cache(cache) / "evaluations",
+            device=device,
+            dtype=dtype,
+            batch_size=batch_size,
+            limit=limit,
+            on_progress=lambda step: bars(step.benchmark, step.done, step.total),
+        )
+    if as_json:
+        _print_json(
+            [asdict(item) | {"accuracy": item.accuracy, "standard_error": item.standard_error} for item in reports]
+        )
+    else:
+        report.show_reports(out, reports)
+
+
+@app.command()
+def watch(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A relex.yaml.")],
+    home: Home = HOME,
+    seconds: Annotated[float, typer.Option(help="Stop after this long (default: when interrupted).")] = float("inf"),
+) -> None:
+    """Watch one training run in the foreground and announce what is due to the running stack.
+
+    Example: relex watch relex.yaml
+    """
+    from flows import stack
+    from flows.settings import load_settings
+
+    settings = load_settings(config)
+    os.environ.update(stack.environment(stack.running(home)))
+    from flows.watch import describe, watch_store
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    with err.status("looking") as status:
+        watch_store(
+            settings, seconds=seconds, on_look=lambda stored, events: status.update(describe(settings, stored)[1])
+        )
+
+
+@app.command()
+def up(
+    config: Annotated[list[Path] | None, typer.Argument(metavar="[CONFIG]...", help="Training runs to watch.")] = None,
+    home: Home = HOME,
+    as_json: Json = False,
+) -> None:
+    """Start the local stack: Prefect server, MLflow server, and for each CONFIG its watcher and deployments.
+
+    Example: relex up relex.yaml
+    """
+    from flows import report, stack
+    from flows.settings import load_settings
+
+    configs = {load_settings(path).training_run: path for path in config or []}
+    with err.status("starting the servers"):
+        started = stack.up(home)
+        for name, path in configs.items():
+            stack.spawn_watcher(started, name, path)
+    _show_stack(home, report, stack, as_json=as_json)
+
+
+@app.command()
+def down(home: Home = HOME, as_json: Json = False) -> None:
+    """Stop the local stack, watchers first.
+
+    Example: relex down
+    """
+    from flows import report, stack
+
+    with err.status("stopping"):
+        services = stack.down(home)
+    if as_json:
+        _print_json([asdict(item) for item in services])
+    else:
+        report.show_services(out, services)
+
+
+@app.command()
+def status(home: Home = HOME, as_json: Json = False) -> None:
+    """Show what of the local stack is running, and where.
+
+    Example: relex status
+    """
+    from flows import report, stack
+
+    _show_stack(home, report, stack, as_json=as_json)
+
+
+def _show_stack(home: Path, report: Any, stack: Any, *, as_json: bool) -> None:
+    services = stack.status(home)
+    if as_json:
+        _print_json([asdict(item) for item in services])
+    else:
+        report.show_services(out, services)
+
+
+@app.command()
+def models(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the registered model.")],
+    home: Home = HOME,
+    as_json: Json = False,
+) -> None:
+    """List the registered predictions of a model: digest, step, verdict, where the weights lie.
+
+    Example: relex models qwen
+    """
+    from deploy import registry
+    from flows import report, stack
+
+    rows = registry.models(name, tracking_uri=stack.tracking_uri(home))
+    if as_json:
+        _print_json([asdict(row) for row in rows])
+    else:
+        report.show_models(out, name, rows)
+
+
+@app.command()
+def demo(
+    directory: Annotated[Path, typer.Option("--out", help="Where the demo lives.")] = Path("relex-demo"),
+    seed: Annotated[int, typer.Option(help="Seed of the demo's training run.")] = 0,
+    home: Home = HOME,
+) -> None:
+    """Run the whole thing on a real, tiny RLVR run: train, watch, predict, score, decide, register.
+
+    Example: relex demo
+    """
+    from flows.demo.run import run_demo
+
+    run_demo(directory, seed=seed, home=home, out=out, err=err)
+
+
+def _cache(given: Path | None) -> Path:
+    import platformdirs
+
+    return given if given is not None else platformdirs.user_cache_path("relex")
+
+
+def _print_json(content: Any) -> None:
+    typer.echo(json.dumps(content, indent=1, default=str))
+
+
+def main() -> None:
+    """Run the command line; a refusal is one line on stderr and exit status 1."""
+    try:
+        app(prog_name="relex")
+    except (RelexError, EvaluationError, DeployError, FlowError) as error:
+        err.print(
+            f"relex: {type(error).__name__}: {' '.join(str(error).split())}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+        sys.exit(1)
+    except KeyboardInterrupt:
+        err.print("relex: interrupted; what is finished is kept", soft_wrap=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""What was decided about one window, with every number that decided it, and the page a reader sees."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from evaluation.gate import Gate
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that was scored: the base, the last observed checkpoint, or a candidate.
+
+    `step` is the training step it stands for; `digest` and `method` are empty for the base and the observed one.
+    """
+
+    role: Literal["base", "observed", "candidate", "champion"]
+    step: int
+    directory: str
+    method: str = ""
+    digest: str = ""
+
+    @property
+    def title(self) -> str:
+        """What a table calls it."""
+        names = {"base": "base", "observed": "last observed", "champion": "champion"}
+        return f"{names.get(self.role, self.method)} @ {self.step}"
+
+
+@dataclass(frozen=True)
+class Score:
+    """One model on one benchmark: mean score and its standard error, both in 0..1."""
+
+    model: Model
+    benchmark: str
+    accuracy: float
+    standard_error: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The verdict on one window. `winner` is the candidate that went to the gate, None when none did."""
+
+    training_run: str
+    key: str
+    window: int
+    steps: tuple[int, ...]
+    verdict: Literal["registered", "keep training"]
+    reason: str
+    selection: tuple[Score, ...] = ()
+    report: tuple[Score, ...] = ()
+    gates: tuple[Gate, ...] = ()
+    winner: Model | None = None
+    registered: str = ""
+    registered_url: str = ""
+    record_url: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Decision":
+        """Read back what to_json wrote."""
+
+        def scores(items: Sequence[Mapping[str, Any]]) -> tuple[Score, ...]:
+            return tuple(Score(**(dict(item) | {"model": Model(**item["model"])})) for item in items)
+
+        parsed: dict[str, Any] = {
+            "steps": tuple(content["steps"]),
+            "selection": scores(content["selection"]),
+            "report": scores(content["report"]),
+            "gates": tuple(Gate(**item) for item in content["gates"]),
+            "winner": Model(**content["winner"]) if content["winner"] else None,
+        }
+        return cls(**(dict(content) | parsed))
+
+
+def choose(selection: Sequence[Score]) -> tuple[Score | None, str]:
+    """Return the candidate that goes to the gate, and why or why none does.
+
+    The best on the selection benchmark, if it scores higher there than the last observed checkpoint; of equals the one that
+    reaches least far.
+    """
+    observed = next(score for score in selection if score.model.role == "observed")
+    candidates = [score for score in selection if score.model.role == "candidate"]
+    best = max(candidates, key=lambda score: (score.accuracy, -score.model.step))
+    numbers = (
+        f"best candidate {best.model.title} scores {best.accuracy:.4f}, last observed step {observed.model.step}"
+        f" {observed.accuracy:.4f}, on {best.n} problems of {best.benchmark}"
+    )
+    if best.accuracy <= observed.accuracy:
+        return None, f"No candidate is ahead of the last observed checkpoint on the selection benchmark: {numbers}."
+    return best, f"Chosen on the selection benchmark: {numbers}."
+
+
+def page(decision: Decision, *, figure: str = "") -> str:
+    """Return the decision as Markdown; `figure` is an image URI."""
+    lines = [
+        f"# {decision.training_run}: {decision.verdict}",
+        "",
+        decision.reason,
+        "",
+        f"Observed: {len(decision.steps)} checkpoints, steps {decision.steps[0]} to {decision.steps[-1]}"
+        f" (window {decision.window}).",
+    ]
+    if decision.registered:
+        lines.append(f"Registered: [{decision.registered}]({decision.registered_url}).")
+    if decision.record_url:
+        lines.append(f"Record: [MLflow run]({decision.record_url}).")
+    for title, scores in (("Selection (chooses)", decision.selection), ("Report (decides nothing)", decision.report)):
+        if scores:
+            lines += [
+                "",
+                f"## {title}",
+                "",
+                "| model | benchmark | accuracy | ± s.e. | problems |",
+                "|---|---|---|---|---|",
+            ]
+            lines += [
+                f"| {score.model.title} | {score.benchmark} | {score.accuracy:.4f} | {score.standard_error:.4f} | {score.n} |"
+                for score in scores
+            ]
+    if decision.gates:
+        lines += ["", "## Gate (decides)", "", *(f"- {gate.sentence}" for gate in decision.gates)]
+    if figure:
+        lines += ["", f"![accuracy by training step]({figure})"]
+    return "\n".join(lines) + "\n"

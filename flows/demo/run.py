@@ -1,0 +1,271 @@
+"""The demo: a real RLVR run trains while relex watches it, predicts, scores, decides and registers, as for a user.
+
+Everything the demo makes lies in one directory; a second call takes up what is there.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from evaluation.benchmark import write_benchmark
+from flows import stack
+from flows.decision import Decision, Model, Score
+from flows.demo.errors import DemoRunError
+from flows.demo.task import DIGITS, problems
+from flows.ledger import WINDOW_READY, read_decisions, read_ledger
+from flows.settings import Settings, load_settings
+from relex import plots
+from relex.layouts.hf import step_directories
+
+STEPS = 360
+WINDOW = 48
+TARGETS = (120, 240, 360)
+SAVE_STEPS = 2
+PROBLEMS = {"selection": 500, "gate": 1000, "report": 1000}
+NAME = "sort-digits"
+# Long after everything else has ended: the flow that decides has failed, and its page says why.
+_DECISION_SECONDS = 600.0
+
+
+def run_demo(directory: Path, *, seed: int, home: Path, out: Console, err: Console) -> None:
+    """Run the demo in `directory`; raises DemoRunError with the log to read when a process of it fails."""
+    began = time.monotonic()
+    directory = directory.absolute()
+    directory.mkdir(parents=True, exist_ok=True)
+    config = prepare(directory)
+    settings = load_settings(config)
+    columns = (TextColumn("{task.description:>34}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=err) as progress, ThreadPoolExecutor(2) as pool:
+        starting = pool.submit(stack.up, home)
+        servers = progress.add_task("starting Prefect and MLflow", total=None)
+        pretrain(settings.base, directory, seed, progress)
+        started = starting.result()
+        progress.update(servers, total=1, completed=1)
+        stack.spawn_watcher(started, settings.training_run, config)
+        with training(settings, directory, seed) as trainer:
+            decision = follow(settings, trainer, directory, progress)
+        later = score_later(settings, pool, progress)
+    figure = directory / "accuracy.png"
+    draw(figure, decision, later)
+    log_curve(stack.tracking_uri(home), settings, later)
+    show(out, decision, later)
+    out.print(f"figure: {figure}", soft_wrap=True)
+    out.print(
+        f"Prefect: {started.prefect_url}   MLflow: {started.mlflow_url}   (relex down stops them)", soft_wrap=True
+    )
+    out.print(f"{time.monotonic() - began:.0f} s")
+
+
+def prepare(directory: Path) -> Path:
+    """Write the benchmarks and relex.yaml as a user would; return the path of the latter."""
+    for split, count in PROBLEMS.items():
+        if split in ("selection", "gate", "report"):
+            write_benchmark(
+                directory / "benchmarks",
+                f"{NAME}-{split}",
+                problems(split, count),  # type: ignore[arg-type]
+                max_new_tokens=DIGITS + 1,
+            )
+    content = {
+        "training_run": NAME,
+        "checkpoints": "run",
+        "base": "base",
+        "window": WINDOW,
+        "targets": list(TARGETS),
+        "methods": ["relex"],
+        "selection": f"benchmarks/{NAME}-selection.yaml",
+        "gate": f"benchmarks/{NAME}-gate.yaml",
+        "report": [f"benchmarks/{NAME}-report.yaml"],
+        "registered_model": NAME,
+        "batch_size": 250,
+        "memory": "256MiB",
+    }
+    config = directory / "relex.yaml"
+    config.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    return config
+
+
+def pretrain(base: Path, directory: Path, seed: int, progress: Progress) -> None:
+    """Supervise the base model, unless it is there."""
+    bar = progress.add_task("supervising the base model", total=100)
+    if not base.exists():
+        log = directory / "pretrain.log"
+        process = start("flows.demo.pretrain", ["--out", str(base), "--seed", str(seed)], log)
+        try:
+            while process.poll() is None:
+                progress.update(bar, completed=percent(log))
+                time.sleep(0.3)
+        finally:
+            stop(process)
+        check(process, log)
+    progress.update(bar, completed=100)
+
+
+@contextmanager
+def training(settings: Settings, directory: Path, seed: int) -> Iterator[subprocess.Popen[bytes] | None]:
+    """Run the RLVR training as a process of its own while the block runs; None when it has been run before."""
+    run = settings.checkpoints
+    done = run.is_dir() and max(step_directories(run), default=0) >= STEPS
+    if done:
+        yield None
+        return
+    # An unfinished run cannot be taken up: the trainer keeps weights only, as most RLVR runs do for every step.
+    shutil.rmtree(run, ignore_errors=True)
+    arguments = ["--base", str(settings.base), "--out", str(run), "--steps", str(STEPS)]
+    arguments += ["--save-steps", str(SAVE_STEPS), "--seed", str(seed)]
+    process = start("flows.demo.trainer", arguments, directory / "trainer.log")
+    try:
+        yield process
+    finally:
+        stop(process)
+
+
+def follow(
+    settings: Settings, trainer: subprocess.Popen[bytes] | None, directory: Path, progress: Progress
+) -> Decision:
+    """Show training and pipeline until both are done; return the decision."""
+    steps = progress.add_task(f"GRPO, {STEPS} steps", total=STEPS)
+    window = progress.add_task(f"window of {WINDOW} steps", total=WINDOW)
+    pipeline = progress.add_task("waiting for the window", total=None)
+    since = time.monotonic()
+    while True:
+        latest = max(step_directories(settings.checkpoints), default=0) if settings.checkpoints.is_dir() else 0
+        progress.update(steps, completed=latest)
+        progress.update(window, completed=min(latest, WINDOW))
+        if trainer is not None and trainer.poll() is not None:
+            check(trainer, directory / "trainer.log")
+        training_on = trainer is not None and trainer.poll() is None
+        decisions = read_decisions(settings)
+        progress.update(pipeline, description=stage(settings, decided=bool(decisions)))
+        if decisions and not training_on:
+            progress.update(pipeline, total=1, completed=1)
+            return decisions[-1]
+        if training_on:
+            since = time.monotonic()
+        elif time.monotonic() - since > _DECISION_SECONDS:
+            raise DemoRunError(
+                f"no decision {_DECISION_SECONDS:.0f} s after the training ended: the failed flow run is on the Prefect page,"
+                f" its log in relex status; {WINDOW_READY} is sent again until it is decided."
+            )
+        time.sleep(0.5)
+
+
+def stage(settings: Settings, *, decided: bool) -> str:
+    """Say in a few words where the pipeline is, from what lies on disk."""
+    if decided:
+        return "decided"
+    if not read_ledger(settings).windows:
+        return "waiting for the window"
+    models = len(list(settings.home.glob("windows/*/models/*/step-*")))
+    reports = len(list(settings.home.glob("evaluations/**/report.json")))
+    if not models:
+        return "predicting"
+    return f"scoring {models} models, {reports} reports"
+
+
+def score_later(settings: Settings, pool: ThreadPoolExecutor, progress: Progress) -> list[Score]:
+    """Score what the run really reached at the targets, on the report benchmark; it decides nothing."""
+    from flows.extrapolate import reports
+
+    bar = progress.add_task("scoring the real later steps", total=len(TARGETS))
+
+    def score(step: int) -> Score:
+        model = Model("observed", step, str(step_directories(settings.checkpoints)[step]))
+        report = reports(settings, model, settings.report)[0]
+        progress.advance(bar)
+        return Score(model, report.benchmark, report.accuracy, report.standard_error, report.n)
+
+    return list(pool.map(score, TARGETS))
+
+
+def draw(path: Path, decision: Decision, later: list[Score]) -> None:
+    """Draw what was predicted against what really came."""
+    from flows.extrapolate import point
+
+    report = decision.report
+    plots.accuracy_by_step(
+        path,
+        title=f"{decision.training_run}: {decision.verdict}",
+        benchmark=f"{report[0].benchmark}, {report[0].n} problems that decided nothing",
+        window=(decision.steps[0], decision.steps[-1]),
+        real=[point(score) for score in report if score.model.role in ("base", "observed")],
+        later=[point(score) for score in later],
+        predicted=[
+            point(score, chosen=bool(decision.registered) and score.model == decision.winner)
+            for score in report
+            if score.model.role == "candidate"
+        ],
+    )
+
+
+def log_curve(tracking_uri: str, settings: Settings, later: list[Score]) -> None:
+    """Extend the real run's curve in MLflow by what came after the decision."""
+    from deploy import runs
+
+    runs.log_series(
+        settings.registered_model,
+        {score.model.step: score.accuracy for score in later},
+        tracking_uri=tracking_uri,
+        series=f"{settings.training_run} observed",
+        metric="report_accuracy",
+    )
+
+
+def show(out: Console, decision: Decision, later: list[Score]) -> None:
+    """Print the table and the decision."""
+    table = Table("model", "step", "accuracy", "± s.e.", "", title=f"{later[0].benchmark}: {later[0].n} problems")
+    rows = [*decision.report, *later]
+    for score in sorted(rows, key=lambda item: (item.model.step, item.model.role == "candidate")):
+        real = score.model.role != "candidate"
+        title = "base" if score.model.role == "base" else "real run" if real else f"predicted: {score.model.method}"
+        observed = real and score.model.step == decision.steps[-1]
+        mark = (
+            "last observed"
+            if observed
+            else "registered"
+            if decision.registered and score.model == decision.winner
+            else ""
+        )
+        table.add_row(title, str(score.model.step), f"{score.accuracy:.3f}", f"{score.standard_error:.3f}", mark)
+    out.print(table)
+    registered = f" as {decision.registered}" if decision.registered else ""
+    out.print(f"[bold]{decision.verdict}[/bold]{registered}. {decision.reason}", highlight=False)
+
+
+def start(module: str, arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
+    """Start a module of the demo with its output in `log`."""
+    with log.open("wb") as file:
+        return subprocess.Popen([sys.executable, "-m", module, *arguments], stdout=file, stderr=file)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a process that is still there."""
+    if process.poll() is None:
+        process.terminate()
+        process.wait(30)
+
+
+def check(process: subprocess.Popen[bytes], log: Path) -> None:
+    """Raise DemoRunError with the last line of the log when the process failed."""
+    if process.returncode != 0:
+        lines = log.read_text(errors="replace").strip().splitlines() or ["nothing"]
+        raise DemoRunError(
+            f"{process.args!r} ended with status {process.returncode}: {lines[-1]} (all of it in {log})."
+        )
+
+
+def percent(log: Path) -> int:
+    """Return how far the last `done/total` written to `log` is."""
+    found = re.findall(rb"(\d+)/(\d+)", log.read_bytes()[-2000:])
+    return 100 * int(found[-1][0]) // int(found[-1][1]) if found else 0

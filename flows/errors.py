@@ -1,0 +1,29 @@
+"""What the flows and the command line refuse.
+
+FlowError
+├── ConfigError      relex.yaml is missing, is not YAML, or has a wrong key or value
+├── WatchError       the training run is watched already
+├── WindowError      the store is no longer what the window was announced with
+├── StackError       a server of the local stack does not start, or is not running
+└── DemoError        see flows.demo.errors
+"""
+
+
+class FlowError(Exception):
+    """Anything the flows refuse; the message is one line: the fact, both values, the way out."""
+
+
+class ConfigError(FlowError):
+    """relex.yaml is missing, is not YAML, or has a wrong key or value."""
+
+
+class WatchError(FlowError):
+    """The training run is watched already."""
+
+
+class WindowError(FlowError):
+    """The store is no longer what the window was announced with."""
+
+
+class StackError(FlowError):
+    """A server of the local stack does not start, or is not running."""

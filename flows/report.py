@@ -1,0 +1,244 @@
+"""What the command line does with relex and shows of it: one function that works, one that prints."""
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from relex import manifest, spectrum
+from relex.errors import TargetError
+from relex.forecast import check_target, forecast
+from relex.gram import Gram, cached
+from relex.layouts import hf
+from relex.manifest import Manifest
+from relex.materialise import Output, materialise
+from relex.predictors import parse_method
+from relex.store import State, observed, open_base, scan
+from relex.trajectory import Trajectory, open_trajectory
+
+if TYPE_CHECKING:
+    from deploy.registry import RegisteredModelVersion
+    from evaluation.report import Report
+    from flows.stack import Service
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# Of a long run the first and last steps say what a reader needs; --json has them all.
+_ROWS = 12
+
+
+class Bars(AbstractContextManager["Bars"]):
+    """Progress bars on a terminal, one a piece of work; call with (what, done, total)."""
+
+    def __init__(self, console: Console) -> None:
+        columns = (TextColumn("{task.description:>24}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        self._progress = Progress(*columns, console=console, transient=True)
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Show that `done` of `total` are done."""
+        if what not in self._tasks:
+            self._tasks[what] = self._progress.add_task(what)
+        self._progress.update(self._tasks[what], completed=done, total=total)
+
+
+def inspection(
+    run: Path, base: Path, *, window: int | None, memory: int, threads: int, cache: Path, progress: Bars
+) -> dict[str, Any]:
+    """Return what is in a training run, as plain JSON: steps with state and delta norm, energy and R²."""
+    opened = open_base(base)
+    stored = scan(run, opened, now=time.time())
+    rows: list[dict[str, Any]] = [
+        {"step": item.step, "state": item.state.value, "path": str(item.path), "reason": item.reason} for item in stored
+    ]
+    found: dict[str, Any] = {
+        "run": str(run),
+        "base": str(base),
+        "layout": hf.NAME,
+        "tensors": len(opened.tensors),
+        "parameters": sum(entry.nbytes // entry.dtype.itemsize for entry in opened.tensors.values()),
+        "steps": rows,
+    }
+    ready = [item for item in stored if item.state is State.READY and (window is None or item.step <= window)]
+    if len(ready) < 2:
+        return found
+    trajectory = open_trajectory(opened, observed(ready, run))
+    with progress:
+        gram = _measure(trajectory, cache, memory=memory, threads=threads, progress=progress)
+    steps_K = torch.tensor(trajectory.steps, dtype=torch.float64)
+    energy_T = spectrum.energy(gram.products)
+    r_squared_T = spectrum.r_squared(gram.products, steps_K)
+    weight_T = gram.products.diagonal(dim1=-2, dim2=-1).sum(-1)
+    weight_T = weight_T / weight_T.sum().clamp(min=1e-300)
+    norms = gram.products.diagonal(dim1=-2, dim2=-1).sum(0).sqrt() / gram.base_norms.sum().sqrt()
+    for row in rows:
+        if row["step"] in trajectory.steps:
+            row["relative_delta"] = float(norms[trajectory.steps.index(row["step"])])
+    found["energy"] = float(weight_T @ energy_T)
+    found["r_squared"] = float(weight_T @ r_squared_T)
+    found["by_tensor"] = {
+        name: {"energy": float(energy_T[index]), "r_squared": float(r_squared_T[index])}
+        for index, name in enumerate(gram.names)
+    }
+    return found
+
+
+def show_inspection(console: Console, found: Mapping[str, Any]) -> None:
+    """Print an inspection."""
+    steps = found["steps"]
+    console.print(
+        f"{found['run']}: {len(steps)} steps, layout {found['layout']}, {found['tensors']} tensors,"
+        f" {found['parameters']:,} parameters"
+    )
+    table = Table("step", "state", "‖Δ‖/‖base‖", "reason")
+    hidden = 0
+    for number, row in enumerate(steps):
+        if _ROWS // 2 <= number < len(steps) - _ROWS // 2 and row["state"] == State.READY.value:
+            hidden += 1
+            continue
+        if hidden:
+            table.add_row("…", f"{hidden} ready", "", "")
+            hidden = 0
+        delta = f"{row['relative_delta']:.2e}" if "relative_delta" in row else ""
+        table.add_row(str(row["step"]), row["state"], delta, row["reason"])
+    console.print(table)
+    if "energy" in found:
+        console.print(
+            f"rank-1 energy {found['energy']:.3f}, R² of the leading coordinate on the step {found['r_squared']:.3f}"
+            " (both weighted by the size of the deltas)"
+        )
+    else:
+        console.print("fewer than 2 checkpoints are ready: nothing to fit")
+
+
+def extrapolation(
+    run: Path,
+    base: Path,
+    *,
+    targets: Sequence[int],
+    out: Path,
+    window: int | None,
+    method: str,
+    memory: int,
+    threads: int,
+    dtype: str | None,
+    inside: Literal["refuse", "allow"],
+    cache: Path,
+    command: Sequence[str],
+    progress: Bars,
+) -> dict[Path, Manifest]:
+    """Predict every target in one pass and return the manifests by directory."""
+    parsed = parse_method(method)
+    if dtype is not None and dtype not in DTYPES:
+        raise TargetError(f"dtype {dtype!r} is not known; known are {', '.join(DTYPES)}.")
+    opened = open_base(base)
+    trajectory = open_trajectory(opened, observed(scan(run, opened, now=time.time()), run, window=window))
+    for target in targets:
+        check_target(target, trajectory.steps, inside=inside)
+    with progress:
+        gram = _measure(trajectory, cache, memory=memory, threads=threads, progress=progress)
+        outputs = [
+            Output(
+                forecast(
+                    trajectory, gram, parsed, target_step=target, dtype=DTYPES[dtype] if dtype is not None else None
+                ),
+                out / f"step-{target}",
+            )
+            for target in targets
+        ]
+        materialise(
+            trajectory,
+            outputs,
+            memory=memory,
+            threads=threads,
+            command=command,
+            on_progress=lambda done, total: progress("writing", done, total),
+        )
+    return {output.directory: manifest.read(output.directory) for output in outputs}
+
+
+def _measure(trajectory: Trajectory, cache: Path, *, memory: int, threads: int, progress: Bars) -> Gram:
+    return cached(
+        trajectory,
+        cache / "grams",
+        memory=memory,
+        threads=threads,
+        on_progress=lambda done, total: progress("reading", done, total),
+    )
+
+
+def show_extrapolation(console: Console, manifests: Mapping[Path, Manifest]) -> None:
+    """Print what was predicted and how far it is from what was seen."""
+    table = Table("predicted", "‖Δ‖ vs latest", "norm band 90 %", "Σ|c| at most")
+    for directory, found in manifests.items():
+        item = found.forecast
+        latest = item.norm_latest or 1.0
+        band = f"{item.norm_band[0] / latest:.2f} – {item.norm_band[1] / latest:.2f}" if item.norm_band else "—"
+        table.add_row(str(directory), f"{item.norm / latest:.2f} x", band, f"{item.amplification:.1f}")
+    first = next(iter(manifests.values())).forecast
+    console.print(
+        f"{first.method} from {len(first.steps)} checkpoints, steps {first.steps[0]} to {first.steps[-1]}:"
+        f" rank-1 energy {first.energy:.3f}, R² {first.r_squared:.3f}"
+    )
+    console.print(table)
+
+
+def show_reports(console: Console, reports: Sequence["Report"]) -> None:
+    """Print scores with their standard errors."""
+    table = Table("benchmark", "metric", "score", "± s.e.", "problems", "rates", "seconds")
+    for item in reports:
+        rates = ", ".join(f"{name} {value:.3f}" for name, value in item.rates.items())
+        table.add_row(
+            item.benchmark,
+            item.metric,
+            f"{item.accuracy:.4f}",
+            f"{item.standard_error:.4f}",
+            str(item.n),
+            rates,
+            f"{item.seconds:.1f}",
+        )
+    console.print(table)
+
+
+def show_services(console: Console, services: Sequence["Service"]) -> None:
+    """Print the processes of the local stack."""
+    if not services:
+        console.print("nothing is running")
+        return
+    table = Table("service", "state", "pid", "address", "log")
+    for item in services:
+        table.add_row(item.name, item.state, str(item.pid or ""), item.url or "", str(item.log))
+    console.print(table)
+
+
+def show_models(console: Console, name: str, rows: Sequence["RegisteredModelVersion"]) -> None:
+    """Print the registered predictions, newest first."""
+    if not rows:
+        console.print(f"no prediction of {name} is registered")
+        return
+    table = Table("version", "step", "digest", "verdict", "champion", "weights")
+    for row in rows:
+        table.add_row(
+            f"{row.name} v{row.version}",
+            str(row.target_step),
+            row.digest[:12],
+            row.tags.get("verdict", ""),
+            "yes" if row.champion else "",
+            row.weights,
+        )
+    console.print(table)

@@ -1,0 +1,103 @@
+"""What a user says about one training run, in `relex.yaml`."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import yaml
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator
+
+from flows.errors import ConfigError
+from relex.errors import RelexError
+from relex.predictors import parse_method
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$", max_length=60)]
+
+
+class Settings(BaseModel):
+    """One training run to watch. Relative paths are relative to the file; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    training_run: Name = Field(description="Name of the training run: lower-case letters, digits and dashes.")
+    checkpoints: Path = Field(description="Directory the trainer writes its checkpoints to.")
+    base: Path = Field(description="Directory of the model the training run started from.")
+    window: int = Field(gt=0, description="Training step up to which checkpoints are observed.")
+    targets: list[Annotated[int, Field(gt=0)]] = Field(min_length=1, description="Training steps to predict.")
+    methods: list[str] = Field(default=["relex"], min_length=1, description="Methods, as NAME or NAME:parameter=value.")
+    selection: str = Field(description="Benchmark that chooses among the candidates: a name or a YAML file.")
+    gate: str = Field(description="Benchmark that decides on the chosen one: a name or a YAML file.")
+    report: list[str] = Field(default=[], description="Benchmarks that are scored for the reader and decide nothing.")
+    margin: float = Field(
+        default=0.0,
+        ge=0.0,
+        lt=1.0,
+        description="How much worse than the last observed checkpoint still passes the gate, in accuracy; 0: must be better.",
+    )
+    confidence: float = Field(default=0.95, gt=0.5, lt=1.0, description="One-sided confidence of the gate.")
+    registered_model: Name = Field(description="Name in the MLflow registry; predictions go to NAME-candidates.")
+    state: Path = Field(
+        default=Path(".relex"), description="Directory for everything relex keeps about this run, made when missing."
+    )
+    memory: ByteSize = Field(default=ByteSize(4 << 30), description="Memory for reading and combining, such as 4GiB.")
+    threads: int = Field(default=os.cpu_count() or 1, gt=0, description="Threads for reading and combining.")
+    device: str = Field(default="cpu", description="Device for evaluation: cpu, cuda or cuda:N.")
+    dtype: str = Field(
+        default="auto", description="Precision of evaluation; auto: the model's own, equal for all models."
+    )
+    batch_size: int = Field(default=64, gt=0, description="Problems evaluated at once.")
+    poll_seconds: float = Field(default=2.0, gt=0, description="How often the watcher looks at the directory.")
+
+    @field_validator("methods")
+    @classmethod
+    def _known(cls, specs: list[str]) -> list[str]:
+        try:
+            return [parse_method(spec).spec for spec in specs]
+        except RelexError as error:
+            raise ValueError(str(error)) from error
+
+    @field_validator("targets")
+    @classmethod
+    def _distinct(cls, targets: list[int]) -> list[int]:
+        if len(set(targets)) != len(targets):
+            raise ValueError(f"a target is named twice in {targets}")
+        return sorted(targets)
+
+    @property
+    def home(self) -> Path:
+        """Where this training run's state lies."""
+        return self.state / self.training_run
+
+
+def load_settings(path: Path) -> Settings:
+    """Read and check `relex.yaml`; raises ConfigError with every wrong key in one line."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"config {path} cannot be read: {error.strerror}. Give the path of a relex.yaml.") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config {path} is not YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"config {path} holds a {type(content).__name__}, not keys and values.")
+    try:
+        settings = Settings.model_validate(content)
+    except ValidationError as error:
+        wrong = "; ".join(
+            f"{'.'.join(map(str, item['loc'])) or 'file'}: {item['msg']} (given {item['input']!r})"
+            for item in error.errors()
+        )
+        raise ConfigError(f"config {path}: {wrong}. The keys are {', '.join(Settings.model_fields)}.") from error
+    if settings.targets[0] <= settings.window:
+        raise ConfigError(
+            f"config {path}: target {settings.targets[0]} is not beyond the window {settings.window}. Give later targets."
+        )
+    root = path.absolute().parent
+    paths = {key: root / getattr(settings, key) for key in ("checkpoints", "base", "state")}
+    benchmarks = {key: _benchmark(getattr(settings, key), root) for key in ("selection", "gate")}
+    report = [_benchmark(item, root) for item in settings.report]
+    return settings.model_copy(update=paths | benchmarks | {"report": report})
+
+
+def _benchmark(text: str, root: Path) -> str:
+    """A benchmark that looks like a file is relative to the config; else it is a name."""
+    return str(root / text) if text.endswith((".yaml", ".yml")) else text

@@ -1,0 +1,50 @@
+import json
+
+from evaluation.gate import Gate
+from flows.decision import Decision, Model, Score, choose, page
+
+OBSERVED = Model("observed", 48, "/models/observed/step-48")
+
+
+def score(accuracy: float, *, step: int = 48, role: str = "candidate") -> Score:
+    model = OBSERVED if role == "observed" else Model("candidate", step, f"/models/relex/step-{step}", "relex", "abc")
+    return Score(model, "selection", accuracy, 0.02, 500)
+
+
+def test_the_best_candidate_is_chosen_and_of_equals_the_nearest() -> None:
+    scores = [score(0.4, role="observed"), score(0.7, step=360), score(0.7, step=240), score(0.6, step=120)]
+    chosen, reason = choose(scores)
+    assert chosen is not None
+    assert chosen.model.step == 240
+    assert "relex @ 240 scores 0.7000" in reason
+
+
+def test_none_is_chosen_when_none_is_ahead_of_the_last_observed() -> None:
+    chosen, reason = choose([score(0.4, role="observed"), score(0.4, step=240), score(0.3, step=120)])
+    assert chosen is None
+    assert "No candidate is ahead" in reason
+    assert "0.4000" in reason
+
+
+def test_a_decision_survives_its_json_and_its_page_has_every_number() -> None:
+    winner = score(0.71, step=240)
+    gate = Gate(
+        "relex @ 240", "last observed @ 48", "gate", 1000, 0.7, 0.4, 0.3, 0.27, 0.95, 0.0, "exact McNemar", "passed"
+    )
+    decision = Decision(
+        "tiny",
+        "0123",
+        48,
+        (8, 48),
+        "registered",
+        "because",
+        selection=(score(0.4, role="observed"), winner),
+        report=(score(0.41, role="observed"),),
+        gates=(gate,),
+        winner=winner.model,
+        registered="tiny-candidates version 1",
+    )
+    assert Decision.from_json(json.loads(json.dumps(decision.to_json()))) == decision
+    text = page(decision)
+    for piece in ("0.7100", "0.4100", "+0.2700", "tiny-candidates version 1", "steps 8 to 48"):
+        assert piece in text

@@ -1,0 +1,51 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flows.errors import ConfigError
+from flows.settings import Settings, load_settings
+
+
+def test_relative_paths_are_relative_to_the_file(config: Path, tmp_path: Path) -> None:
+    settings = load_settings(config)
+    assert settings.checkpoints == tmp_path / "run"
+    assert settings.selection == str(tmp_path / "selection.yaml")
+    assert settings.home == tmp_path / ".relex" / "tiny"
+    assert settings.targets == [100, 200]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"windw": 3}, "windw: Extra inputs are not permitted"),
+        ({"window": 0}, "window: Input should be greater than 0"),
+        ({"targets": [30]}, "target 30 is not beyond the window 40"),
+        ({"targets": [100, 100]}, "a target is named twice"),
+        ({"methods": ["relx"]}, "method 'relx' is not known; known are relex"),
+        ({"training_run": "Tiny Run"}, "training_run: String should match pattern"),
+        ({"memory": "lots"}, "memory: could not parse value and unit"),
+    ],
+)
+def test_a_wrong_key_or_value_is_named_in_one_line(config: Path, change: dict[str, object], message: str) -> None:
+    config.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | change))
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_settings(config)
+    assert "\n" not in str(caught.value)
+    assert str(config) in str(caught.value)
+
+
+def test_a_file_that_is_missing_or_no_yaml_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml cannot be read: No such file"):
+        load_settings(tmp_path / "nowhere.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [1")
+    with pytest.raises(ConfigError, match="is not YAML"):
+        load_settings(broken)
+    broken.write_text("- 1")
+    with pytest.raises(ConfigError, match="holds a list"):
+        load_settings(broken)
+
+
+def test_every_field_is_documented() -> None:
+    assert all(field.description for field in Settings.model_fields.values())
