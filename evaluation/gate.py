@@ -4,9 +4,9 @@ The statistic is the paired difference d of the scores on each problem. A one-si
 is compared with -margin: above it the gate is passed, otherwise nothing is shown. Margin 0 asks whether the candidate
 is better. Which bound:
 
-- No two problems differ in d: a t bound would be exact nonsense. With confidence C at most the share 1 - (1-C)^(1/n) of
-  all problems can differ from what was seen, and the worst d is -1. Undecided in effect unless n is some three times
-  1/margin.
+- d is the same on every problem: no variance was seen, which is not certainty. With confidence C at most the share
+  1 - (1-C)^(1/n) of all problems, about 3/n, differs from what was seen, and the worst d is -1. So equal scores decide
+  nothing until n exceeds about 3/margin.
 - Scores 0/1 and fewer than 25 discordant problems: the t bound is too optimistic. With margin 0 the exact McNemar test
   (Clopper-Pearson on the share of wins among the discordant), otherwise the score bound for paired proportions
   (Tango, Statistics in Medicine 17, 1998).
@@ -130,7 +130,8 @@ def _lower_bound(
     difference_N = np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64)
     n = len(difference_N)
     mean = float(difference_N.mean())
-    if np.ptp(difference_N) == 0:
+    # Not zero: scores averaged over repeats carry rounding.
+    if np.ptp(difference_N) < 1e-9:
         unseen = 1 - (1 - confidence) ** (1 / n)
         return (1 - unseen) * mean - unseen, "no variance, rule of three"
     wins, losses = int((difference_N > 0).sum()), int((difference_N < 0).sum())

@@ -58,24 +58,27 @@ def run(job: Job, send: Send) -> None:
         if not pending:
             return
         _refuse_absent_device(job.device)
+        # Collecting garbage among the modules that torch and transformers leave behind costs a fifth of the start.
+        gc.disable()
+        # Tasks first: a broken one is refused before minutes go into a large model.
+        tasks = [load_task(assignment) for assignment in pending]
         lm = _load_lm(job)
-        for assignment in pending:
+        gc.freeze()
+        gc.enable()
+        for assignment, task in zip(pending, tasks, strict=True):
             with Journal(assignment.journal_path) as journal:
                 lm.keep(journal, partial(_report_progress, send, assignment.benchmark))
-                report = score(lm, assignment, model=job.model, limit=job.limit, journal=journal)
+                report = score(lm, task, assignment=assignment, model=job.model, limit=job.limit, journal=journal)
             report.write(assignment.report_path)
 
 
-def score(lm: "JournalledLM", assignment: Assignment, *, model: str, limit: int | None, journal: Journal) -> Report:
-    """Return the report of `lm` on one benchmark; BenchmarkError when lm-eval cannot load it."""
+def score(
+    lm: "JournalledLM", task: Any, *, assignment: Assignment, model: str, limit: int | None, journal: Journal
+) -> Report:
+    """Return the report of `lm` on a task by its first metric; BenchmarkError when that scores no single problem."""
     from lm_eval.evaluator import evaluate
 
-    task = _load_task(assignment)
     metric = next(iter(task.aggregation()))
-    if not task.higher_is_better().get(metric, True):
-        raise BenchmarkError(
-            f"{assignment.benchmark} scores by {metric}, where lower is better: name another metric first."
-        )
     results = evaluate(
         lm=lm,
         task_dict={"tasks": {assignment.benchmark: task}},
@@ -101,7 +104,8 @@ def score(lm: "JournalledLM", assignment: Assignment, *, model: str, limit: int 
     )
 
 
-def _load_task(assignment: Assignment) -> Any:  # lm_eval's Task
+def load_task(assignment: Assignment) -> Any:  # lm_eval's Task
+    """Return the lm-eval task of a benchmark; BenchmarkError when it cannot be loaded or its first metric is a loss."""
     from lm_eval.tasks import TaskManager
 
     try:
@@ -110,6 +114,11 @@ def _load_task(assignment: Assignment) -> Any:  # lm_eval's Task
     except (ImportError, AttributeError, KeyError, TypeError, ValueError, OSError, IndexError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise BenchmarkError(f"lm-eval cannot load {assignment.benchmark_path}: {reason}") from error
+    metric = next(iter(task.aggregation()))
+    if not task.higher_is_better().get(metric, True):
+        raise BenchmarkError(
+            f"{assignment.benchmark} scores by {metric}, where lower is better: name another metric first."
+        )
     if task.get_config("num_fewshot") is None:
         task.set_config(key="num_fewshot", value=0)
     task.set_fewshot_seed(seed=FEWSHOT_SEED)
@@ -117,16 +126,9 @@ def _load_task(assignment: Assignment) -> Any:  # lm_eval's Task
 
 
 def _load_lm(job: Job) -> "JournalledLM":
-    # Collecting garbage among the modules that torch and transformers leave behind costs a fifth of the start.
-    gc.disable()
-    import lm_eval.evaluator  # noqa: F401
-
     from evaluation.lm import JournalledLM
 
-    lm = JournalledLM(Path(job.model), device=job.device, dtype=job.dtype, batch_size=job.batch_size)
-    gc.freeze()
-    gc.enable()
-    return lm
+    return JournalledLM(Path(job.model), device=job.device, dtype=job.dtype, batch_size=job.batch_size)
 
 
 def _refuse_absent_device(device: str) -> None:

@@ -108,6 +108,11 @@ def test_equal_scores_decide_nothing_until_there_are_three_times_one_over_the_ma
     assert decision.passed == passed
 
 
+def test_rounding_is_no_variance() -> None:
+    third = report([2 / 3] * 4 + [1 / 3] * 4), report([1 / 3] * 4 + [0] * 4, "/models/reference")
+    assert gate(*third, margin=0.0).method == "no variance, rule of three"
+
+
 def test_equal_scores_never_show_that_a_candidate_is_better() -> None:
     assert not gate(report([0.5] * 100_000), report([0.5] * 100_000), margin=0.0).passed
 

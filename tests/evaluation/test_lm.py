@@ -19,7 +19,7 @@ from evaluation.journal import Journal
 from evaluation.lm import JournalledLM
 from evaluation.problems import problem_id
 from evaluation.report import Report
-from evaluation.worker import score
+from evaluation.worker import load_task, score
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,8 @@ def assignment(path: Path) -> Assignment:
 
 def run(lm: JournalledLM, path: Path, journal: Journal, *, limit: int | None = None) -> Report:
     lm.keep(journal, lambda done, total: None)
-    return score(lm, assignment(path), model="/models/m", limit=limit, journal=journal)
+    wanted = assignment(path)
+    return score(lm, load_task(wanted), assignment=wanted, model="/models/m", limit=limit, journal=journal)
 
 
 def chunks(journal: Path) -> list[list[tuple[str, bool]]]:
@@ -123,6 +124,14 @@ def test_sampled_answers_are_the_same_from_a_journal_cut_anywhere(
     answers = [answer for chunk in chunks(whole) for answer, _ in chunk]
     assert len(set(answers[:3])) == 3
     assert all(score in (0, 1 / 3, 2 / 3, 1) for _, score in report.scores)
+
+
+def test_repeats_beyond_one_batch_are_other_samples(
+    lm: JournalledLM, edited: Callable[[str, str], Path], journal: Journal, tmp_path: Path
+) -> None:
+    run(lm, edited(GREEDY, SAMPLED.replace("repeats: 3", "repeats: 8")), journal, limit=1)
+    first, second = chunks(tmp_path / "journal.jsonl")
+    assert first != second
 
 
 def test_a_limit_scores_the_first_problems(
@@ -212,7 +221,8 @@ class Canned(LM):  # type: ignore[misc]  # lm_eval carries no types
 def test_boxed_mathematics_is_graded_through_lm_eval(journal: Journal, tmp_path: Path) -> None:
     problems = [{"prompt": prompt, "answer": answer} for prompt, answer, _, _ in MATHEMATICS]
     path = write_benchmark(tmp_path, "boxes", problems, max_new_tokens=40, base="boxed_math")
-    report = score(Canned(), assignment(path), model="canned", limit=None, journal=journal)
+    boxes = assignment(path)
+    report = score(Canned(), load_task(boxes), assignment=boxes, model="canned", limit=None, journal=journal)
     assert [score for _, score in report.scores] == [expected for _, _, _, expected in MATHEMATICS]
     assert report.metric == "correct"
     assert report.rates == {"answered": 10 / 12, "truncated": 0.0}
@@ -249,7 +259,7 @@ def test_truncated_weights_are_refused_in_one_line(model: Path, tmp_path: Path) 
     ],
 )
 def test_a_benchmark_lm_eval_cannot_run_is_refused(
-    lm: JournalledLM, edited: Callable[[str, str], Path], journal: Journal, *, old: str, new: str, message: str
+    edited: Callable[[str, str], Path], old: str, new: str, message: str
 ) -> None:
     with pytest.raises(BenchmarkError, match=message):
-        run(lm, edited(old, new), journal)
+        load_task(assignment(edited(old, new)))
