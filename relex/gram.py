@@ -204,8 +204,9 @@ def cached(
         if found is None:
             continue
         have = list(zip(found.steps, found.identities, strict=True))
-        if all(key in have for key in wanted):
-            return found.rows([have.index(key) for key in wanted])
+        # Only from the first on: the last bits of a product depend on its place in the tiles.
+        if have[: len(wanted)] == wanted:
+            return found.rows(range(len(wanted)))
         shared = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(have, wanted, strict=False))))
         if shared > (len(known.steps) if known is not None else 0):
             known, superseded = found.rows(range(shared)), path if shared == len(have) else None

@@ -87,7 +87,7 @@ def read(directory: Path) -> Manifest:
         )
     except FileNotFoundError:
         raise OutputError(f"{directory} has no {FILE_NAME}: relex did not write it.") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise OutputError(
             f"{path} is no manifest of relex ({error!r}). Predict again into another directory."
         ) from error

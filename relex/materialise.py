@@ -6,6 +6,7 @@ depends on its shape: so the bytes of a prediction do not depend on what else is
 """
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -181,10 +182,12 @@ def _output_tensor(spec: TensorSpec, override: torch.dtype | None) -> OutputTens
 def rebuild(directory: Path, out: Path, *, memory: int, threads: int) -> None:
     """Build the model that the manifest in `directory` describes once more, into `out`, and compare every file with it.
 
-    The base and the checkpoints must still lie where they did. Raises OutputError when a file comes out different,
-    which means an input has changed; `out` is then removed.
+    The base and the checkpoints must still lie where they did. Raises OutputError when `out` exists, or when a file
+    comes out different, which means an input has changed; `out` is then removed.
     """
     old = manifest.read(directory)
+    if out.exists():
+        raise OutputError(f"output {out} exists; to rebuild {directory} is to write it afresh. Give another directory.")
     base = open_base(Path(old.base))
     checkpoints = [
         Checkpoint(step, open_weights(Path(path), config=base.config))
@@ -193,9 +196,15 @@ def rebuild(directory: Path, out: Path, *, memory: int, threads: int) -> None:
     trajectory = open_trajectory(base, checkpoints)
     materialise(trajectory, [Output(old.forecast, out)], memory=memory, threads=threads, command=old.command)
     new = manifest.read(out)
-    for name, record in old.files.items():
-        if new.files.get(name) != record:
+    for name in sorted(old.files.keys() | new.files.keys()):
+        was, now = old.files.get(name), new.files.get(name)
+        if was != now:
+            shutil.rmtree(out)
             raise OutputError(
-                f"{out / name} came out with sha256 {new.files[name].sha256[:12]}…, the manifest says"
-                f" {record.sha256[:12]}…: a checkpoint or the base is not what it was."
+                f"{directory / name} comes out with {_described(now)} and was {_described(was)}: a checkpoint or the"
+                " base is not what it was. Bring the old ones back, or predict again."
             )
+
+
+def _described(record: FileRecord | None) -> str:
+    return "no file" if record is None else f"{record.size} bytes, sha256 {record.sha256[:12]}…"

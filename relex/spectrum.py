@@ -9,13 +9,15 @@ from torch import Tensor
 # Two-sided coverage of the norm band, and the normal quantile that gives it.
 BAND_COVERAGE = 0.90
 _BAND_QUANTILE = 1.6448536269514722
+# A unit vector whose squared spread is below this is constant: its entries are not known any better.
+_CONSTANT = torch.finfo(torch.float64).eps
 
 
 def energy(gram_TKK: Tensor, rank: int = 1) -> Tensor:
     """Return (T,) the share of the squared deltas the best rank-`rank` trajectory holds; 1 for a frozen tensor."""
     values_TK = torch.linalg.eigvalsh(gram_TKK).clamp(min=0.0)
     total_T = values_TK.sum(-1)
-    return torch.where(total_T > 0, values_TK[..., -rank:].sum(-1) / total_T, 1.0)
+    return torch.where(total_T > 0, values_TK[..., -rank:].sum(-1) / total_T, 1.0).clamp(max=1.0)
 
 
 def r_squared(gram_TKK: Tensor, steps_K: Tensor) -> Tensor:
@@ -27,7 +29,7 @@ def r_squared(gram_TKK: Tensor, steps_K: Tensor) -> Tensor:
     steps_K = steps_K - steps_K.mean()
     explained_T = (centred_TK @ steps_K).square() / steps_K.square().sum()
     total_T = centred_TK.square().sum(-1)
-    return torch.where(total_T > 0, explained_T / total_T, 1.0)
+    return torch.where(total_T > _CONSTANT, explained_T / total_T, 1.0).clamp(max=1.0)
 
 
 def norm(gram_TKK: Tensor, coefficients_TK: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ Complete means: an exact name; the marker `trainer_state.json`, which Trainer wr
 the newest weight file, or, with no marker, nothing changed for a while; every weight file whole and without holes.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -75,7 +76,9 @@ def last_change(path: Path) -> float:
     """Return when anything in directory `path` last changed, in seconds since the epoch."""
     times = [path.stat().st_mtime]
     for entry in os.scandir(path):
-        times.append(entry.stat().st_mtime)
+        # A file may go meanwhile, or be a link to nothing.
+        with contextlib.suppress(FileNotFoundError):
+            times.append(entry.stat().st_mtime)
     return max(times)
 
 

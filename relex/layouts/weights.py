@@ -172,7 +172,7 @@ def _shards(path: Path) -> dict[str, set[str] | None]:
         raise CheckpointIncompleteError(f"{index} has no weight_map. Save the checkpoint again.")
     shards: dict[str, set[str] | None] = {}
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or Path(shard).name != shard or shard.startswith("."):
+        if not isinstance(shard, str) or not shard or Path(shard).name != shard or shard.startswith("."):
             raise CheckpointMismatchError(
                 f"{index} places {name} in {shard!r}, which is not a plain file name. A checkpoint may not point"
                 " outside itself."
@@ -236,7 +236,7 @@ def _without_alias(
     tensors: Mapping[str, TensorEntry], config: Mapping[str, Any]
 ) -> tuple[Mapping[str, TensorEntry], TensorEntry | None]:
     """Drop a tied output head: transformers 5 silently unties a model whose file holds both names."""
-    tied = config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings", False))
+    tied = config.get("tie_word_embeddings", (config.get("text_config") or {}).get("tie_word_embeddings", False))
     head = tensors.get("lm_head.weight")
     if not tied or head is None or embedding_name(tensors) is None:
         return dict(tensors), None

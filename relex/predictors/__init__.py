@@ -3,6 +3,7 @@
 A family is one module; a method is a row of METHODS: a family with some parameters fixed and some left to the user.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -100,9 +101,12 @@ def parse_method(spec: str) -> Method:
             known = ", ".join(row.parameters) or "none"
             raise TargetError(f"method {name} has no parameter {key!r}; it has {known}.")
         try:
-            parameters[key.strip()] = read(value)
+            number = read(value)
         except ValueError:
-            raise TargetError(f"method {name}: {key}={value!r} is not a valid {read.__name__}.") from None
+            number = math.nan
+        if not math.isfinite(number):
+            raise TargetError(f"method {name}: {key}={value!r} is not a valid {read.__name__}.")
+        parameters[key.strip()] = number
     try:
         return Method(name, parameters, row.build(**parameters))
     except TypeError:
