@@ -1,0 +1,106 @@
+"""The methods as their papers state them: the whole matrix of deltas in fp64, an SVD, a fit. Slow and obvious.
+
+D is (K, d): row k is theta_k - theta_0 of one tensor, flattened. Each function returns the delta (d,) predicted at the
+target step. numpy and safetensors' own reader only: nothing here is shared with what it is compared to.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Array = NDArray[np.float64]
+
+
+def wide(tensor: Tensor) -> Array:
+    """Return the flat fp64 copy of one tensor."""
+    flat: Array = tensor.to(torch.float64).flatten().numpy()
+    return flat
+
+
+def deltas(base: Tensor, checkpoints: Sequence[Tensor]) -> Array:
+    """Return D. A base kept finer than the checkpoints is first rounded to what they could have stored of it."""
+    stored = checkpoints[0].dtype
+    if torch.finfo(stored).eps > torch.finfo(base.dtype).eps:
+        base = base.to(stored)
+    return np.stack([wide(checkpoint) - wide(base) for checkpoint in checkpoints])
+
+
+def fit(values: Array, steps: Sequence[int]) -> tuple[Array, Array]:
+    """Return intercept and slope of the least-squares line in the step through every column of `values` (K, n)."""
+    design = np.stack([np.ones(len(steps)), np.array(steps, dtype=np.float64)], axis=1)
+    solution, *_ = np.linalg.lstsq(design, values, rcond=None)
+    return solution[0], solution[1]
+
+
+def coordinates(D: Array, rank: int) -> tuple[Array, Array]:
+    """Return the leading singular coordinates (K, r) and directions (r, d) of the trajectory."""
+    left, sigma, right = np.linalg.svd(D, full_matrices=False)
+    return left[:, :rank] * sigma[:rank], right[:rank]
+
+
+def relex(D: Array, steps: Sequence[int], target: int, *, rank: int = 1) -> Array:
+    """RELEX: a line through each leading coordinate, read at the target."""
+    values, directions = coordinates(D, rank)
+    intercept, slope = fit(values, steps)
+    return (intercept + slope * target) @ directions
+
+
+def pinned(D: Array, steps: Sequence[int], target: int, *, rank: int = 1, damping: float = 1.0) -> Array:
+    """The latest delta, plus the damped slope of the leading coordinates over the distance to the target."""
+    values, directions = coordinates(D, rank)
+    _, slope = fit(values, steps)
+    return D[-1] + damping * (target - steps[-1]) * (slope @ directions)
+
+
+def raw(D: Array, steps: Sequence[int], target: int) -> Array:
+    """A least-squares line through every parameter."""
+    intercept, slope = fit(D, steps)
+    return intercept + slope * target
+
+
+def secant(D: Array, steps: Sequence[int], target: int, *, start: int = 0) -> Array:
+    """Weight Extrapolation: the line through the checkpoint at `start` (0: the base) and the latest."""
+    first = D[list(steps).index(start)] if start else np.zeros_like(D[0])
+    return first + (target - start) / (steps[-1] - start) * (D[-1] - first)
+
+
+def expo(D: Array, alpha: float) -> Array:
+    """ExPO: the latest weights plus alpha times what they gained on the base."""
+    return D[-1] + alpha * D[-1]
+
+
+def first_update(D: Array, alpha: float) -> Array:
+    """The first delta, alpha times."""
+    return alpha * D[0]
+
+
+def mean(D: Array, last: int) -> Array:
+    """The average of the last checkpoints."""
+    average: Array = D[-last:].mean(axis=0)
+    return average
+
+
+def energy(D: Array, rank: int) -> float:
+    """Return the share of the squared deltas in the leading singular values."""
+    squared = np.linalg.svd(D, compute_uv=False) ** 2
+    return float(squared[:rank].sum() / squared.sum())
+
+
+def r_squared(D: Array, steps: Sequence[int]) -> float:
+    """Return R² of the line through the leading coordinate."""
+    values, _ = coordinates(D, 1)
+    intercept, slope = fit(values, steps)
+    residual = values - (intercept + np.outer(steps, slope))
+    return float(1.0 - (residual**2).sum() / ((values - values.mean()) ** 2).sum())
+
+
+def line_error(D: Array, steps: Sequence[int], target: int) -> float:
+    """Return the root of the summed OLS variances of all parameters' lines at the target."""
+    intercept, slope = fit(D, steps)
+    residual = D - (intercept + np.outer(steps, slope))
+    variance = (residual**2).sum() / (len(steps) - 2)
+    centred = np.array(steps) - np.mean(steps)
+    return float(np.sqrt(variance * (1 / len(steps) + (target - np.mean(steps)) ** 2 / (centred**2).sum())))

@@ -1,0 +1,11 @@
+from pathlib import Path
+
+import pytest
+
+from tests.relex.trajectories import Run, drift, write_run
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """A bf16 run of five checkpoints at irregular steps: fresh, to be damaged at will."""
+    return write_run(tmp_path, drift())

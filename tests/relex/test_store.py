@@ -1,0 +1,219 @@
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from relex import store
+from relex.errors import CheckpointIncompleteError, StoreError
+from relex.store import State, StoredCheckpoint
+from tests.relex.trajectories import FROZEN, STEPS, Run, drift, load, quiet, write_model, write_run
+
+
+def _scan(run: Run, *, now: float | None = None) -> dict[int, StoredCheckpoint]:
+    found = store.scan(run.run, store.open_base(run.base), now=time.time() if now is None else now)
+    return {item.step: item for item in found}
+
+
+def _observed(run: Run, *, window: int | None = None) -> tuple[int, ...]:
+    stored = tuple(_scan(run).values())
+    return tuple(checkpoint.step for checkpoint in store.observed(stored, run.run, window=window))
+
+
+def _rewrite(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    state = load(path)
+    change(state)
+    write_model(path, state)
+
+
+def test_quiet_checkpoints_are_ready_by_ascending_step(run: Run) -> None:
+    found = _scan(run)
+    assert tuple(found) == STEPS  # 10, 20, 25, 40, 75 and not by name: 10, 20, 25, 40, 75 sort alike, 100 would not
+    assert {item.state for item in found.values()} == {State.READY}
+    assert all(item.weights is not None and item.reason == "" for item in found.values())
+
+
+def test_steps_are_numbers_and_not_names(tmp_path: Path) -> None:
+    run = write_run(tmp_path, drift(steps=(9, 100, 20)))
+    assert tuple(_scan(run)) == (9, 20, 100)
+
+
+def test_names_that_are_not_exactly_a_step_are_not_looked_at(run: Run) -> None:
+    for name in (
+        "tmp-checkpoint-5", "checkpoint-5.tmp", ".checkpoint-5", "old_step_5", "step_5.old", "tmp_step_5", "step_",
+        "checkpoint-5 ", "Checkpoint-5", "checkpoint--5", "5", "global_step_5_hf",
+    ):  # fmt: skip
+        write_model(run.run / name, {"other": torch.ones(1)})
+    (run.run / "checkpoint-6").write_text("a file")
+    assert tuple(_scan(run)) == STEPS
+
+
+@pytest.mark.parametrize("name", ["step_7", "global_step_7", "global_step7", "checkpoint-7", "step_007"])
+def test_plain_step_directories_are_checkpoints(run: Run, name: str) -> None:
+    write_model(run.run / name, drift()[10])
+    assert _scan(run)[7].state is State.READY
+
+
+def test_two_directories_for_one_step_are_refused(run: Run) -> None:
+    write_model(run.run / "step_25", drift()[25])
+    with pytest.raises(StoreError, match="two directories for step 25: checkpoint-25 and step_25"):
+        _scan(run)
+
+
+def test_without_a_marker_a_checkpoint_is_complete_after_thirty_quiet_seconds(run: Run) -> None:
+    path = run.run / "checkpoint-75"
+    written = (path / "model.safetensors").stat().st_mtime
+    early, late = _scan(run, now=written + 29.5)[75], _scan(run, now=written + 30.5)[75]
+    assert (early.state, late.state) == (State.NOT_YET, State.READY)
+    assert "has no trainer_state.json and changed" in early.reason
+    assert early.weights is None
+
+
+def test_with_its_marker_a_checkpoint_is_complete_at_once(run: Run) -> None:
+    path = quiet(run.run / "checkpoint-75", seconds=1.0)
+    (path / "trainer_state.json").write_text("{}")
+    assert _scan(run)[75].state is State.READY
+
+
+def test_a_marker_that_is_half_written_is_waited_for(run: Run) -> None:
+    path = run.run / "checkpoint-75"
+    (path / "trainer_state.json").write_text('{"global_step": 7')
+    found = _scan(run)[75]
+    assert found.state is State.NOT_YET
+    assert "trainer_state.json does not parse" in found.reason
+
+
+def test_a_marker_older_than_the_weights_belongs_to_an_earlier_save(run: Run) -> None:
+    path = run.run / "checkpoint-75"
+    (path / "trainer_state.json").write_text("{}")
+    os.utime(path / "model.safetensors")
+    os.utime(path / "trainer_state.json", (0, 0))
+    found = _scan(run)[75]
+    assert found.state is State.NOT_YET
+    assert "weights are newer than trainer_state.json" in found.reason
+
+
+def test_a_checkpoint_that_says_it_is_incomplete_is_believed(run: Run) -> None:
+    (run.run / "checkpoint-75" / "checkpoint-is-incomplete.txt").write_text("")
+    assert "holds checkpoint-is-incomplete.txt" in _scan(run)[75].reason
+
+
+def test_a_hole_is_a_part_that_has_not_arrived(tmp_path: Path) -> None:
+    run = write_run(tmp_path, drift({"w": (1 << 16,)}, base=torch.float32, stored=torch.float32))
+    file = run.run / "checkpoint-75" / "model.safetensors"
+    size = file.stat().st_size
+    os.truncate(file, 4096 * 2)
+    os.truncate(file, size)
+    quiet(file.parent)
+    found = _scan(run)[75]
+    assert found.state is State.BROKEN
+    assert f"has a hole at byte 8192 of {size}" in found.reason
+
+
+def test_what_is_wrong_in_a_quiet_directory_is_broken_and_in_a_fresh_one_not_yet(run: Run) -> None:
+    file = run.run / "checkpoint-75" / "model.safetensors"
+    os.truncate(file, 100)
+    written = file.stat().st_mtime
+    assert _scan(run, now=written + 1)[75].state is State.NOT_YET
+    assert _scan(run, now=written + 31)[75].state is State.BROKEN
+
+
+def test_an_empty_directory_is_not_a_checkpoint_yet(run: Run) -> None:
+    (run.run / "checkpoint-80").mkdir()
+    found = _scan(run)[80]
+    assert found.state is State.NOT_YET
+    assert "has neither model.safetensors nor model.safetensors.index.json" in found.reason
+
+
+def test_a_link_to_nothing_is_broken_and_no_crash(run: Run) -> None:
+    path = run.run / "checkpoint-75"
+    (path / "model.safetensors").unlink()
+    (path / "model.safetensors").symlink_to(path / "pruned-blob")
+    os.utime(path, (0, 0))
+    assert _scan(run)[75].state is State.BROKEN
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("scale"), r"checkpoint-40 has no tensor scale, which the base .*base has with shape \[\]"),
+        (lambda state: state.update(extra=torch.ones(3)), r"has tensor extra with shape \[3\], which the base .* not have"),
+        (
+            lambda state: state.update({FROZEN: torch.ones(5, 16, dtype=torch.bfloat16)}),
+            r"frozen.weight has shape \[5, 16\], the base .*base has \[16, 5\]",
+        ),
+        (
+            lambda state: state.update({FROZEN: torch.ones(16, 5, dtype=torch.int32)}),
+            r"frozen.weight is torch.int32, the base .*base has torch.bfloat16",
+        ),
+    ],
+    ids=["missing", "extra", "shape", "kind"],
+)
+def test_a_checkpoint_of_another_model_is_broken_and_never_left_out(
+    run: Run, change: Callable[[dict[str, torch.Tensor]], object], message: str
+) -> None:
+    _rewrite(run.run / "checkpoint-40", change)
+    assert _scan(run)[40].state is State.BROKEN
+    with pytest.raises(CheckpointIncompleteError, match=f"step 40 is broken: .*{message}"):
+        _observed(run)
+
+
+def test_what_is_broken_beyond_the_window_does_not_matter(run: Run) -> None:
+    os.truncate(run.run / "checkpoint-75" / "model.safetensors", 100)
+    assert _observed(run, window=40) == (10, 20, 25, 40)
+
+
+def test_a_window_holds_the_steps_up_to_and_including_it(run: Run) -> None:
+    assert _observed(run, window=25) == (10, 20, 25)
+    assert _observed(run, window=24) == (10, 20)
+
+
+def test_a_run_without_checkpoints_says_what_it_looked_for(tmp_path: Path) -> None:
+    run = write_run(tmp_path, {0: drift()[0]})
+    with pytest.raises(StoreError, match="has no checkpoints: no directory in it is named checkpoint-N"):
+        _observed(run)
+
+
+def test_one_checkpoint_is_no_line(run: Run) -> None:
+    with pytest.raises(StoreError, match="has 1 checkpoint at or before step 19, .*10.*75.*; a line needs 2"):
+        _observed(run, window=19)
+
+
+def test_a_run_that_is_no_directory_is_refused(run: Run) -> None:
+    with pytest.raises(StoreError, match="nowhere is not a directory"):
+        store.scan(run.run / "nowhere", store.open_base(run.base), now=0.0)
+
+
+def test_a_base_must_be_a_model_directory(run: Run) -> None:
+    with pytest.raises(CheckpointIncompleteError, match="nowhere is not a directory"):
+        store.open_base(run.base / "nowhere")
+    (run.base / "config.json").unlink()
+    with pytest.raises(CheckpointIncompleteError, match=r"has no config.json"):
+        store.open_base(run.base)
+
+
+def test_a_checkpoint_without_its_own_config_is_read_by_the_base_one(tmp_path: Path) -> None:
+    states = drift({"model.embed_tokens.weight": (23, 8)})
+    states[40]["lm_head.weight"] = states[40]["model.embed_tokens.weight"].clone()
+    run = write_run(tmp_path, states, config={"tie_word_embeddings": True})
+    (run.run / "checkpoint-40" / "config.json").unlink()
+    quiet(run.run / "checkpoint-40")
+    assert _scan(run)[40].state is State.READY
+
+
+def test_a_rewritten_file_is_looked_at_again(run: Run) -> None:
+    path = run.run / "checkpoint-75"
+    assert _scan(run)[75].state is State.READY
+    save_file({"other": torch.ones(1)}, path / "model.safetensors")
+    quiet(path)
+    assert _scan(run)[75].state is State.BROKEN
+
+
+def test_a_config_that_is_half_written_is_waited_for(run: Run) -> None:
+    path = run.run / "checkpoint-75"
+    (path / "config.json").write_text(json.dumps({"a": 1})[:-1])
+    assert _scan(run)[75].state is State.NOT_YET
