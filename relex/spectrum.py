@@ -29,7 +29,9 @@ def r_squared(gram_TKK: Tensor, steps_K: Tensor) -> Tensor:
     steps_K = steps_K - steps_K.mean()
     explained_T = (centred_TK @ steps_K).square() / steps_K.square().sum()
     total_T = centred_TK.square().sum(-1)
-    return torch.where(total_T > _CONSTANT, explained_T / total_T, 1.0).clamp(max=1.0)
+    # A zero Gram has arbitrary eigenvectors, its coordinate is zero throughout.
+    moved_T = gram_TKK.diagonal(dim1=-2, dim2=-1).any(-1)
+    return torch.where(moved_T & (total_T > _CONSTANT), explained_T / total_T, 1.0).clamp(max=1.0)
 
 
 def norm(gram_TKK: Tensor, coefficients_TK: Tensor) -> Tensor:
