@@ -122,7 +122,7 @@ def measure(
             if not trajectory.tensors[unit.tensor].moves:
                 continue
             for place, deltas in space.subtract(block):
-                for piece in deltas.split(WIDTH, dim=1):
+                for piece in torch.split(deltas, WIDTH, dim=1):
                     wide[:count, : piece.shape[1]].copy_(piece)
                     _add_products(part.numpy(), wide[:, : piece.shape[1]].numpy(), first=kept)
                 base = block.base[place].double()
@@ -169,11 +169,13 @@ def measure(
 
 def _add_products(total: NDArray[np.float64], deltas: NDArray[np.float64], *, first: int) -> None:
     """Add the lower triangle of deltas @ deltas.T to `total`, from the tile of row `first` on."""
-    for top in range(first // ROWS * ROWS, len(deltas), ROWS):
-        rows = slice(top, top + ROWS)
-        for left in range(0, top + ROWS, COLUMNS):
-            columns = slice(left, min(left + COLUMNS, top + ROWS))
-            total[rows, columns] += deltas[rows] @ deltas[columns].T
+    # What is not finite is named once the pass is over.
+    with np.errstate(invalid="ignore"):
+        for top in range(first // ROWS * ROWS, len(deltas), ROWS):
+            rows = slice(top, top + ROWS)
+            for left in range(0, top + ROWS, COLUMNS):
+                columns = slice(left, min(left + COLUMNS, top + ROWS))
+                total[rows, columns] += deltas[rows] @ deltas[columns].T
 
 
 def _refuse_non_finite(gram: Gram, trajectory: Trajectory) -> None:
