@@ -1,0 +1,223 @@
+"""What each method is, on Grams alone: the prediction is sum_k c_k delta_k, so its coefficients tell all."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from relex.errors import TargetError
+from relex.predictors import METHODS, parse_method
+
+WINDOW = torch.tensor([10.0, 20.0, 25.0, 40.0, 75.0], dtype=torch.float64)
+TARGET = 200.0
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What holds for a method: `line` continues theta_0 + step v, `offset_line` continues theta_0 + u + step v."""
+
+    line: bool
+    offset_line: bool
+    shift: bool
+    uses_target: bool
+    uses_gram: bool
+
+
+TABLE = {
+    "relex": Traits(line=True, offset_line=False, shift=True, uses_target=True, uses_gram=True),
+    "relex:rank=2": Traits(line=True, offset_line=True, shift=True, uses_target=True, uses_gram=True),
+    "relex:rank=5": Traits(line=True, offset_line=True, shift=True, uses_target=True, uses_gram=False),
+    "relex-pinned": Traits(line=True, offset_line=False, shift=True, uses_target=True, uses_gram=True),
+    "relex-pinned:rank=2": Traits(line=True, offset_line=True, shift=True, uses_target=True, uses_gram=True),
+    "relex-pinned:damping=0.5": Traits(line=False, offset_line=False, shift=True, uses_target=True, uses_gram=True),
+    "raw": Traits(line=True, offset_line=True, shift=True, uses_target=True, uses_gram=False),
+    "weight-extrapolation": Traits(line=True, offset_line=False, shift=False, uses_target=True, uses_gram=False),
+    "weight-extrapolation:start=20": Traits(
+        line=True, offset_line=True, shift=False, uses_target=True, uses_gram=False
+    ),
+    "expo": Traits(line=False, offset_line=False, shift=True, uses_target=False, uses_gram=False),
+    "expo:alpha=1.6666666666666667": Traits(
+        line=True, offset_line=False, shift=True, uses_target=False, uses_gram=False
+    ),
+    "first-update:alpha=20": Traits(line=True, offset_line=False, shift=True, uses_target=False, uses_gram=False),
+    "mean:last=2": Traits(line=False, offset_line=False, shift=True, uses_target=False, uses_gram=False),
+    "hold": Traits(line=False, offset_line=False, shift=True, uses_target=False, uses_gram=False),
+}
+
+# Deltas with well separated singular values, so that every rank is well-posed: see trajectories.drift.
+SIGMA = 0.5 ** torch.arange(5, dtype=torch.float64)
+
+
+def deltas(seed: int, *, count: int = 5, size: int = 40) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    left, _ = torch.linalg.qr(torch.randn(count, count, generator=generator, dtype=torch.float64))
+    right, _ = torch.linalg.qr(torch.randn(size, count, generator=generator, dtype=torch.float64))
+    return left * SIGMA[:count] @ right.T
+
+
+def predicted(spec: str, deltas_KD: Tensor, steps_K: Tensor = WINDOW, target: float = TARGET) -> Tensor:
+    coefficients_K = parse_method(spec).predictor.coefficients(deltas_KD @ deltas_KD.T, steps_K, target)
+    assert coefficients_K.dtype is torch.float64
+    assert coefficients_K.shape == steps_K.shape
+    return coefficients_K @ deltas_KD
+
+
+def same(left: Tensor, right: Tensor) -> bool:
+    return bool(torch.allclose(left, right, rtol=1e-9, atol=1e-9 * float(right.abs().max())))
+
+
+def test_every_method_is_in_the_table() -> None:
+    assert {spec.partition(":")[0] for spec in TABLE} == METHODS.keys()
+
+
+@pytest.mark.parametrize(("spec", "traits"), TABLE.items())
+def test_a_method_continues_the_lines_it_can_continue(spec: str, traits: Traits) -> None:
+    offset, direction = deltas(0)[:2]
+    line = WINDOW[:, None] * direction
+    assert same(predicted(spec, line), TARGET * direction) is traits.line
+    offset_line = 20.0 * offset + line
+    assert same(predicted(spec, offset_line), 20.0 * offset + TARGET * direction) is traits.offset_line
+
+
+@pytest.mark.parametrize(("spec", "traits"), TABLE.items())
+def test_a_method_looks_only_at_what_it_says(spec: str, traits: Traits) -> None:
+    predictor = parse_method(spec).predictor
+    grams = [deltas_KD @ deltas_KD.T for deltas_KD in (deltas(0), deltas(1))]
+    first = predictor.coefficients(grams[0], WINDOW, TARGET)
+    assert same(predictor.coefficients(grams[0], WINDOW, 2 * TARGET), first) is not traits.uses_target
+    assert same(predictor.coefficients(grams[1], WINDOW, TARGET), first) is not traits.uses_gram
+
+
+@given(seed=st.integers(0, 99), shift=st.integers(1, 1000))
+@settings(deadline=None, max_examples=20)
+def test_the_origin_of_the_step_axis_matters_only_to_a_line_from_the_base(seed: int, shift: int) -> None:
+    deltas_KD = deltas(seed)
+    for spec, traits in TABLE.items():
+        if "start=" in spec:  # names a step
+            continue
+        moved = predicted(spec, deltas_KD, WINDOW + shift, TARGET + shift)
+        assert same(moved, predicted(spec, deltas_KD)) is traits.shift, spec
+
+
+@given(seed=st.integers(0, 99), factor=st.integers(2, 1000))
+@settings(deadline=None, max_examples=20)
+def test_the_unit_of_the_step_axis_does_not_matter(seed: int, factor: int) -> None:
+    deltas_KD = deltas(seed)
+    for spec in TABLE:
+        scaled = spec.replace("start=20", f"start={20 * factor}")
+        assert same(predicted(scaled, deltas_KD, WINDOW * factor, TARGET * factor), predicted(spec, deltas_KD)), spec
+
+
+@given(seed=st.integers(0, 99), count=st.integers(2, 5), target=st.integers(1, 10_000))
+@settings(deadline=None, max_examples=40)
+def test_relex_at_full_rank_is_raw(seed: int, count: int, target: int) -> None:
+    deltas_KD, steps_K = deltas(seed, count=count), WINDOW[:count]
+    assert same(predicted(f"relex:rank={count}", deltas_KD, steps_K, target), predicted("raw", deltas_KD, steps_K, target))
+
+
+@given(seed=st.integers(0, 99), rank=st.integers(1, 5))
+@settings(deadline=None, max_examples=20)
+def test_pinned_without_damping_left_is_hold(seed: int, rank: int) -> None:
+    deltas_KD = deltas(seed)
+    assert torch.equal(predicted(f"relex-pinned:damping=0,rank={rank}", deltas_KD), predicted("hold", deltas_KD))
+
+
+@given(seed=st.integers(0, 99))
+@settings(deadline=None, max_examples=20)
+def test_the_scale_of_the_deltas_scales_the_prediction(seed: int) -> None:
+    deltas_KD = deltas(seed)
+    for spec in TABLE:
+        assert same(predicted(spec, 1e-6 * deltas_KD), 1e-6 * predicted(spec, deltas_KD)), spec
+
+
+def test_the_line_is_the_least_squares_line() -> None:
+    values = torch.tensor([3.0, -1.0, 4.0, 1.0, -5.0], dtype=torch.float64)
+    slope, intercept = np.polyfit(WINDOW.numpy(), values.numpy(), 1)
+    assert float(predicted("raw", values[:, None])) == pytest.approx(intercept + slope * TARGET)
+
+
+@pytest.mark.parametrize(
+    ("name", "dimensions", "moved"),
+    [
+        ("model.layers.0.input_layernorm.weight", 1, False),
+        ("model.norm.weight", 1, False),
+        ("model.layers.3.self_attn.q_norm.weight", 1, False),
+        ("transformer.h.0.ln_1.weight", 1, False),
+        ("transformer.ln_f.bias", 1, False),
+        ("model.layers.0.self_attn.q_proj.bias", 1, True),
+        ("model.embed_tokens.weight", 2, True),
+        ("model.norm_like.weight", 2, True),
+        ("model.linear.bias", 1, True),
+    ],
+)
+def test_weight_extrapolation_copies_norms_and_everything_else_moves(name: str, dimensions: int, moved: bool) -> None:
+    assert parse_method("weight-extrapolation").predictor.moves(name, dimensions) is moved
+    for other in ("relex", "raw", "expo", "first-update:alpha=2", "mean", "hold"):
+        assert parse_method(other).predictor.moves(name, dimensions)
+
+
+@pytest.mark.parametrize(
+    ("spec", "canonical"),
+    [
+        ("relex", "relex"),
+        ("relex-pinned:rank=3,damping=0.3", "relex-pinned:damping=0.3,rank=3"),
+        ("relex-pinned: damping=.30 , rank=3", "relex-pinned:damping=0.3,rank=3"),
+        ("expo:alpha=1e-1", "expo:alpha=0.1"),
+    ],
+)
+def test_a_method_is_named_in_one_way(spec: str, canonical: str) -> None:
+    method = parse_method(spec)
+    assert method.spec == canonical
+    assert parse_method(canonical) == method
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("cubic", r"method 'cubic' is not known; known are relex, .*hold\.$"),
+        ("", r"method '' is not known"),
+        ("relex:tank=3", r"method relex has no parameter 'tank'; it has rank\.$"),
+        ("raw:rank=3", r"method raw has no parameter 'rank'; it has none\.$"),
+        ("relex:rank=one", r"method relex: rank='one' is not a valid int\.$"),
+        ("relex:rank=1.5", r"rank='1.5' is not a valid int\.$"),
+        ("relex:rank", r"rank='' is not a valid int\.$"),
+        ("relex:rank=0", r"rank is 0; give at least 1\.$"),
+        ("relex-pinned:damping=nan", r"damping='nan' is not a valid float\.$"),
+        ("expo:alpha=inf", r"alpha='inf' is not a valid float\.$"),
+        ("first-update", r"method first-update needs alpha=…: write first-update:alpha=…\.$"),
+    ],
+)
+def test_a_method_that_cannot_be_is_refused_with_what_can(spec: str, message: str) -> None:
+    with pytest.raises(TargetError, match=message):
+        parse_method(spec)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("relex:rank=6", "rank 6 needs as many checkpoints, and the window has 5"),
+        ("mean:last=6", "last is 6, and the window has 5 checkpoints. Give 1 to 5"),
+        ("mean:last=0", "last is 0"),
+        ("weight-extrapolation:start=30", r"start 30 is not in the window, which has steps \[10, 20, 25, 40, 75\]"),
+        ("weight-extrapolation:start=75", "start 75 is not before the latest step 75"),
+        ("weight-extrapolation:start=-10", "start -10 is not in the window"),
+    ],
+)
+def test_parameters_that_do_not_fit_the_window_are_refused_with_both_values(spec: str, message: str) -> None:
+    with pytest.raises(TargetError, match=message):
+        predicted(spec, deltas(0))
+
+
+def test_the_description_names_every_parameter_of_the_family() -> None:
+    build: Callable[[str], dict[str, object]] = lambda spec: parse_method(spec).describe()  # noqa: E731
+    assert build("relex") == {
+        "name": "relex",
+        "parameters": {},
+        "family": {"LowRankLinear": {"rank": 1, "anchor": "base", "damping": 1.0}},
+    }
+    assert build("hold")["family"] == {"Mean": {"last": 1}}
