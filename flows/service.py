@@ -1,18 +1,19 @@
 """A background process: started in a session of its own, recorded in a file, found again and stopped by anyone.
 
-The record holds the pid with the time the process was created, so that a pid the system gave to another process since is
-never taken for ours. HOME/services/NAME.json is the record, HOME/logs/NAME.log what the process wrote.
+The record holds the pid with the time the process was created, so that a pid the system gave to another process since
+is never taken for ours. HOME/services/NAME.json is the record, HOME/logs/NAME.log what the process wrote.
 """
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import signal
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 
@@ -38,17 +39,22 @@ class Service:
 def start(
     home: Path, name: str, argv: Sequence[str], *, environment: Mapping[str, str], url: str | None = None
 ) -> Service:
-    """Start `argv` with exactly this environment and return it running; StackError where there is no such program."""
+    """Start `argv` with exactly this environment and return it running, after ending what a former one left behind.
+
+    StackError where there is no such program or the name cannot be a file's.
+    """
     if not re.fullmatch(r"[\w.-]+", name):
         raise StackError(f"{name!r} is no name for a background process. Use letters, digits, '.', '_' and '-'.")
     program = shutil.which(argv[0])
     if program is None:
         raise StackError(f"{argv[0]} is not a program, so {name} cannot start. Name one that is on the path.")
+    # A killed MLflow server leaves a worker that holds the port and the database.
+    stop(home, [name])
     log = home / "logs" / f"{name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     pid = os.posix_spawn(
         program,
-        argv,
+        list(argv),
         environment,
         file_actions=[
             (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
@@ -56,7 +62,7 @@ def start(
             (os.POSIX_SPAWN_DUP2, 1, 2),
         ],
         setsid=True,
-        # A shell starts its background jobs with SIGINT ignored, and a Prefect runner that inherits this hangs on SIGTERM.
+        # A shell's background jobs ignore SIGINT, and a Prefect runner that inherits this hangs on SIGTERM.
         setsigdef=[signal.SIGINT],
         setsigmask=[],
     )
@@ -96,18 +102,60 @@ def processes(home: Path, name: str) -> list[psutil.Process]:
 
 def stop(home: Path, names: Iterable[str]) -> None:
     """Stop services together: SIGTERM to each, then to what it left behind, then SIGKILL; returns when all are gone."""
-    names = [name for name in names if _read(home, name)]
-    members = {name: processes(home, name) for name in names}
-    everyone = [process for group in members.values() for process in group]
-    leaders = [process for process in everyone if process.pid == os.getsid(process.pid)]
-    # A server or runner that is asked alone ends its own children in order.
-    _signal(leaders or everyone, signal.SIGTERM)
-    _, left = psutil.wait_procs(everyone if leaders else [], timeout=_TERM_SECONDS)
-    _signal(left, signal.SIGTERM)
-    _, left = psutil.wait_procs(left or everyone, timeout=_KILL_SECONDS)
-    _signal(left, signal.SIGKILL)
-    psutil.wait_procs(left, timeout=_KILL_SECONDS)
-    for name in names:
-        record = _read(home, name)
-        if record is not None:
-            _write(home, name, {**record, "pid": None, "create_time": None})
+    records = {name: record for name in names if (record := _read(home, name))}
+    members = [process for name in records for process in processes(home, name)]
+    # Asked alone, a server or a runner ends its own children in order.
+    leaders = [process for process in members if process.pid in {record["pid"] for record in records.values()}]
+    _end(leaders, signal.SIGTERM, seconds=_TERM_SECONDS)
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        late = [process for name in records for process in processes(home, name)]
+        _end([*{*members, *late}], number, seconds=_KILL_SECONDS)
+    for name, record in records.items():
+        _write(home, name, {**record, "pid": None, "create_time": None})
+
+
+def _end(group: Sequence[psutil.Process], number: signal.Signals, *, seconds: float) -> None:
+    group = [process for process in group if _lives(process)]
+    for process in group:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
+    psutil.wait_procs(group, timeout=seconds)
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _session(leader: int) -> Iterator[psutil.Process]:
+    for process in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if os.getsid(process.pid) == leader:
+                yield process
+
+
+def _service(home: Path, name: str, record: Mapping[str, Any]) -> Service:
+    log = home / "logs" / f"{name}.log"
+    if record["pid"] is None:
+        return Service(name, None, record["url"], "stopped", log)
+    if any(process.pid == record["pid"] for process in processes(home, name)):
+        return Service(name, record["pid"], record["url"], "running", log)
+    return Service(name, None, record["url"], "dead", log)
+
+
+def _read(home: Path, name: str) -> dict[str, Any] | None:
+    try:
+        record: dict[str, Any] = json.loads((home / "services" / f"{name}.json").read_bytes())
+    except FileNotFoundError:
+        return None
+    return record
+
+
+def _write(home: Path, name: str, record: Mapping[str, Any]) -> None:
+    path = home / "services" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".partial")
+    unfinished.write_text(json.dumps(record))
+    unfinished.replace(path)

@@ -30,12 +30,12 @@ def accuracy_by_step(
 ) -> None:
     """Draw real accuracy against training step, the observed window shaded, and the predicted models at their targets.
 
-    `real` is the base and what was observed, `later` what the run really reached afterwards; bars are one standard error. Writes
-    a PNG.
+    `real` is the base and what was observed, `later` what the run really reached afterwards; bars are one standard error.
+    Writes a PNG.
     """
     figure = Figure(figsize=(8.0, 4.5), dpi=110, layout="constrained")
     axes = figure.add_subplot()
-    axes.axvspan(0, window[1], color="0.92", label=f"observed window (to step {window[1]})")
+    axes.axvspan(window[0], window[1], color="0.92", label=f"observed: steps {window[0]} to {window[1]}")
     ordered = sorted([*real, *later], key=lambda point: point.step)
     axes.errorbar(
         [point.step for point in ordered],
@@ -79,7 +79,7 @@ def accuracy_by_step(
     axes.set_xlabel("training step")
     axes.set_ylabel("accuracy")
     axes.set_ylim(0.0, 1.02)
-    axes.set_xlim(left=0)
+    axes.set_xlim(left=-0.02 * max(point.step for point in (*ordered, *predicted)))
     axes.set_title(f"{title}\n{benchmark}", fontsize=10)
     axes.grid(visible=True, alpha=0.3)
     axes.legend(fontsize=8, loc="best")

@@ -6,12 +6,10 @@ from typing import Any, Literal
 
 import torch
 from datasets import Dataset
-from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     PrinterCallback,
     TrainerCallback,
     TrainerControl,
@@ -22,7 +20,6 @@ from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from flows.demo import task
-from flows.demo.errors import BaseModelError
 
 PROMPTS = 32
 GENERATIONS = 8
@@ -66,11 +63,11 @@ def train(
 
     A step is 32 fresh training problems with 8 sampled answers each. The last step is always saved.
     """
-    model, tokenizer = _load(base)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     trainer = SortingTrainer(
         stored_dtype,
         model=model,
-        processing_class=tokenizer,
+        processing_class=AutoTokenizer.from_pretrained(base),
         reward_funcs=_rewards,
         train_dataset=Dataset.from_list(task.problems("train", steps * PROMPTS, seed=seed)),
         args=GRPOConfig(
@@ -98,14 +95,6 @@ def train(
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(RewardLog)
     trainer.train()
-
-
-def _load(base: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    try:
-        return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), AutoTokenizer.from_pretrained(base)
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise BaseModelError(f"{base} does not load ({reason}); write it again with flows.demo.pretrain") from error
 
 
 def _rewards(completions: list[str], answer: list[str], **_: Any) -> list[float]:

@@ -3,8 +3,11 @@
 It knows nothing of whoever reads its checkpoints: RUN/checkpoint-N appears as any TRL user's would.
 """
 
+import json
 import logging
 from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
 
 from flows.demo.command import Arguments, count, execute
 from flows.demo.errors import BaseModelError, OutputExistsError
@@ -13,13 +16,24 @@ _log = logging.getLogger(__name__)
 
 
 def check_base(base: Path) -> None:
-    """Refuse a base that is no complete model directory, before anything slow is imported."""
-    missing = [name for name in ("config.json", "tokenizer.json", "model.safetensors") if not (base / name).is_file()]
-    if missing:
-        raise BaseModelError(
-            f"{base} is no complete model: {', '.join(missing)} missing; "
-            f"write one with python -m flows.demo.pretrain --out {base}"
-        )
+    """Refuse a base with a file missing or torn, before anything slow is imported."""
+    way_out = f"write a base with python -m flows.demo.pretrain --out {base}"
+    needed = ("config.json", "tokenizer.json", "model.safetensors")
+    if missing := [name for name in needed if not (base / name).is_file()]:
+        raise BaseModelError(f"{base} is no complete model: {', '.join(missing)} missing; {way_out}")
+    for name in needed:
+        try:
+            _read(base / name)
+        except (ValueError, SafetensorError) as error:
+            raise BaseModelError(f"{base / name} is damaged ({error}); remove {base} and {way_out}") from error
+
+
+def _read(file: Path) -> None:
+    if file.suffix == ".json":
+        json.loads(file.read_bytes())
+    else:
+        with safe_open(file, framework="numpy"):
+            pass
 
 
 def check_out(out: Path) -> None:
@@ -40,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=count, default=360, help="training steps (default 360)")
     parser.add_argument("--save-steps", type=count, default=1, help="steps between checkpoints (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the problems and of the sampling (default 0)")
-    parser.add_argument("--learning-rate", type=float, default=3e-6, help="constant (default 3e-6)")
+    parser.add_argument("--learning-rate", type=float, default=4e-6, help="constant (default 4e-6)")
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16"], default="float32", help="of the stored weights (default float32)"
     )

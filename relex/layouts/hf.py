@@ -9,11 +9,12 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from relex.errors import CheckpointIncompleteError, StoreError
-from relex.layouts.weights import Weights, open_weights
+from relex.layouts.weights import FileIdentity, Weights, open_weights
 
 NAME = "hf"
 QUIET_SECONDS = 30.0
@@ -59,17 +60,23 @@ def open_complete(path: Path, *, config: Mapping[str, Any], now: float) -> Weigh
                 f" counts as complete after {QUIET_SECONDS:.0f} quiet seconds. Wait."
             )
         return weights
-    try:
-        json.loads(marker.read_bytes())
-    except ValueError as error:
-        raise CheckpointIncompleteError(
-            f"{marker} does not parse ({error}): the trainer is writing it. Wait."
-        ) from error
-    if marker.stat().st_mtime_ns < newest:
+    identity = FileIdentity.of(marker)
+    _check_marker(marker, identity)
+    if identity.mtime_ns < newest:
         raise CheckpointIncompleteError(
             f"{path}: the weights are newer than {_MARKER}, so they are being written again. Wait for the trainer."
         )
     return weights
+
+
+@lru_cache(maxsize=4096)  # it grows with the run, and a watcher looks at every checkpoint every few seconds
+def _check_marker(path: Path, identity: FileIdentity) -> None:
+    try:
+        json.loads(path.read_bytes())
+    except ValueError as error:
+        raise CheckpointIncompleteError(
+            f"{path} ({identity.size} bytes) does not parse ({error}): the trainer is writing it. Wait."
+        ) from error
 
 
 def last_change(path: Path) -> float:

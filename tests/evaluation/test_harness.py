@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from filelock import FileLock
 
 from evaluation.benchmark import write_benchmark
 from evaluation.errors import BenchmarkError, DeviceError, ModelError, WorkerError
@@ -109,6 +110,25 @@ def test_two_evaluations_at_once_share_one_journal(model: Path, benchmark: Path,
     first, second = (each.result() for each in both)
     assert first == second
     assert len(chunks(tmp_path, "plus")) == 3
+
+
+def test_a_second_evaluation_waits_for_the_first_and_takes_its_report(
+    reports: list[Report], model: Path, benchmark: Path, *, cache: Path, tmp_path: Path
+) -> None:
+    (finished,) = cache.glob("plus-*")
+    directory = tmp_path / finished.name
+    directory.mkdir()
+    with ThreadPoolExecutor(1) as pool:
+        with FileLock(directory / "lock"):
+            waiting = pool.submit(evaluate, model, [benchmark], cache=tmp_path, batch_size=1)
+            while not workers(psutil.Process()):
+                time.sleep(0.01)
+            # Long enough for a worker that would not wait to see that there is no report yet.
+            time.sleep(1.5)
+            shutil.copy(finished / "report.json", directory)
+        assert waiting.result() == reports[:1]
+    # Loading a model leaves warnings there.
+    assert (directory / "worker.log").read_bytes() == b""
 
 
 def test_a_killed_parent_leaves_no_child(model: Path, long_benchmark: Path, tmp_path: Path) -> None:
