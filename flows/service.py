@@ -48,7 +48,6 @@ def start(
     program = shutil.which(argv[0])
     if program is None:
         raise StackError(f"{argv[0]} is not a program, so {name} cannot start. Name one that is on the path.")
-    # A killed MLflow server leaves a worker that holds the port and the database.
     stop(home, [name])
     log = home / "logs" / f"{name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,143 @@
+"""A server of the local stack: how the Prefect and the MLflow server are started, and when each of them answers."""
+
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import httpx
+import psutil
+
+from deploy.store import prepare
+from flows import service
+from flows.errors import StackError
+from flows.service import Service
+
+# Told to every process of the stack.
+NO_TELEMETRY = {"DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+
+_HOST = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Server:
+    """One of the two servers: the package and service name, the preferred port, the paths of its health and version."""
+
+    name: str
+    port: int
+    health: str
+    version: str
+
+
+PREFECT = Server("prefect", 4200, "/api/health", "/api/admin/version")
+MLFLOW = Server("mlflow", 5000, "/health", "/version")
+
+
+def launch(home: Path, server: Server) -> Service:
+    """Start a server on the loopback interface, at the port it had before or prefers, else at a free one."""
+    former = service.find(home, server.name)
+    # Before the choice: a killed MLflow server leaves a worker that holds the port.
+    service.stop(home, [server.name])
+    # Pages people have open and processes that still run find it again.
+    preferred = server.port if former is None else _port(former)
+    port = preferred if _is_free(preferred) else _free_port()
+    return service.start(
+        home,
+        server.name,
+        _argv(home, server, port),
+        environment=_environment(home),
+        url=f"http://{_HOST}:{port}",
+    )
+
+
+def answers(client: httpx.Client, home: Path, found: Service, server: Server) -> bool:
+    """Return whether this home's own process answers at the server's address."""
+    try:
+        healthy = client.get(f"{found.url}{server.health}").is_success
+    except httpx.TransportError:
+        return False
+    # The port may have gone to a stranger, another home's server for one, between the choice and the bind.
+    return healthy and _listens(service.processes(home, server.name), port=_port(found))
+
+
+def is_outdated(client: httpx.Client, found: Service, server: Server) -> bool:
+    """Return whether a running server answers with another version than the one that is installed."""
+    try:
+        answer = client.get(f"{found.url}{server.version}")
+    except httpx.TransportError:
+        return False
+    return answer.is_success and answer.text.strip('"\n') != version(server.name)
+
+
+def still_starting(home: Path, found: Service, server: Server, *, seconds: float, limit: float) -> Service:
+    """Return the service to go on waiting for, after it has not answered for `seconds`.
+
+    That is another one where a stranger took the port first; StackError where the process ended or `limit` has passed.
+    """
+    now = service.find(home, server.name)
+    if now is not None and now.state == "running" and seconds < limit:
+        return found
+    service.stop(home, [server.name])
+    if seconds < limit and not _is_free(_port(found)):
+        return launch(home, server)
+    lines = [line.strip() for line in found.log.read_text(errors="replace").splitlines() if line.strip()]
+    ending = "ended" if seconds < limit else f"did not answer within {limit:.0f} s"
+    raise StackError(f"{server.name} {ending}: {lines[-1] if lines else 'it wrote nothing'}. Its log is {found.log}.")
+
+
+def _argv(home: Path, server: Server, port: int) -> list[str]:
+    argv = [sys.executable, "-m", server.name, "server"]
+    address = ["--host", _HOST, "--port", str(port)]
+    if server == PREFECT:
+        return [*argv, "start", *address]
+    store = prepare(home / "mlflow")
+    places = ["--backend-store-uri", store.tracking_uri, "--default-artifact-root", str(store.artifacts)]
+    # Clients on this file system read and write the artifacts themselves; nothing is left to be passed through.
+    return [*argv, *address, *places, "--no-serve-artifacts", "--workers", "1"]
+
+
+def _environment(home: Path) -> dict[str, str]:
+    # What the caller set for other servers must not reach these.
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "MLFLOW_"))}
+    return {
+        **inherited,
+        **NO_TELEMETRY,
+        "PREFECT_HOME": str(home / "prefect"),
+        # In memory, the default, a restart of the server loses the slots and crashes those who hold them.
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    }
+
+
+def _port(found: Service) -> int:
+    return int(str(found.url).rsplit(":", 1)[1])
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((_HOST, port))
+        except OSError:
+            return False
+        return True
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((_HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+def _listens(group: Sequence[psutil.Process], *, port: int) -> bool:
+    for process in group:
+        try:
+            connections = process.net_connections("tcp")
+        except psutil.Error:
+            continue
+        if any(one.status == psutil.CONN_LISTEN and one.laddr.port == port for one in connections):
+            return True
+    return False
