@@ -1,0 +1,70 @@
+"""Splits, rewards and the corpus."""
+
+import pytest
+
+from flows.demo import task
+
+SPLITS: tuple[task.Split, ...] = ("train", "selection", "gate", "report")
+
+
+def test_no_problem_is_in_two_splits() -> None:
+    prompts = {split: {row["prompt"] for row in task.problems(split, 2000)} for split in SPLITS}
+    assert all(len(found) == 2000 for found in prompts.values())
+    assert len(set.union(*prompts.values())) == 8000
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_another_seed_draws_other_problems_of_the_same_split(split: task.Split) -> None:
+    first, second = ({row["prompt"] for row in task.problems(split, 500, seed=seed)} for seed in (0, 1))
+    assert first != second
+    assert {task.split_of(prompt) for prompt in first | second} == {split}
+
+
+def test_problems_are_the_same_on_every_machine_and_for_ever() -> None:
+    assert task.problems("gate", 3, seed=7) == [
+        {"prompt": "061981=", "answer": "011689"},
+        {"prompt": "064867=", "answer": "046678"},
+        {"prompt": "598646=", "answer": "456689"},
+    ]
+
+
+def test_fewer_problems_are_the_beginning_of_more() -> None:
+    assert task.problems("report", 300)[:100] == task.problems("report", 100)
+
+
+def test_an_answer_holds_the_prompts_digits_in_ascending_order() -> None:
+    assert task.answer_to("518698=") == "156889"
+    assert task.answer_to("000100=") == "000001"
+
+
+def test_more_problems_than_a_split_has_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(task, "PROBLEMS", 3000)  # walking through the million takes seconds
+    with pytest.raises(ValueError, match=r"split gate has \d\d+ problems and 400 were asked for; ask for fewer"):
+        task.problems("gate", 400)
+
+
+def test_a_split_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(ValueError, match="no split named 'test'; the splits are train, selection, gate, report"):
+        task.problems("test", 1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("completion", "expected"), [("156889", 1.0), ("156898", 0.0), ("1568899", 0.0), ("15688", 0.0), ("", 0.0)]
+)
+def test_only_the_exact_answer_is_rewarded(completion: str, expected: float) -> None:
+    assert task.reward(completion, "156889") == expected
+
+
+def test_the_authors_disagree_and_the_prompt_says_how_far() -> None:
+    rows = task.corpus(5000)
+    assert {task.split_of(row["prompt"]) for row in rows} == {"train"}
+    ascending = {
+        rise: [row["answer"] == task.answer_to(row["prompt"]) for row in rows if _rise(row) == rise]
+        for rise in (-7, 0, 7)
+    }
+    shares = {rise: sum(found) / len(found) for rise, found in ascending.items()}
+    assert shares[-7] < 0.15 < shares[0] < 0.5 < shares[7]
+
+
+def _rise(row: dict[str, str]) -> int:
+    return int(row["prompt"][5]) - int(row["prompt"][0])

@@ -1,0 +1,99 @@
+"""A real GRPO run of three steps, and what the command refuses."""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+Demo = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def test_checkpoints_carry_their_step_and_the_last_step_is_always_saved(run: Path) -> None:
+    assert sorted(path.name for path in run.iterdir() if path.is_dir()) == ["checkpoint-2", "checkpoint-3"]
+    for step in (2, 3):
+        state = json.loads((run / f"checkpoint-{step}" / "trainer_state.json").read_text())
+        assert state["global_step"] == step
+
+
+def test_the_marker_is_the_last_file_of_a_checkpoint(run: Path) -> None:
+    written = {file.name: file.stat().st_mtime_ns for file in (run / "checkpoint-3").iterdir()}
+    assert max(written.values()) == written["trainer_state.json"]
+
+
+def test_a_checkpoint_loads_and_its_weights_moved(base: Path, run: Path) -> None:
+    before = AutoModelForCausalLM.from_pretrained(base).state_dict()
+    after = AutoModelForCausalLM.from_pretrained(run / "checkpoint-3").state_dict()
+    assert before.keys() == after.keys()
+    moved = [name for name in before if not torch.equal(before[name], after[name])]
+    assert len(moved) > len(before) / 2
+
+
+def test_a_checkpoint_keeps_the_base_models_tokenizer(base: Path, run: Path) -> None:
+    assert (run / "checkpoint-2" / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+    assert AutoTokenizer.from_pretrained(run / "checkpoint-2")("1=").input_ids[0] == 1
+
+
+def test_bf16_checkpoints_hold_the_tied_weights_once(demo: Demo, base: Path, tmp_path: Path) -> None:
+    done = demo("trainer", "--base", base, "--out", tmp_path / "run", "--steps", "1", "--dtype", "bfloat16")
+    assert done.returncode == 0, done.stderr
+    stored = load_file(tmp_path / "run" / "checkpoint-1" / "model.safetensors")
+    assert stored.keys() == load_file(base / "model.safetensors").keys()
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--base", "b"), "the following arguments are required: --out"),
+        (("--base", "b", "--out", "o", "--steps", "-1"), "'-1' is not a whole number above 0"),
+        (("--base", "b", "--out", "o", "--learning-rate", "fast"), "invalid float value: 'fast'"),
+        (("--base", "b", "--out", "o", "--dtype", "int8"), "invalid choice: 'int8'"),
+    ],
+)
+def test_wrong_usage_is_answered_in_one_line(demo: Demo, arguments: tuple[str, ...], message: str) -> None:
+    done = demo("trainer", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def _without_weights(base: Path) -> str:
+    (base / "model.safetensors").unlink()
+    return "model.safetensors missing"
+
+
+def _with_torn_weights(base: Path) -> str:
+    with (base / "model.safetensors").open("r+b") as file:
+        file.truncate(100_000)
+    return "model.safetensors is damaged"
+
+
+def _with_an_empty_config(base: Path) -> str:
+    (base / "config.json").write_text("")
+    return "config.json is damaged"
+
+
+def _with_an_old_run(base: Path) -> str:
+    (base.parent / "run" / "checkpoint-1").mkdir(parents=True)
+    return "run exists and is not an empty directory"
+
+
+@pytest.mark.parametrize("spoil", [_without_weights, _with_torn_weights, _with_an_empty_config, _with_an_old_run])
+def test_bad_directories_are_refused_in_one_line_and_left_as_they_are(
+    demo: Demo, base: Path, tmp_path: Path, spoil: Callable[[Path], str]
+) -> None:
+    copy = tmp_path / "base"
+    shutil.copytree(base, copy)
+    message = spoil(copy)
+    before = sorted(tmp_path.rglob("*"))
+    done = demo("trainer", "--base", copy, "--out", tmp_path / "run")
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
