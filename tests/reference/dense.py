@@ -52,7 +52,8 @@ def pinned(D: Array, steps: Sequence[int], target: int, *, rank: int = 1, dampin
     """The latest delta, plus the damped slope of the leading coordinates over the distance to the target."""
     values, directions = coordinates(D, rank)
     _, slope = fit(values, steps)
-    return D[-1] + damping * (target - steps[-1]) * (slope @ directions)
+    delta: Array = D[-1] + damping * (target - steps[-1]) * (slope @ directions)
+    return delta
 
 
 def raw(D: Array, steps: Sequence[int], target: int) -> Array:
@@ -64,17 +65,20 @@ def raw(D: Array, steps: Sequence[int], target: int) -> Array:
 def secant(D: Array, steps: Sequence[int], target: int, *, start: int = 0) -> Array:
     """Weight Extrapolation: the line through the checkpoint at `start` (0: the base) and the latest."""
     first = D[list(steps).index(start)] if start else np.zeros_like(D[0])
-    return first + (target - start) / (steps[-1] - start) * (D[-1] - first)
+    delta: Array = first + (target - start) / (steps[-1] - start) * (D[-1] - first)
+    return delta
 
 
 def expo(D: Array, alpha: float) -> Array:
     """ExPO: the latest weights plus alpha times what they gained on the base."""
-    return D[-1] + alpha * D[-1]
+    delta: Array = D[-1] + alpha * D[-1]
+    return delta
 
 
 def first_update(D: Array, alpha: float) -> Array:
     """The first delta, alpha times."""
-    return alpha * D[0]
+    delta: Array = alpha * D[0]
+    return delta
 
 
 def mean(D: Array, last: int) -> Array:

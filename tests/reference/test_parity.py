@@ -57,9 +57,9 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module", params=CASES.values(), ids=CASES.keys())
+@pytest.fixture(scope="module", params=list(CASES.values()), ids=list(CASES))
 def predicted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One run and every method's prediction of it, in one pass, kept in fp32 (fp64) so that no rounding hides anything."""
+    """One run and every method's prediction of it, in one pass, kept in fp32 or fp64: before rounding."""
     case: Case = request.param
     root = tmp_path_factory.mktemp("parity")
     states = drift(base=case.base, stored=case.stored)
@@ -87,7 +87,7 @@ def test_a_prediction_agrees_with_the_dense_reference_before_rounding(predicted:
             expected = dense.wide(stored[-1])
         else:
             expected = dense.wide(origin) + METHODS[method](dense.deltas(origin, stored), STEPS, TARGET)
-        # Where an element crosses zero, the fp32 rounding of its terms remains; they are as large as the largest element.
+        # Near zero the fp32 rounding of an element's terms remains, and those are as large as the largest element.
         atol = 1e-6 * np.abs(expected).max()
         np.testing.assert_allclose(dense.wide(found[name]), expected, rtol=1e-5, atol=atol, err_msg=name)
         assert found[name].shape == origin.shape

@@ -55,7 +55,7 @@ def test_whatever_decides_the_bytes_decides_the_digest(run: Run, tmp_path: Path)
 
 def test_a_forecast_says_how_every_tensor_is_made(run: Run) -> None:
     sources = {name: item.source for name, item in predict(run.open(), "weight-extrapolation").tensors.items()}
-    assert sources == {name: "combined" for name in SHAPES} | {
+    assert sources == dict.fromkeys(SHAPES, "combined") | {
         FROZEN: "base",
         NORM: "latest",
         "position_ids": "latest",

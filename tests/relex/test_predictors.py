@@ -57,7 +57,7 @@ def deltas(seed: int, *, count: int = 5, size: int = 40) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     left, _ = torch.linalg.qr(torch.randn(count, count, generator=generator, dtype=torch.float64))
     right, _ = torch.linalg.qr(torch.randn(size, count, generator=generator, dtype=torch.float64))
-    return left * SIGMA[:count] @ right.T
+    return torch.mm(left * SIGMA[:count], right.T)
 
 
 def predicted(spec: str, deltas_KD: Tensor, steps_K: Tensor = WINDOW, target: float = TARGET) -> Tensor:
@@ -117,7 +117,9 @@ def test_the_unit_of_the_step_axis_does_not_matter(seed: int, factor: int) -> No
 @settings(deadline=None, max_examples=40)
 def test_relex_at_full_rank_is_raw(seed: int, count: int, target: int) -> None:
     deltas_KD, steps_K = deltas(seed, count=count), WINDOW[:count]
-    assert same(predicted(f"relex:rank={count}", deltas_KD, steps_K, target), predicted("raw", deltas_KD, steps_K, target))
+    assert same(
+        predicted(f"relex:rank={count}", deltas_KD, steps_K, target), predicted("raw", deltas_KD, steps_K, target)
+    )
 
 
 @given(seed=st.integers(0, 99), rank=st.integers(1, 5))

@@ -32,7 +32,7 @@ def _rewrite(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) ->
 
 def test_quiet_checkpoints_are_ready_by_ascending_step(run: Run) -> None:
     found = _scan(run)
-    assert tuple(found) == STEPS  # 10, 20, 25, 40, 75 and not by name: 10, 20, 25, 40, 75 sort alike, 100 would not
+    assert tuple(found) == STEPS
     assert {item.state for item in found.values()} == {State.READY}
     assert all(item.weights is not None and item.reason == "" for item in found.values())
 
@@ -84,7 +84,8 @@ def test_a_marker_that_is_half_written_is_waited_for(run: Run) -> None:
     (path / "trainer_state.json").write_text('{"global_step": 7')
     found = _scan(run)[75]
     assert found.state is State.NOT_YET
-    assert "trainer_state.json does not parse" in found.reason
+    assert "trainer_state.json" in found.reason
+    assert "does not parse" in found.reason
 
 
 def test_a_marker_older_than_the_weights_belongs_to_an_earlier_save(run: Run) -> None:
@@ -140,8 +141,14 @@ def test_a_link_to_nothing_is_broken_and_no_crash(run: Run) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda state: state.pop("scale"), r"checkpoint-40 has no tensor scale, which the base .*base has with shape \[\]"),
-        (lambda state: state.update(extra=torch.ones(3)), r"has tensor extra with shape \[3\], which the base .* not have"),
+        (
+            lambda state: state.pop("scale"),
+            r"checkpoint-40 has no tensor scale, which the base .*base has with shape \[\]",
+        ),
+        (
+            lambda state: state.update(extra=torch.ones(3)),
+            r"has tensor extra with shape \[3\], which the base .* not have",
+        ),
         (
             lambda state: state.update({FROZEN: torch.ones(5, 16, dtype=torch.bfloat16)}),
             r"frozen.weight has shape \[5, 16\], the base .*base has \[16, 5\]",
@@ -179,7 +186,7 @@ def test_a_run_without_checkpoints_says_what_it_looked_for(tmp_path: Path) -> No
 
 
 def test_one_checkpoint_is_no_line(run: Run) -> None:
-    with pytest.raises(StoreError, match="has 1 checkpoint at or before step 19, .*10.*75.*; a line needs 2"):
+    with pytest.raises(StoreError, match=r"has 1 checkpoint at or before step 19, .*10.*75.*; a line needs 2"):
         _observed(run, window=19)
 
 

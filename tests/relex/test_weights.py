@@ -13,7 +13,9 @@ from relex.layouts.weights import INDEX_FILE, SINGLE_FILE, open_weights
 from relex.trajectory import open_trajectory
 from tests.relex.trajectories import Run, drift, load, predict, write, write_model, write_run
 
-WHOLE = save({"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(5, dtype=torch.bfloat16)}, metadata={"format": "pt"})
+WHOLE = save(
+    {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(5, dtype=torch.bfloat16)}, metadata={"format": "pt"}
+)
 HEADER = 8 + int.from_bytes(WHOLE[:8], "little")
 
 
@@ -53,7 +55,9 @@ def test_a_header_that_claims_an_exabyte_is_not_believed() -> None:
 
 def test_a_dtype_without_arithmetic_is_named(tmp_path: Path) -> None:
     save_file({"w": torch.ones(2).to(torch.float8_e4m3fn)}, tmp_path / SINGLE_FILE)
-    with pytest.raises(CheckpointMismatchError, match="w has dtype F8_E4M3, which cannot be extrapolated; known are F64"):
+    with pytest.raises(
+        CheckpointMismatchError, match="w has dtype F8_E4M3, which cannot be extrapolated; known are F64"
+    ):
         open_weights(tmp_path)
 
 
@@ -89,13 +93,18 @@ def test_a_shard_without_a_tensor_the_index_places_in_it_is_incomplete(tmp_path:
 @pytest.mark.parametrize("shard", ["../../etc/passwd", "/etc/passwd", "..", ".hidden", "", "sub/model.safetensors", 7])
 def test_an_index_may_not_point_outside_its_checkpoint(tmp_path: Path, shard: object) -> None:
     (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": {"w": shard}}))
-    with pytest.raises(CheckpointMismatchError, match="places w in .*, which is not a plain file name"):
+    with pytest.raises(CheckpointMismatchError, match=r"places w in .*, which is not a plain file name"):
         open_weights(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("index", "message"),
-    [("{", "is not JSON"), ("[]", "holds a JSON list"), ("{}", "has no weight_map"), ('{"weight_map": {}}', "no weight_map")],
+    [
+        ("{", "is not JSON"),
+        ("[]", "holds a JSON list"),
+        ("{}", "has no weight_map"),
+        ('{"weight_map": {}}', "no weight_map"),
+    ],
 )
 def test_an_index_that_says_nothing_is_incomplete(tmp_path: Path, index: str, message: str) -> None:
     (tmp_path / INDEX_FILE).write_text(index)
@@ -112,7 +121,7 @@ def test_a_single_file_beside_an_index_is_refused(tmp_path: Path) -> None:
 
 def test_a_pickle_is_named_and_not_read(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"anything")
-    with pytest.raises(CheckpointIncompleteError, match="pytorch_model.bin is not read: save with safetensors"):
+    with pytest.raises(CheckpointIncompleteError, match=r"pytorch_model\.bin is not read: save with safetensors"):
         open_weights(tmp_path)
 
 
@@ -133,7 +142,9 @@ def test_a_stored_copy_of_a_tied_head_is_dropped(tmp_path: Path, tied: object) -
 
 
 def test_a_tied_head_that_differs_in_one_element_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointMismatchError, match=r"checkpoint-40: .*tied, and lm_head.weight differs from model.embed"):
+    with pytest.raises(
+        CheckpointMismatchError, match=r"checkpoint-40: .*tied, and lm_head.weight differs from model.embed"
+    ):
         _with_head(tmp_path, tied="top", stale=0.5).open()
 
 
@@ -154,7 +165,9 @@ def test_only_the_checkpoints_may_hold_the_alias(tmp_path: Path) -> None:
 def test_one_trajectory_has_one_precision(tmp_path: Path) -> None:
     states = drift()
     states[40] = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in states[40].items()}
-    with pytest.raises(CheckpointMismatchError, match=r"checkpoint-40: .* is torch.float32, at step 10 it is torch.bfloat16"):
+    with pytest.raises(
+        CheckpointMismatchError, match=r"checkpoint-40: .* is torch.float32, at step 10 it is torch.bfloat16"
+    ):
         write_run(tmp_path, states).open()
 
 

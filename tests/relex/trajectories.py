@@ -5,17 +5,20 @@ The steps are irregular, since with 1, 2, 3 the classic mistakes about the step 
 
 import json
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from relex import gram, store
+from relex.errors import MemoryBudgetError
 from relex.forecast import Forecast, forecast
 from relex.gram import Gram
 from relex.layouts.weights import INDEX_FILE, SINGLE_FILE
@@ -29,11 +32,11 @@ MIB = 1 << 20
 STEPS = (10, 20, 25, 40, 75)
 TARGET = 200
 
-# A little of everything a model file may hold. mlp is longer than one chunk and no multiple of it.
+# A little of everything a model file may hold. mlp is longer than a chunk and no multiple of one.
 SHAPES: Mapping[str, tuple[int, ...]] = {
     "model.embed_tokens.weight": (23, 8),
     "model.layers.0.input_layernorm.weight": (8,),
-    "model.layers.0.mlp.weight": (131, 97),
+    "model.layers.0.mlp.weight": (257, 301),
     "model.layers.0.q_proj.bias": (8,),
     "lm_head.weight": (23, 8),
     "frozen.weight": (16, 5),
@@ -83,9 +86,9 @@ def drift(
         states[0][name] = origin
         for step, delta in zip(steps, deltas, strict=True):
             states[step][name] = (origin.to(torch.float64) + delta).to(stored)
-    for step in states:
-        states[step]["position_ids"] = torch.arange(5) + step
-        states[step]["mask"] = torch.tensor([True, False, step > 20])
+    for step, state in states.items():
+        state["position_ids"] = torch.arange(5) + step
+        state["mask"] = torch.tensor([True, False, step > 20])
     return states
 
 
@@ -141,6 +144,15 @@ def predict(trajectory: Trajectory, method: str = "relex", *, target: int = TARG
     return forecast(trajectory, measure(trajectory), parse_method(method), target_step=target)
 
 
+def least_memory(trajectory: Trajectory) -> int:
+    """Return the budget in bytes that the refusal of a smaller one names."""
+    with pytest.raises(MemoryBudgetError) as caught:
+        gram.measure(trajectory, memory=1, threads=1)
+    found = re.fullmatch(r".*Give at least (\d+)MiB\.", str(caught.value))
+    assert found is not None, caught.value
+    return int(found[1]) * MIB
+
+
 def write(trajectory: Trajectory, prediction: Forecast, out: Path) -> Path:
     """Materialise one forecast with room to spare."""
     materialise(trajectory, [Output(prediction, out)], memory=64 * MIB, threads=2)
@@ -160,8 +172,3 @@ def content(path: Path) -> dict[str, bytes]:
 def tree(root: Path) -> set[str]:
     """Return everything under `root`, hidden things too."""
     return {str(path.relative_to(root)) for path in root.rglob("*")}
-
-
-def trajectory_of(tensors: Trajectory, count: int) -> Trajectory:
-    """Return the same trajectory with its first `count` checkpoints only."""
-    return open_trajectory(tensors.base, tensors.checkpoints[:count])
