@@ -183,9 +183,7 @@ def watch(
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     with err.status("looking") as status:
-        watch_store(
-            settings, seconds=seconds, on_look=lambda stored, events: status.update(describe(settings, stored)[1])
-        )
+        watch_store(settings, seconds=seconds, on_look=lambda stored: status.update(describe(settings, stored)[1]))
 
 
 @app.command()

@@ -80,8 +80,8 @@ class Decision:
 def choose(selection: Sequence[Score]) -> tuple[Score | None, str]:
     """Return the candidate that goes to the gate, and why or why none does.
 
-    The best on the selection benchmark, if it scores higher there than the last observed checkpoint; of equals the one that
-    reaches least far.
+    The best on the selection benchmark, if it scores higher there than the last observed checkpoint; of equals the one
+    that reaches least far.
     """
     observed = next(score for score in selection if score.model.role == "observed")
     candidates = [score for score in selection if score.model.role == "candidate"]
@@ -109,21 +109,27 @@ def page(decision: Decision, *, figure: str = "") -> str:
         lines.append(f"Registered: [{decision.registered}]({decision.registered_url}).")
     if decision.record_url:
         lines.append(f"Record: [MLflow run]({decision.record_url}).")
-    for title, scores in (("Selection (chooses)", decision.selection), ("Report (decides nothing)", decision.report)):
-        if scores:
-            lines += [
-                "",
-                f"## {title}",
-                "",
-                "| model | benchmark | accuracy | ± s.e. | problems |",
-                "|---|---|---|---|---|",
-            ]
-            lines += [
-                f"| {score.model.title} | {score.benchmark} | {score.accuracy:.4f} | {score.standard_error:.4f} | {score.n} |"
-                for score in scores
-            ]
+    lines += _scores("Selection (chooses)", decision.selection)
+    lines += _scores("Report (decides nothing)", decision.report)
     if decision.gates:
         lines += ["", "## Gate (decides)", "", *(f"- {gate.sentence}" for gate in decision.gates)]
     if figure:
         lines += ["", f"![accuracy by training step]({figure})"]
     return "\n".join(lines) + "\n"
+
+
+def _scores(title: str, scores: Sequence[Score]) -> list[str]:
+    if not scores:
+        return []
+    rows = [
+        f"| {item.model.title} | {item.benchmark} | {item.accuracy:.4f} | {item.standard_error:.4f} | {item.n} |"
+        for item in scores
+    ]
+    return [
+        "",
+        f"## {title}",
+        "",
+        "| model | benchmark | accuracy | ± s.e. | problems |",
+        "|---|---|---|---|---|",
+        *rows,
+    ]

@@ -1,7 +1,9 @@
-"""The main flow: predict, score, gate, register. Prefect adds retries and a picture; every step is complete or absent without it.
+"""The main flow: predict, score, gate, register.
 
-The flow is started by `relex.window.ready`, holds the window while it works, and writes the decision last. Killed at any moment
-and started again, it takes up what is there and ends in the same decision and the same single version.
+Prefect adds retries and a picture; every step is complete or absent without it.
+
+The flow is started by `relex.window.ready`, holds the window while it works, and writes the decision last. Killed at
+any moment and started again, it takes up what is there and ends in the same decision and the same single version.
 """
 
 import base64
@@ -152,7 +154,8 @@ def find_champion(config: str, tracking_uri: str) -> list[Model]:
     return [Model("champion", found.target_step, found.weights, digest=found.digest)] if found else []
 
 
-# Retried is what a second attempt can mend: a child killed for memory, a checkpoint that was being replaced, a server away.
+# Retried is what a second attempt can mend: a child killed for memory, a checkpoint that was being replaced, a server
+# away.
 predict_task = task(name="predict", retries=2, retry_delay_seconds=5, cache_policy=NO_CACHE)(predict_models)
 score_task = task(
     name="score",

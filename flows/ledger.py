@@ -1,8 +1,9 @@
-"""What the watcher has announced, and which windows are claimed and decided: small files in the training run's state directory.
+"""What the watcher has announced, and which windows are claimed and decided: small files in the training run's state
+directory.
 
-A window is one decision: its key is a digest of everything that decides it. `tick` compares the store with the ledger and says
-which events are due. Events are re-sent with back-off until the window is claimed, since a server delivers them at best effort;
-a repeat has the same id, and whoever comes second finds the window claimed or decided.
+A window is one decision: its key is a digest of everything that decides it. `tick` compares the store with the ledger
+and says which events are due. Events are re-sent with back-off until the window is claimed, since a server delivers
+them at best effort; a repeat has the same id, and whoever comes second finds the window claimed or decided.
 """
 
 import json

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from flows.decision import Model
 from flows.errors import WindowError
@@ -21,8 +20,9 @@ def predict(
 ) -> list[Model]:
     """Return the last observed checkpoint and every candidate as model directories that are there when this returns.
 
-    The last observed checkpoint is copied too: the trainer may prune it, and its copy has the base's tokenizer and precision like
-    the candidates. Raises WindowError when the store no longer holds what the window was announced with, and RelexError.
+    The last observed checkpoint is copied too: the trainer may prune it, and its copy has the base's tokenizer and
+    precision like the candidates. Raises WindowError when the store no longer holds what the window was announced with,
+    and RelexError.
     """
     base = open_base(settings.base)
     stored = scan(settings.checkpoints, base, now=time.time())
@@ -30,8 +30,8 @@ def predict(
     now = window_key(settings, base, inside)
     if now != key:
         raise WindowError(
-            f"window {key} was announced with steps {list(steps)}, the store and the settings now make it {now} with steps"
-            f" {[item.step for item in inside]}. The watcher announces what is there now; this run has nothing to do."
+            f"window {key} was announced with steps {list(steps)}, the store and the settings now make it {now} with"
+            f" steps {[item.step for item in inside]}. The watcher announces that one; nothing is left to do here."
         )
     trajectory = open_trajectory(base, observed(stored, settings.checkpoints, window=settings.window))
     memory, threads = int(settings.memory), settings.threads

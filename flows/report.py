@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -98,6 +99,14 @@ def inspection(
     return found
 
 
+def _table(*headings: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in headings:
+        # A path or an address that is cut off is of no use.
+        table.add_column(heading, overflow="fold")
+    return table
+
+
 def show_inspection(console: Console, found: Mapping[str, Any]) -> None:
     """Print an inspection."""
     steps = found["steps"]
@@ -105,7 +114,7 @@ def show_inspection(console: Console, found: Mapping[str, Any]) -> None:
         f"{found['run']}: {len(steps)} steps, layout {found['layout']}, {found['tensors']} tensors,"
         f" {found['parameters']:,} parameters"
     )
-    table = Table("step", "state", "‖Δ‖/‖base‖", "reason")
+    table = _table("step", "state", "‖Δ‖/‖base‖", "reason")
     hidden = 0
     for number, row in enumerate(steps):
         if _ROWS // 2 <= number < len(steps) - _ROWS // 2 and row["state"] == State.READY.value:
@@ -184,7 +193,7 @@ def _measure(trajectory: Trajectory, cache: Path, *, memory: int, threads: int, 
 
 def show_extrapolation(console: Console, manifests: Mapping[Path, Manifest]) -> None:
     """Print what was predicted and how far it is from what was seen."""
-    table = Table("predicted", "‖Δ‖ vs latest", "norm band 90 %", "Σ|c| at most")
+    table = _table("predicted", "‖Δ‖ vs latest", "norm band 90 %", "Σ|c| at most")
     for directory, found in manifests.items():
         item = found.forecast
         latest = item.norm_latest or 1.0
@@ -200,7 +209,7 @@ def show_extrapolation(console: Console, manifests: Mapping[Path, Manifest]) -> 
 
 def show_reports(console: Console, reports: Sequence["Report"]) -> None:
     """Print scores with their standard errors."""
-    table = Table("benchmark", "metric", "score", "± s.e.", "problems", "rates", "seconds")
+    table = _table("benchmark", "metric", "score", "± s.e.", "problems", "rates", "seconds")
     for item in reports:
         rates = ", ".join(f"{name} {value:.3f}" for name, value in item.rates.items())
         table.add_row(
@@ -220,7 +229,7 @@ def show_services(console: Console, services: Sequence["Service"]) -> None:
     if not services:
         console.print("nothing is running")
         return
-    table = Table("service", "state", "pid", "address", "log")
+    table = _table("service", "state", "pid", "address", "log")
     for item in services:
         table.add_row(item.name, item.state, str(item.pid or ""), item.url or "", str(item.log))
     console.print(table)
@@ -231,7 +240,7 @@ def show_models(console: Console, name: str, rows: Sequence["RegisteredModelVers
     if not rows:
         console.print(f"no prediction of {name} is registered")
         return
-    table = Table("version", "step", "digest", "verdict", "champion", "weights")
+    table = _table("version", "step", "digest", "verdict", "champion", "weights")
     for row in rows:
         table.add_row(
             f"{row.name} v{row.version}",

@@ -4,13 +4,16 @@ python -m flows.serve CONFIG --tracking-uri URI
 """
 
 import argparse
-from datetime import UTC, datetime, timedelta
+import asyncio
+from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
-from prefect import serve
 from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
+from prefect.deployments.flow_runs import arun_deployment
 from prefect.deployments.runner import RunnerDeployment
 from prefect.events.schemas.deployment_triggers import DeploymentEventTrigger
+from prefect.runner import Runner
 from prefect.schedules import Interval
 from prefect.types.entrypoint import EntrypointType
 
@@ -25,7 +28,7 @@ def deployments(
 ) -> list[RunnerDeployment]:
     """Return the watcher's and the extrapolation's deployment of one training run.
 
-    The watcher starts at once and then every `schedule_seconds`, never two at a time; the extrapolation starts on the window event.
+    The watcher runs every `schedule_seconds`, never two at a time; the extrapolation starts on the window event.
     """
     settings = load_settings(config)
     where = str(config.absolute())
@@ -33,13 +36,13 @@ def deployments(
         name=settings.training_run,
         description=f"Watches {settings.checkpoints} until step {settings.window} is there.",
         parameters={"config": where, "seconds": run_seconds},
-        schedule=Interval(timedelta(seconds=schedule_seconds), anchor_date=datetime.now(UTC) + timedelta(seconds=1)),
+        schedule=Interval(timedelta(seconds=schedule_seconds)),
         concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW),
         entrypoint_type=EntrypointType.MODULE_PATH,
     )
     extrapolation = extrapolate.to_deployment(
         name=settings.training_run,
-        description=f"Decides about steps {', '.join(map(str, settings.targets))} once step {settings.window} is there.",
+        description=f"Decides on steps {', '.join(map(str, settings.targets))} once step {settings.window} is there.",
         parameters={"config": where, "tracking_uri": tracking_uri},
         triggers=[
             DeploymentEventTrigger(
@@ -57,6 +60,18 @@ def deployments(
     return [watcher, extrapolation]
 
 
+async def serve(served: Sequence[RunnerDeployment]) -> None:
+    """Register the deployments, start the first watcher at once, and serve.
+
+    Left to its schedule, the watcher would start up to a period later.
+    """
+    runner = Runner(name="relex", pause_on_shutdown=False)
+    for deployment in served:
+        await runner.aadd_deployment(deployment)
+    await arun_deployment(f"{served[0].flow_name}/{served[0].name}", timeout=0, as_subflow=False)
+    await runner.start()
+
+
 def main() -> None:
     """Serve until stopped."""
     parser = argparse.ArgumentParser(prog="python -m flows.serve", description=(__doc__ or "").splitlines()[0])
@@ -65,17 +80,13 @@ def main() -> None:
     parser.add_argument("--run-seconds", type=float, default=RUN_SECONDS)
     parser.add_argument("--schedule-seconds", type=float, default=SCHEDULE_SECONDS)
     options = parser.parse_args()
-    serve(
-        *deployments(
-            options.config,
-            tracking_uri=options.tracking_uri,
-            run_seconds=options.run_seconds,
-            schedule_seconds=options.schedule_seconds,
-        ),
-        # The schedule goes on with the next server: a pause would have to be lifted by hand.
-        pause_on_shutdown=False,
-        print_starting_message=False,
+    served = deployments(
+        options.config,
+        tracking_uri=options.tracking_uri,
+        run_seconds=options.run_seconds,
+        schedule_seconds=options.schedule_seconds,
     )
+    asyncio.run(serve(served))
 
 
 if __name__ == "__main__":

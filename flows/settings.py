@@ -32,7 +32,7 @@ class Settings(BaseModel):
         default=0.0,
         ge=0.0,
         lt=1.0,
-        description="How much worse than the last observed checkpoint still passes the gate, in accuracy; 0: must be better.",
+        description="How much worse than the last observed checkpoint may pass, in accuracy; 0: must be better.",
     )
     confidence: float = Field(default=0.95, gt=0.5, lt=1.0, description="One-sided confidence of the gate.")
     registered_model: Name = Field(description="Name in the MLflow registry; predictions go to NAME-candidates.")
@@ -89,7 +89,7 @@ def load_settings(path: Path) -> Settings:
         raise ConfigError(f"config {path}: {wrong}. The keys are {', '.join(Settings.model_fields)}.") from error
     if settings.targets[0] <= settings.window:
         raise ConfigError(
-            f"config {path}: target {settings.targets[0]} is not beyond the window {settings.window}. Give later targets."
+            f"config {path}: target {settings.targets[0]} is not beyond the window {settings.window}. Give later ones."
         )
     root = path.absolute().parent
     paths = {key: root / getattr(settings, key) for key in ("checkpoints", "base", "state")}

@@ -1,7 +1,7 @@
 """The watcher of one training run: looks at the store, announces what is due.
 
-`watch` runs a while and ends, so that the server keeps a live, short list of runs; a schedule starts the next one. What was
-announced is in the ledger, so a watcher that is killed and started again announces nothing twice.
+`watch` runs a while and ends, so that the server keeps a live, short list of runs; a schedule starts the next one. What
+was announced is in the ledger, so a watcher that is killed and started again announces nothing twice.
 """
 
 import logging
@@ -16,7 +16,7 @@ from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.events import emit_event
 
 from flows.errors import WatchError
-from flows.ledger import Event, due, read_ledger, tick, write_ledger
+from flows.ledger import due, read_ledger, tick, write_ledger
 from flows.settings import Settings, load_settings
 from relex.store import State, StoredCheckpoint, open_base, scan
 
@@ -25,14 +25,15 @@ logger = logging.getLogger(__name__)
 RUN_SECONDS = 540.0
 SCHEDULE_SECONDS = 600.0
 
-Look = Callable[[tuple[StoredCheckpoint, ...], list[Event]], None]
-"""Called after every look at the store, with what is there and what was announced."""
+Look = Callable[[tuple[StoredCheckpoint, ...]], None]
+"""Called after every look at the store, with what is there."""
 
 
 def watch_store(settings: Settings, *, seconds: float, on_look: Look | None = None) -> None:
     """Look at the store every `poll_seconds` for `seconds`, and send what is due.
 
-    Raises WatchError when another watcher of this training run is at work. A store or base that is not there yet is waited for.
+    Raises WatchError when another watcher of this training run is at work. A store or base that is not there yet is
+    waited for.
     """
     settings.home.mkdir(parents=True, exist_ok=True)
     lock = FileLock(settings.home / "watcher.lock")
@@ -40,7 +41,8 @@ def watch_store(settings: Settings, *, seconds: float, on_look: Look | None = No
         lock.acquire(timeout=2.0)
     except Timeout:
         raise WatchError(
-            f"training run {settings.training_run} is watched by another process (lock {lock.lock_file}). Stop that one first."
+            f"training run {settings.training_run} is watched by another process (it holds {lock.lock_file})."
+            " Stop that one first."
         ) from None
     try:
         end = time.monotonic() + seconds
@@ -69,7 +71,7 @@ def _look(settings: Settings, on_look: Look | None) -> None:
     if ledger != before:
         write_ledger(settings, ledger)
     if on_look is not None:
-        on_look(stored, events)
+        on_look(stored)
 
 
 @flow(name="watch", retries=0, validate_parameters=False)
@@ -79,7 +81,7 @@ def watch(config: str, seconds: float = RUN_SECONDS) -> None:
     artifact: Any = create_progress_artifact(0.0, key=f"window-{settings.training_run}", description="looking")
     shown = ""
 
-    def show(stored: tuple[StoredCheckpoint, ...], events: list[Event]) -> None:
+    def show(stored: tuple[StoredCheckpoint, ...]) -> None:
         nonlocal shown
         progress, text = describe(settings, stored)
         if text != shown:

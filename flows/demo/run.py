@@ -155,8 +155,8 @@ def follow(
             since = time.monotonic()
         elif time.monotonic() - since > _DECISION_SECONDS:
             raise DemoRunError(
-                f"no decision {_DECISION_SECONDS:.0f} s after the training ended: the failed flow run is on the Prefect page,"
-                f" its log in relex status; {WINDOW_READY} is sent again until it is decided."
+                f"no decision {_DECISION_SECONDS:.0f} s after the training ended: the failed flow run is on the Prefect"
+                f" page, its log is named by relex status. {WINDOW_READY} is sent again until it is decided."
             )
         time.sleep(0.5)
 

@@ -1,0 +1,172 @@
+"""The whole pipeline on a real RLVR run with real servers, and what is left of it when its processes are killed."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import httpx
+import psutil
+import pytest
+from transformers import AutoModelForCausalLM
+
+from deploy import registry
+from flows import stack
+from flows.ledger import read_decisions, read_ledger
+from flows.settings import load_settings
+from flows.stack import Stack
+from relex import manifest
+from relex.layouts.hf import step_directories
+from tests.e2e.conftest import STEPS, TrainedRun, write_config
+
+Found = TypeVar("Found")
+
+
+def wait_for(what: str, look: Callable[[], Found | None], *, seconds: float = 240) -> Found:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if (found := look()) is not None:
+            return found
+        time.sleep(0.1)
+    pytest.fail(f"{what} did not come within {seconds:.0f} s")
+
+
+def descendants(pid: int, *words: str) -> list[psutil.Process]:
+    """Return the live processes below `pid` whose command line holds all of `words`."""
+    found = []
+    for process in psutil.Process(pid).children(recursive=True):
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE and all(word in " ".join(process.cmdline()) for word in words):
+                found.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def flow_process(pid: int, environment_word: str, names: dict[str, str]) -> psutil.Process | None:
+    """Return the process of a flow run whose name, by its id, contains `environment_word`."""
+    for process in psutil.Process(pid).children(recursive=True):
+        try:
+            run = process.environ().get("PREFECT__FLOW_RUN_ID")
+            if run and "prefect" in " ".join(process.cmdline()) and environment_word in names.get(run, ""):
+                return process
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return None
+
+
+def flow_runs(servers: Stack) -> list[dict[str, str]]:
+    """Return id, flow name and state of every flow run."""
+    flows = httpx.post(f"{servers.prefect_api_url}/flows/filter", json={}).raise_for_status().json()
+    names = {flow["id"]: flow["name"] for flow in flows}
+    runs = httpx.post(f"{servers.prefect_api_url}/flow_runs/filter", json={"limit": 200}).raise_for_status().json()
+    return [{"id": run["id"], "flow": names[run["flow_id"]], "state": run["state_type"]} for run in runs]
+
+
+@pytest.fixture
+def served(tmp_path: Path, trained: TrainedRun, servers: Stack, server_environment: dict[str, str]) -> Iterator[int]:
+    """Serve a training run that has not begun yet; the watcher looks for 20 s every 25 s. Yields the process id."""
+    config = write_config(tmp_path, trained, name="killed", targets=[150])
+    argv = [sys.executable, "-m", "flows.serve", str(config), "--tracking-uri", servers.mlflow_url]
+    argv += ["--run-seconds", "20", "--schedule-seconds", "25"]
+    service = stack.spawn(servers.home, "killed", argv, environment=server_environment)
+    assert service.pid is not None
+    yield service.pid
+    psutil.Process(service.pid).terminate()
+
+
+def test_killing_watcher_flow_and_evaluation_ends_in_one_registered_version(
+    tmp_path: Path, trained: TrainedRun, servers: Stack, served: int
+) -> None:
+    settings = load_settings(tmp_path / "relex.yaml")
+
+    def running(flow: str) -> psutil.Process | None:
+        names = {run["id"]: run["flow"] for run in flow_runs(servers)}
+        return flow_process(served, flow, names)
+
+    # The watcher sees all but the last checkpoint, and dies.
+    for step, path in step_directories(trained.checkpoints).items():
+        if step < STEPS:
+            shutil.copytree(path, settings.checkpoints / path.name)
+    wait_for("the first checkpoints", lambda: read_ledger(settings).checkpoints or None)
+    watcher = wait_for("the watcher", lambda: running("watch"))
+    watcher.send_signal(signal.SIGKILL)
+    watcher.wait(10)
+
+    # The window fills while nobody looks; the next watcher finds it.
+    last = step_directories(trained.checkpoints)[STEPS]
+    shutil.copytree(last, settings.checkpoints / last.name)
+    child = wait_for("an evaluation", lambda: next(iter(descendants(served, "evaluation.worker")), None))
+    child.send_signal(signal.SIGKILL)
+    # The next evaluation is the retry, or another model's: its flow dies under it.
+    wait_for(
+        "the next evaluation",
+        lambda: next((found for found in descendants(served, "evaluation.worker") if found.pid != child.pid), None),
+    )
+    flow = wait_for("the flow", lambda: running("extrapolate"))
+    flow.send_signal(signal.SIGKILL)
+    assert read_decisions(settings) == []
+
+    decision = wait_for("the decision", lambda: next(iter(read_decisions(settings)), None))
+    assert decision.verdict == "registered", decision.reason
+    versions = registry.models("killed", tracking_uri=servers.mlflow_url)
+    assert [row.version for row in versions] == [1]
+    assert len(read_ledger(settings).windows) == 1
+    assert decision.winner is not None
+    assert decision.winner.step == versions[0].target_step == 150
+
+    # What was registered is the prediction, whole, and loads.
+    weights = Path(versions[0].weights.removeprefix("file://"))
+    assert AutoModelForCausalLM.from_pretrained(weights).num_parameters() > 0
+    assert manifest.read(Path(decision.winner.directory)).digest == versions[0].digest
+    # No answer was paid for twice.
+    for journal in settings.home.glob("evaluations/*/journal.jsonl"):
+        keys = [json.loads(line) for line in journal.read_text().splitlines()]
+        assert len(keys) == len({json.dumps(key, sort_keys=True) for key in keys})
+
+    # One flow run decided; the killed one is not among the completed.
+    states = [run["state"] for run in flow_runs(servers) if run["flow"] == "extrapolate"]
+    assert states.count("COMPLETED") >= 1
+
+
+def test_a_prediction_that_is_no_better_is_refused_with_its_numbers(
+    tmp_path: Path, trained: TrainedRun, servers: Stack, server_environment: dict[str, str]
+) -> None:
+    # Two hundred times the window: far outside what the line can carry.
+    config = write_config(tmp_path, trained, name="refused", targets=[5000])
+    settings = load_settings(config)
+    shutil.copytree(trained.checkpoints, settings.checkpoints)
+    code = (
+        "import sys, time; from pathlib import Path\n"
+        "from flows.extrapolate import extrapolate; from flows.ledger import due, window_key\n"
+        "from flows.settings import load_settings; from relex.store import open_base, scan\n"
+        "s = load_settings(Path(sys.argv[1])); base = open_base(s.base)\n"
+        "stored = scan(s.checkpoints, base, now=time.time()); steps = due(s, stored)\n"
+        "key = window_key(s, base, [item for item in stored if item.step in steps])\n"
+        "extrapolate(config=sys.argv[1], steps=steps, key=key, tracking_uri=sys.argv[2])\n"
+        "extrapolate(config=sys.argv[1], steps=steps, key=key, tracking_uri=sys.argv[2])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(config), servers.mlflow_url],
+        env=server_environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (decision,) = read_decisions(settings)
+    assert decision.verdict == "keep training"
+    assert "No candidate is ahead" in decision.reason
+    assert decision.gates == ()
+    assert registry.models("refused", tracking_uri=servers.mlflow_url) == []
+    # The refusal is on record, in MLflow and on a page of Prefect's.
+    artifacts = httpx.post(f"{servers.prefect_api_url}/artifacts/filter", json={"limit": 200}).raise_for_status().json()
+    assert any(item["key"] == "decision-refused" and "keep training" in item["data"] for item in artifacts)
+    assert decision.record_url.startswith(servers.mlflow_url)
+    # The second call found the decision and paid for nothing.
+    assert "is decided" in done.stderr + done.stdout
