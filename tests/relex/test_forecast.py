@@ -47,10 +47,18 @@ def test_whatever_decides_the_bytes_decides_the_digest(run: Run, tmp_path: Path)
     dtype = torch.float32
     digests.add(forecast(trajectory, gram, parse_method("relex"), target_step=TARGET, dtype=dtype).digest)
     digests.add(predict(write_run(tmp_path / "other", drift(seed=1)).open()).digest)
+    assert len(digests) == len(SPECS) + 4
+
+
+def test_another_base_is_another_prediction_even_with_the_same_coefficients(run: Run, tmp_path: Path) -> None:
     states = drift()
-    states[0][FROZEN][3, 4] += 1.0  # the base alone, where no coefficient looks
-    digests.add(predict(write_run(tmp_path / "base", states).open()).digest)
-    assert len(digests) == len(SPECS) + 5
+    states[0]["model.layers.0.mlp.weight"][3, 4] += 1.0
+    one, other = predict(run.open(), "expo"), predict(write_run(tmp_path / "other", states).open(), "expo")
+    assert one.digests == other.digests
+    assert {name: item.coefficients for name, item in one.tensors.items()} == {
+        name: item.coefficients for name, item in other.tensors.items()
+    }
+    assert one.digest != other.digest
 
 
 def test_a_forecast_says_how_every_tensor_is_made(run: Run) -> None:

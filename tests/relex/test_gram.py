@@ -9,7 +9,7 @@ import torch
 from relex import gram
 from relex.errors import CheckpointChangedError, MemoryBudgetError, NonFiniteError
 from relex.gram import Gram
-from relex.trajectory import Trajectory, open_trajectory
+from relex.trajectory import UNIT, Trajectory, open_trajectory
 from tests.reference import dense
 from tests.relex.trajectories import (
     FROZEN,
@@ -62,6 +62,15 @@ def test_the_gram_is_that_of_the_dense_deltas(tmp_path: Path, base: str, stored:
         # A delta is rounded to fp32 once, unless everything is fp64.
         np.testing.assert_allclose(measured.of(name), D @ D.T, rtol=1e-6, atol=1e-6 * np.abs(D @ D.T).max())
         assert float(measured.base_norms[place]) == pytest.approx(float((dense.wide(origin[name]) ** 2).sum()))
+
+
+def test_a_tensor_longer_than_a_unit_has_every_product_once(tmp_path: Path) -> None:
+    run = write_run(tmp_path, drift({"w": (2 * UNIT + 12_345,)}, steps=(10, 25, 40)))
+    measured = measure(run.open())
+    origin, checkpoints = load(run.base), [load(run.run / f"checkpoint-{step}") for step in (10, 25, 40)]
+    D = dense.deltas(origin["w"], [checkpoint["w"] for checkpoint in checkpoints])
+    np.testing.assert_allclose(measured.of("w"), D @ D.T, rtol=1e-6, atol=1e-6 * np.abs(D @ D.T).max())
+    assert measured.base_norms.item() == pytest.approx(float((dense.wide(origin["w"]) ** 2).sum()))
 
 
 def test_a_shorter_window_is_part_of_a_longer_one_to_the_bit(long_run: Trajectory) -> None:
