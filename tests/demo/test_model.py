@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from flows.demo.model import BOS, EOS, build_tokenizer
+from flows.demo.model import BOS, CHARACTERS, EOS, build_tokenizer
 from flows.demo.sft import supervise
 
 
@@ -24,7 +24,7 @@ def test_the_tokenizer_is_the_same_when_autotokenizer_opens_and_saves_it(tmp_pat
     opened.save_pretrained(tmp_path / "twice")
     first, second = ((tmp_path / name / "tokenizer.json").read_bytes() for name in ("once", "twice"))
     assert first == second
-    assert len(opened) == len(built)
+    assert len(opened) == len(built) == 3 + len(CHARACTERS)
     assert opened("12=12").input_ids == built("12=12").input_ids
     assert (opened.pad_token, opened.eos_token, opened.padding_side) == ("<pad>", EOS, "left")
 
