@@ -109,8 +109,9 @@ def test_equal_scores_decide_nothing_until_there_are_three_times_one_over_the_ma
 
 
 def test_rounding_is_no_variance() -> None:
-    third = report([2 / 3] * 4 + [1 / 3] * 4), report([1 / 3] * 4 + [0] * 4, "/models/reference")
-    assert gate(*third, margin=0.0).method == "no variance, rule of three"
+    ours, theirs = [0.7] * 4 + [0.4] * 4, [0.4] * 4 + [0.1] * 4
+    assert 0.7 - 0.4 != 0.4 - 0.1
+    assert gate(report(ours), report(theirs), margin=0.0).method == "no variance, rule of three"
 
 
 def test_equal_scores_never_show_that_a_candidate_is_better() -> None:

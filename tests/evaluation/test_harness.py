@@ -1,10 +1,13 @@
 """The parent's side, with real children; faults are real signals."""
 
+import array
+import fcntl
 import json
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import textwrap
 import time
 from collections.abc import Callable
@@ -150,9 +153,8 @@ def test_a_killed_parent_leaves_no_child(model: Path, long_benchmark: Path, tmp_
     assert len(chunks(tmp_path, "long")) < 2000
 
 
-def test_a_worker_whose_input_ends_exits_without_the_help_of_the_kernel(
-    model: Path, long_benchmark: Path, tmp_path: Path
-) -> None:
+@pytest.fixture
+def long_job(model: Path, long_benchmark: Path, tmp_path: Path) -> Job:
     assignment = Assignment(
         benchmark="long",
         benchmark_path=str(long_benchmark),
@@ -162,7 +164,10 @@ def test_a_worker_whose_input_ends_exits_without_the_help_of_the_kernel(
         cache=str(tmp_path),
     )
     assignment.directory.mkdir()
-    job = Job(str(model), device="cpu", dtype="float32", batch_size=1, limit=None, assignments=(assignment,))
+    return Job(str(model), device="cpu", dtype="float32", batch_size=1, limit=None, assignments=(assignment,))
+
+
+def test_a_worker_whose_input_ends_exits_without_the_help_of_the_kernel(long_job: Job) -> None:
     with subprocess.Popen(
         [sys.executable, "-m", "evaluation.worker"],
         stdin=subprocess.PIPE,
@@ -172,13 +177,42 @@ def test_a_worker_whose_input_ends_exits_without_the_help_of_the_kernel(
         try:
             assert worker.stdin is not None
             assert worker.stdout is not None
-            worker.stdin.write(job.to_line())
+            worker.stdin.write(long_job.to_line())
             worker.stdin.flush()
             assert json.loads(worker.stdout.readline())["done"] == 1
             worker.stdin.close()
             assert worker.wait(timeout=10) == 1
         finally:
             worker.kill()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux alone kills orphans on request")
+def test_a_worker_dies_with_its_parent_even_if_its_input_stays_open(long_job: Job) -> None:
+    lock = long_job.assignments[0].directory / "lock"
+    script = "import subprocess, sys; subprocess.run([sys.executable, '-m', 'evaluation.worker'])"
+    with (
+        FileLock(lock),
+        subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as parent,
+    ):
+        try:
+            assert parent.stdin is not None
+            parent.stdin.write(long_job.to_line())
+            parent.stdin.flush()
+            while not (found := workers(psutil.Process(parent.pid))):
+                time.sleep(0.01)
+            # It reads its job and then waits, since the test holds the lock.
+            while unread(parent.stdin.fileno()):
+                time.sleep(0.01)
+        finally:
+            parent.kill()
+        assert gone(found[0])
+
+
+def unread(pipe: int) -> int:
+    """Return how many bytes lie in a pipe."""
+    count = array.array("i", [0])
+    fcntl.ioctl(pipe, termios.FIONREAD, count)
+    return count[0]
 
 
 def gone(process: psutil.Process) -> bool:
