@@ -107,7 +107,8 @@ def main(model: Path, template: str, homes: Path, stride: int) -> None:
 
     steps = _count(model, home("undisturbed"))
     killed = []
-    for last in range(0, steps, stride):
+    # Before the last step the version is there and its model does not know it yet.
+    for last in sorted({*range(0, steps, stride), steps - 1}):
         killed.append(home(f"killed-before-{last}"))
         _die(model, killed[-1], last)
         assert _child(lambda: _register(model, killed[-1])) == 0

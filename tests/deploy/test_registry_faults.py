@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -31,7 +32,7 @@ def _assert_one_of_everything(home: Path) -> None:
     assert len(list((home / "artifacts/tiny/models").iterdir())) == 1
 
 
-@pytest.mark.parametrize(("set_up", "stride"), [("before", 5), ("by the child", 31)])
+@pytest.mark.parametrize(("set_up", "stride"), [("before", 7), ("by the child", 40)])
 def test_a_registration_killed_at_any_step_is_completed_by_the_next_one(
     predicted: Path, template: Path, tmp_path: Path, set_up: str, stride: int
 ) -> None:
@@ -49,14 +50,39 @@ def test_a_registration_killed_at_any_step_is_completed_by_the_next_one(
         _assert_one_of_everything(Path(home))
 
 
-def test_processes_that_race_on_a_fresh_store_register_one_version(predicted: Path, tmp_path: Path) -> None:
+def test_processes_that_race_on_a_fresh_store_register_one_version(
+    predicted: Path, template: Path, tmp_path: Path
+) -> None:
     program = (
         "import sys; from pathlib import Path; from deploy.registry import register\n"
-        "made = register(Path(sys.argv[1]), name='tiny', tracking_uri=sys.argv[2], metrics={'accuracy': 0.5})\n"
-        "sys.stdout.write(f'{made.version} {made.created}')"
+        "def go(home):\n"
+        "    uri = f'sqlite:///{home}/mlflow.db'\n"
+        "    return register(Path(sys.argv[1]), name='tiny', tracking_uri=uri, metrics={'accuracy': 0.5})\n"
+        "go(sys.argv[3])  # what is imported late would spread the racers out\n"
+        "sys.stdout.write('ready\\n'); sys.stdout.flush(); sys.stdin.readline()\n"
+        "made = go(sys.argv[2]); sys.stdout.write(f'{made.version} {made.created}')"
     )
-    arguments = [sys.executable, "-c", program, str(predicted), f"sqlite:///{tmp_path}/mlflow.db"]
-    racers = [subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    home = tmp_path / "shared"
+    warm = [tmp_path / f"warm-{number}" for number in range(3)]
+    for path in warm:
+        path.mkdir()
+        shutil.copy(template, path)
+    racers = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(predicted), str(home), str(path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for path in warm
+    ]
+    for racer in racers:
+        assert racer.stdout is not None
+        assert racer.stdout.readline() == "ready\n"
+    for racer in racers:
+        assert racer.stdin is not None
+        racer.stdin.write("go\n")
+        racer.stdin.flush()
     told = [racer.communicate()[0] for racer in racers]
     assert sorted(told) == ["1 False", "1 False", "1 True"]
-    _assert_one_of_everything(tmp_path)
+    _assert_one_of_everything(home)

@@ -50,10 +50,15 @@ def test_a_registered_model_belongs_to_the_decision_it_comes_from(model: Path, s
     decision = tmp_path / "decision.json"
     decision.write_text("{}")
     recorded = _refuse(store, decision)
-    made = register(model, name="tiny", tracking_uri=store.tracking_uri, run_id=recorded.run_id)
+    made = register(
+        model, name="tiny", tracking_uri=store.tracking_uri, run_id=recorded.run_id, metrics={"accuracy": 0.25}
+    )
     assert made.run_id == recorded.run_id
-    version = connect(store.tracking_uri).get_model_version(made.name, str(made.version))
-    assert version.run_id == recorded.run_id
+    client = connect(store.tracking_uri)
+    assert client.get_model_version(made.name, str(made.version)).run_id == recorded.run_id
+    assert [metric.value for metric in client.get_metric_history(made.run_id, "accuracy")] == [0.25]
+    logged = client.get_logged_model(made.logged_model_id)
+    assert [(metric.key, metric.value) for metric in logged.metrics or []] == [("accuracy", 0.25)]
 
 
 def test_a_curve_has_the_training_step_as_its_step_and_grows_without_repeating(store: Store) -> None:

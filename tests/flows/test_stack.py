@@ -195,7 +195,9 @@ def test_a_spawned_process_has_its_environment_and_hears_an_interrupt(quiet: Pat
 def test_down_ends_even_a_grandchild_that_ignores_it(quiet: Path) -> None:
     ignore = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
     deaf = f"{ignore}; print('deaf', flush=True); time.sleep(1000)"
-    program = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {deaf!r}]); time.sleep(1000)"
+    # In a session of its own, as a training run is that a flow started.
+    born = f"subprocess.Popen([sys.executable, '-c', {deaf!r}], start_new_session=True)"
+    program = f"import subprocess, sys, time; {born}; time.sleep(1000)"
     found = stack.spawn(quiet, "parent", [sys.executable, "-c", program])
     _wait(lambda: "deaf" in found.log.read_text())
     family = service.processes(quiet, "parent")
