@@ -179,11 +179,11 @@ def watch(
 
     settings = load_settings(config)
     os.environ.update(stack.environment(stack.running(home)))
-    from flows.watch import describe, watch_store
+    from flows.watch import watch_store
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     with err.status("looking") as status:
-        watch_store(settings, seconds=seconds, on_look=lambda stored: status.update(describe(settings, stored)[1]))
+        watch_store(settings, seconds=seconds, on_look=lambda _, text: status.update(text))
 
 
 @app.command()
@@ -196,10 +196,16 @@ def up(
 
     Example: relex up relex.yaml
     """
+    from evaluation.benchmark import resolve_benchmark
     from flows import report, stack
     from flows.settings import load_settings
 
-    configs = {load_settings(path).training_run: path for path in config or []}
+    configs = {}
+    for path in config or []:
+        settings = load_settings(path)
+        for benchmark in (settings.selection, settings.gate, *settings.report):
+            resolve_benchmark(benchmark)
+        configs[settings.training_run] = path
     with err.status("starting the servers"):
         started = stack.up(home)
         for name, path in configs.items():
@@ -298,6 +304,10 @@ def main() -> None:
             highlight=False,
             soft_wrap=True,
         )
+        sys.exit(1)
+    except OSError as error:
+        # A full disk or a directory without permission: what is half written has no name yet.
+        err.print(f"relex: {type(error).__name__}: {error}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
         err.print("relex: interrupted; what is finished is kept", soft_wrap=True)

@@ -67,7 +67,10 @@ def tick(
 ) -> tuple[list[Event], Ledger]:
     """Return the events that are due at time `now`, and the ledger as it is once they are sent."""
     events = []
-    checkpoints = dict(ledger.checkpoints)
+    # What another run in the same directory left in the ledger is forgotten; what this one has lost is not.
+    gone = set(lost(settings, stored, ledger))
+    there = {item.step for item in stored}
+    checkpoints = {step: seen for step, seen in ledger.checkpoints.items() if int(step) in there | gone}
     for item in stored:
         if item.weights is None or checkpoints.get(str(item.step)) == identity(item.weights):
             continue
@@ -76,7 +79,7 @@ def tick(
         events.append(_event(CHECKPOINT_READY, settings, f"{item.step} {identity(item.weights)}", payload))
     windows = dict(ledger.windows)
     steps = due(settings, stored)
-    if steps:
+    if steps and not gone:
         key = window_key(settings, base, [item for item in stored if item.step in steps])
         sent = windows.get(key, Sent(0, 0.0))
         wait = min(_RESEND_SECONDS * 2 ** max(sent.times - 1, 0), _RESEND_SECONDS_AT_MOST)
@@ -99,6 +102,22 @@ def due(settings: Settings, stored: tuple[StoredCheckpoint, ...]) -> list[int]:
     if not reached or len(inside) < 2 or any(item.state is not State.READY for item in inside):
         return []
     return [item.step for item in inside]
+
+
+def lost(settings: Settings, stored: tuple[StoredCheckpoint, ...], ledger: Ledger) -> list[int]:
+    """Return the steps of the window that were announced and have been removed while the run went on.
+
+    They were pruned by the trainer: the window would silently be another one. A run that was started anew in the same
+    directory has none of the announced files and loses nothing.
+    """
+    there = {item.step for item in stored}
+    kept = [
+        item.step
+        for item in stored
+        if item.weights is not None and ledger.checkpoints.get(str(item.step)) == identity(item.weights)
+    ]
+    announced = [int(step) for step in ledger.checkpoints if int(step) <= settings.window]
+    return sorted(step for step in announced if step not in there and step < max(kept, default=0))
 
 
 def window_key(settings: Settings, base: Weights, inside: list[StoredCheckpoint]) -> str:

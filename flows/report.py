@@ -39,7 +39,7 @@ class Bars(AbstractContextManager["Bars"]):
 
     def __init__(self, console: Console) -> None:
         columns = (TextColumn("{task.description:>24}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=console, transient=True)
+        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> Self:

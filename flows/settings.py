@@ -91,6 +91,11 @@ def load_settings(path: Path) -> Settings:
         raise ConfigError(
             f"config {path}: target {settings.targets[0]} is not beyond the window {settings.window}. Give later ones."
         )
+    if settings.selection == settings.gate:
+        raise ConfigError(
+            f"config {path}: selection and gate are both {settings.gate}. What chose a candidate cannot judge it: give"
+            " them different problems."
+        )
     root = path.absolute().parent
     paths = {key: root / getattr(settings, key) for key in ("checkpoints", "base", "state")}
     benchmarks = {key: _benchmark(getattr(settings, key), root) for key in ("selection", "gate")}

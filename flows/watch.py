@@ -16,7 +16,7 @@ from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.events import emit_event
 
 from flows.errors import WatchError
-from flows.ledger import due, read_ledger, tick, write_ledger
+from flows.ledger import Ledger, due, lost, read_ledger, tick, write_ledger
 from flows.settings import Settings, load_settings
 from relex.store import State, StoredCheckpoint, open_base, scan
 
@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 RUN_SECONDS = 540.0
 SCHEDULE_SECONDS = 600.0
 
-Look = Callable[[tuple[StoredCheckpoint, ...]], None]
-"""Called after every look at the store, with what is there."""
+Look = Callable[[float, str], None]
+"""Called after every look at the store, with how full the window is in per cent and one line for a reader."""
 
 
 def watch_store(settings: Settings, *, seconds: float, on_look: Look | None = None) -> None:
@@ -71,7 +71,7 @@ def _look(settings: Settings, on_look: Look | None) -> None:
     if ledger != before:
         write_ledger(settings, ledger)
     if on_look is not None:
-        on_look(stored)
+        on_look(*describe(settings, stored, ledger))
 
 
 @flow(name="watch", retries=0, validate_parameters=False)
@@ -81,9 +81,8 @@ def watch(config: str, seconds: float = RUN_SECONDS) -> None:
     artifact: Any = create_progress_artifact(0.0, key=f"window-{settings.training_run}", description="looking")
     shown = ""
 
-    def show(stored: tuple[StoredCheckpoint, ...]) -> None:
+    def show(progress: float, text: str) -> None:
         nonlocal shown
-        progress, text = describe(settings, stored)
         if text != shown:
             shown = text
             update_progress_artifact(artifact, progress, description=text)
@@ -91,14 +90,19 @@ def watch(config: str, seconds: float = RUN_SECONDS) -> None:
     watch_store(settings, seconds=seconds, on_look=show)
 
 
-def describe(settings: Settings, stored: tuple[StoredCheckpoint, ...]) -> tuple[float, str]:
+def describe(settings: Settings, stored: tuple[StoredCheckpoint, ...], ledger: Ledger) -> tuple[float, str]:
     """Return how full the window is, in per cent, and one line for a reader."""
     ready = [item.step for item in stored if item.state is State.READY]
     latest = max(ready, default=0)
     inside = [step for step in ready if step <= settings.window]
     text = f"{settings.training_run}: step {latest} of window {settings.window}, {len(inside)} checkpoints observed"
     blocking = next((item for item in stored if item.step <= settings.window and item.state is State.BROKEN), None)
-    if blocking is not None:
+    if pruned := lost(settings, stored, ledger):
+        text += (
+            f"; steps {', '.join(map(str, pruned))} were observed and have been removed: no decision on this window."
+            " Raise the trainer's number of kept checkpoints (save_total_limit) and start the run anew"
+        )
+    elif blocking is not None:
         text += f"; blocked by step {blocking.step}: {blocking.reason}"
     elif due(settings, stored):
         text += "; window full"

@@ -30,8 +30,8 @@ def accuracy_by_step(
 ) -> None:
     """Draw real accuracy against training step, the observed window shaded, and the predicted models at their targets.
 
-    `real` is the base and what was observed, `later` what the run really reached afterwards; bars are one standard error.
-    Writes a PNG.
+    `real` is the base and what was observed, `later` what the run really reached afterwards; bars are one standard
+    error. Writes a PNG.
     """
     figure = Figure(figsize=(8.0, 4.5), dpi=110, layout="constrained")
     axes = figure.add_subplot()
@@ -47,6 +47,7 @@ def accuracy_by_step(
         marker="o",
         markersize=4,
         label="real run",
+        zorder=4,
     )
     labels = list(dict.fromkeys(point.label for point in predicted))
     for number, label in enumerate(labels):
@@ -60,7 +61,8 @@ def accuracy_by_step(
             linewidth=1.0,
             capsize=2,
             marker="s",
-            markersize=5,
+            markersize=9,
+            markerfacecolor="white",
             label=f"predicted: {label}",
         )
     for point in predicted:
@@ -74,7 +76,7 @@ def accuracy_by_step(
                 markeredgecolor="black",
                 linestyle="none",
                 label=f"registered: step {point.step}",
-                zorder=5,
+                zorder=3,
             )
     axes.set_xlabel("training step")
     axes.set_ylabel("accuracy")

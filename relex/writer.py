@@ -4,6 +4,7 @@ Shards are filled by position in a hidden sibling of the output; a shard gets it
 a killed process goes on where it stopped; the directory gets its name last.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -63,6 +64,7 @@ class ModelWriter:
     partial: Path
     tensors: Mapping[str, OutputTensor]
     _lock: int
+    _made_parent: bool
     _open: dict[str, _Shard] = field(default_factory=dict)
 
     def pending(self, name: str) -> bool:
@@ -121,6 +123,9 @@ class ModelWriter:
     def discard(self) -> None:
         """Remove what was written so far."""
         shutil.rmtree(self.partial, ignore_errors=True)
+        if self._made_parent:
+            with contextlib.suppress(OSError):  # another output is there by now
+                self.out.parent.rmdir()
         self.release()
 
     def release(self) -> None:
@@ -144,6 +149,7 @@ def open_writer(out: Path, digest: str, tensors: Sequence[OutputTensor]) -> Mode
             return None
         what = f"the prediction {found[:12]}…, not {digest[:12]}…" if found else "something relex did not write"
         raise OutputError(f"output {out} exists and holds {what}. Delete it, or give another --out.")
+    made_parent = not out.parent.exists()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -163,7 +169,7 @@ def open_writer(out: Path, digest: str, tensors: Sequence[OutputTensor]) -> Mode
         raise OutputError(f"output {out} is being written by another process. Wait for it, or give another --out.")
     for file in partial.glob("*.tmp"):
         file.unlink()
-    return ModelWriter(out, partial, {tensor.name: tensor for tensor in tensors}, lock)
+    return ModelWriter(out, partial, {tensor.name: tensor for tensor in tensors}, lock, made_parent)
 
 
 def side_files(base: Weights, latest: Weights) -> dict[str, bytes]:

@@ -3,6 +3,7 @@
 Everything the demo makes lies in one directory; a second call takes up what is there.
 """
 
+import os
 import re
 import shutil
 import subprocess
@@ -41,6 +42,8 @@ _DECISION_SECONDS = 600.0
 def run_demo(directory: Path, *, seed: int, home: Path, out: Console, err: Console) -> None:
     """Run the demo in `directory`; raises DemoRunError with the log to read when a process of it fails."""
     began = time.monotonic()
+    # Trainer and evaluation share few cores, and the threads of a tiny model only fight each other.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     directory = directory.absolute()
     directory.mkdir(parents=True, exist_ok=True)
     config = prepare(directory)
@@ -116,8 +119,7 @@ def pretrain(base: Path, directory: Path, seed: int, progress: Progress) -> None
 def training(settings: Settings, directory: Path, seed: int) -> Iterator[subprocess.Popen[bytes] | None]:
     """Run the RLVR training as a process of its own while the block runs; None when it has been run before."""
     run = settings.checkpoints
-    done = run.is_dir() and max(step_directories(run), default=0) >= STEPS
-    if done:
+    if (run / f"checkpoint-{STEPS}" / "trainer_state.json").is_file():
         yield None
         return
     # An unfinished run cannot be taken up: the trainer keeps weights only, as most RLVR runs do for every step.

@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from flows.ledger import (
     write_ledger,
 )
 from flows.settings import Settings
+from flows.watch import describe
 from relex.layouts.weights import Weights
 from relex.store import StoredCheckpoint, open_base, scan
 from tests.flows.conftest import WriteCheckpoint, make_old
@@ -105,7 +107,8 @@ def test_a_claimed_or_decided_window_is_not_announced_again(
 @pytest.fixture
 def other_process(settings: Settings, config: Path) -> Iterator[subprocess.Popen[str]]:
     code = (
-        "import sys, time; from pathlib import Path; from flows.ledger import claim; from flows.settings import load_settings\n"
+        "import sys, time; from pathlib import Path\n"
+        "from flows.ledger import claim; from flows.settings import load_settings\n"
         "with claim(load_settings(Path(sys.argv[1])), 'abc') as mine: print(mine, flush=True); time.sleep(600)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(config)], stdout=subprocess.PIPE, text=True)
@@ -151,6 +154,36 @@ def test_a_window_ends_with_the_first_checkpoint_at_or_after_it(
     assert due(settings, store(settings, now)[1]) == []
     write_checkpoint(60)
     assert due(settings, store(settings, now)[1]) == [10, 25]
+
+
+def test_a_window_whose_checkpoints_were_pruned_is_not_announced(
+    settings: Settings, write_checkpoint: WriteCheckpoint
+) -> None:
+    for step in (0, 10, 20, 30):
+        write_checkpoint(step)
+    now = time.time()
+    _, ledger = look(settings, Ledger(), now)
+    shutil.rmtree(settings.checkpoints / "checkpoint-10")
+    write_checkpoint(40)
+    events, ledger = look(settings, ledger, now)
+    assert names(events) == [CHECKPOINT_READY]
+    stored = store(settings, now)[1]
+    assert "steps 10 were observed and have been removed" in describe(settings, stored, ledger)[1]
+
+
+def test_a_run_started_anew_in_the_same_directory_is_a_new_run(
+    settings: Settings, write_checkpoint: WriteCheckpoint
+) -> None:
+    for step in (0, 10, 20, 40):
+        write_checkpoint(step)
+    now = time.time()
+    _, ledger = look(settings, Ledger(), now)
+    shutil.rmtree(settings.checkpoints)
+    write_checkpoint(20)
+    _, ledger = look(settings, ledger, now)
+    assert list(ledger.checkpoints) == ["20"]
+    write_checkpoint(40)
+    assert WINDOW_READY in names(look(settings, ledger, now)[0])
 
 
 def test_the_key_names_the_files_and_the_settings_that_decide(

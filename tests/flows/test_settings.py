@@ -21,6 +21,7 @@ def test_relative_paths_are_relative_to_the_file(config: Path, tmp_path: Path) -
         ({"windw": 3}, "windw: Extra inputs are not permitted"),
         ({"window": 0}, "window: Input should be greater than 0"),
         ({"targets": [30]}, "target 30 is not beyond the window 40"),
+        ({"gate": "selection.yaml"}, "selection and gate are both selection.yaml"),
         ({"targets": [100, 100]}, "a target is named twice"),
         ({"methods": ["relx"]}, "method 'relx' is not known; known are relex"),
         ({"training_run": "Tiny Run"}, "training_run: String should match pattern"),
