@@ -67,15 +67,15 @@ def inspect(
 
     Example: relex inspect runs/qwen --base models/qwen-base
     """
-    from flows import report
+    from flows import commands, tables
 
-    found = report.inspection(
-        run, base, window=window, memory=memory, threads=threads, cache=_cache(cache), progress=report.Bars(err)
+    found = commands.inspection(
+        run, base, window=window, memory=memory, threads=threads, cache=_cache(cache), progress=tables.Bars(err)
     )
     if as_json:
         _print_json(found)
     else:
-        report.show_inspection(out, found)
+        tables.show_inspection(out, found)
 
 
 @app.command()
@@ -102,11 +102,11 @@ def extrapolate(
 
     Example: relex extrapolate runs/qwen --base models/qwen-base --window 75 --target-step 500 --out predicted
     """
-    from flows import report
+    from flows import commands, tables
 
     if rank is not None:
         method += f"{',' if ':' in method else ':'}rank={rank}"
-    manifests = report.extrapolation(
+    manifests = commands.extrapolation(
         run,
         base,
         targets=list(dict.fromkeys(target_step)),
@@ -119,12 +119,12 @@ def extrapolate(
         inside="allow" if allow_inside else "refuse",
         cache=_cache(cache),
         command=sys.argv,
-        progress=report.Bars(err),
+        progress=tables.Bars(err),
     )
     if as_json:
         _print_json([manifest.to_json() for manifest in manifests.values()])
     else:
-        report.show_extrapolation(out, manifests)
+        tables.show_extrapolation(out, manifests)
 
 
 @app.command()
@@ -143,9 +143,9 @@ def evaluate(
     Example: relex evaluate predicted/step-500 --benchmark my-benchmark.yaml
     """
     from evaluation.harness import evaluate as score
-    from flows import report
+    from flows import tables
 
-    with report.Bars(err) as bars:
+    with tables.Bars(err) as bars:
         reports = score(
             model,
             benchmark,
@@ -161,7 +161,7 @@ def evaluate(
             [asdict(item) | {"accuracy": item.accuracy, "standard_error": item.standard_error} for item in reports]
         )
     else:
-        report.show_reports(out, reports)
+        tables.show_reports(out, reports)
 
 
 @app.command()
@@ -197,7 +197,7 @@ def up(
     Example: relex up relex.yaml
     """
     from evaluation.benchmark import resolve_benchmark
-    from flows import report, stack
+    from flows import stack
     from flows.settings import load_settings
 
     configs = {}
@@ -210,7 +210,7 @@ def up(
         started = stack.up(home)
         for name, path in configs.items():
             stack.spawn_watcher(started, name, path)
-    _show_stack(home, report, stack, as_json=as_json)
+    _show_stack(home, as_json=as_json)
 
 
 @app.command()
@@ -219,14 +219,14 @@ def down(home: Home = HOME, as_json: Json = False) -> None:
 
     Example: relex down
     """
-    from flows import report, stack
+    from flows import stack, tables
 
     with err.status("stopping"):
         services = stack.down(home)
     if as_json:
         _print_json([asdict(item) for item in services])
     else:
-        report.show_services(out, services)
+        tables.show_services(out, services)
 
 
 @app.command()
@@ -235,17 +235,18 @@ def status(home: Home = HOME, as_json: Json = False) -> None:
 
     Example: relex status
     """
-    from flows import report, stack
 
-    _show_stack(home, report, stack, as_json=as_json)
+    _show_stack(home, as_json=as_json)
 
 
-def _show_stack(home: Path, report: Any, stack: Any, *, as_json: bool) -> None:
+def _show_stack(home: Path, *, as_json: bool) -> None:
+    from flows import stack, tables
+
     services = stack.status(home)
     if as_json:
         _print_json([asdict(item) for item in services])
     else:
-        report.show_services(out, services)
+        tables.show_services(out, services)
 
 
 @app.command()
@@ -259,13 +260,13 @@ def models(
     Example: relex models qwen
     """
     from deploy import registry
-    from flows import report, stack
+    from flows import stack, tables
 
     rows = registry.models(name, tracking_uri=stack.tracking_uri(home))
     if as_json:
         _print_json([asdict(row) for row in rows])
     else:
-        report.show_models(out, name, rows)
+        tables.show_models(out, name, rows)
 
 
 @app.command()

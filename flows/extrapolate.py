@@ -6,54 +6,25 @@ The flow is started by `relex.window.ready`, holds the window while it works, an
 any moment and started again, it takes up what is there and ends in the same decision and the same single version.
 """
 
-import base64
-import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from prefect import flow, task
-from prefect.artifacts import (
-    create_markdown_artifact,
-    create_progress_artifact,
-    create_table_artifact,
-    update_progress_artifact,
-)
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
 from deploy import registry, runs
 from evaluation.gate import Gate, gate
-from evaluation.harness import Progress, evaluate
-from evaluation.report import Report
+from evaluation.harness import Progress
 from flows.decision import Decision, Model, Score, choose, page
-from flows.ledger import claim, decided, decision_path, window_directory, write_json
 from flows.predict import predict
+from flows.publish import ProgressArtifact, curves, draw, metrics, show
+from flows.score import reports, score
 from flows.settings import Settings, load_settings
-from relex import plots
+from flows.window import claim, decided, decision_path, window_directory, write_json
 from relex.errors import NonFiniteError, TargetError
-
-# A progress artifact is a row in the server's database: more than one a second is noise.
-_PROGRESS_SECONDS = 1.0
-
-
-class ProgressArtifact:
-    """One line of progress in the Prefect UI; the text carries the numbers, since the UI hides the percentage."""
-
-    def __init__(self, key: str, title: str) -> None:
-        self._title = title
-        self._last = time.monotonic()
-        self._artifact: Any = create_progress_artifact(0.0, key=key, description=title)
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        """Show that `done` of `total` are done."""
-        if done < total and time.monotonic() - self._last < _PROGRESS_SECONDS:
-            return
-        self._last = time.monotonic()
-        share = 100.0 * done / max(total, 1)
-        update_progress_artifact(self._artifact, share, description=f"{self._title}: {what} {share:.0f} %")
 
 
 def predict_models(config: str, steps: list[int], key: str) -> list[Model]:
@@ -68,26 +39,10 @@ def score_model(config: str, model: Model, benchmarks: list[str]) -> list[Score]
     settings = load_settings(Path(config))
     progress = ProgressArtifact(f"score-{settings.training_run}", f"score {model.title}")
 
-    def show(step: Progress) -> None:
+    def tell(step: Progress) -> None:
         progress(f"{step.benchmark} {step.done}/{step.total}", step.done, step.total)
 
-    return [
-        Score(model, report.benchmark, report.accuracy, report.standard_error, report.n)
-        for report in reports(settings, model, benchmarks, on_progress=show)
-    ]
-
-
-def reports(settings: Settings, model: Model, benchmarks: Sequence[str], **options: Any) -> list[Report]:
-    """Return the reports of one model under this training run's evaluation settings."""
-    return evaluate(
-        Path(model.directory),
-        benchmarks,
-        cache=settings.home / "evaluations",
-        device=settings.device,
-        dtype=settings.dtype,
-        batch_size=settings.batch_size,
-        **options,
-    )
+    return [score(model, report) for report in reports(settings, model, benchmarks, on_progress=tell)]
 
 
 def gate_model(config: str, winner: Model, references: list[Model]) -> list[Gate]:
@@ -121,11 +76,11 @@ def register_decision(config: str, decision: Decision, tracking_uri: str) -> Dec
         key=f"{decision.training_run} {decision.key}",
         title=f"{decision.training_run} window {decision.window}",
         parameters={"window": decision.window, "targets": settings.targets, "methods": settings.methods},
-        metrics=_metrics(decision),
+        metrics=metrics(decision),
         tags={"verdict": decision.verdict, "reason": decision.reason},
         artifacts=[path for path in (directory / "decision.md", directory / "accuracy.png") if path.is_file()],
     )
-    for series, points in _curves(decision).items():
+    for series, points in curves(decision).items():
         runs.log_series(
             name,
             points,
@@ -141,7 +96,7 @@ def register_decision(config: str, decision: Decision, tracking_uri: str) -> Dec
         name=name,
         tracking_uri=tracking_uri,
         run_id=recorded.run_id,
-        metrics=_metrics(decision),
+        metrics=metrics(decision),
         tags={"verdict": decision.verdict, "training_run": decision.training_run, "window": str(decision.window)},
     )
     return replace(decision, registered=f"{done.name} version {done.version}", registered_url=done.url or "")
@@ -185,8 +140,8 @@ def extrapolate(config: str, steps: list[int], key: str, tracking_uri: str) -> S
             decision = Decision(
                 settings.training_run, key, settings.window, tuple(steps), "keep training", f"Cannot predict: {error}"
             )
-        figure = draw(settings, decision)
         directory = window_directory(settings, key)
+        figure = draw(decision, directory / "accuracy.png")
         directory.joinpath("decision.md").write_text(page(decision), encoding="utf-8")
         decision = register_task(config, decision, tracking_uri)
         show(decision, figure)
@@ -225,69 +180,3 @@ def decide(config: str, settings: Settings, steps: list[int], key: str, tracking
     if failed:
         return replace(common, reason=f"Not shown to be worth having. {' '.join(item.sentence for item in failed)}")
     return replace(common, verdict="registered", reason=" ".join(item.sentence for item in gates))
-
-
-def draw(settings: Settings, decision: Decision) -> Path | None:
-    """Draw accuracy by training step on the first report benchmark, if there is one."""
-    if not decision.report:
-        return None
-    benchmark = decision.report[0].benchmark
-    scores = [score for score in decision.report if score.benchmark == benchmark]
-    path = window_directory(settings, decision.key) / "accuracy.png"
-    plots.accuracy_by_step(
-        path,
-        title=f"{decision.training_run}: {decision.verdict}",
-        benchmark=f"{benchmark}, {scores[0].n} problems",
-        window=(decision.steps[0], decision.steps[-1]),
-        real=[point(score) for score in scores if score.model.role in ("base", "observed")],
-        predicted=[
-            point(score, chosen=decision.winner == score.model and decision.verdict == "registered")
-            for score in scores
-            if score.model.role == "candidate"
-        ],
-    )
-    return path
-
-
-def point(score: Score, *, chosen: bool = False) -> plots.Point:
-    """Return a score as a point of the figure."""
-    return plots.Point(score.model.step, score.accuracy, score.standard_error, score.model.method, chosen)
-
-
-def show(decision: Decision, figure: Path | None) -> None:
-    """Put the decision where the Prefect UI shows it: a table and a page with the figure."""
-    rows = [
-        {"model": score.model.title, "benchmark": score.benchmark, "accuracy": f"{score.accuracy:.4f}", "n": score.n}
-        for score in (*decision.selection, *decision.report)
-    ]
-    if rows:
-        create_table_artifact(rows, key=f"scores-{decision.training_run}", description=decision.reason)
-    uri = f"data:image/png;base64,{base64.b64encode(figure.read_bytes()).decode()}" if figure is not None else ""
-    create_markdown_artifact(
-        page(decision, figure=uri), key=f"decision-{decision.training_run}", description=decision.reason
-    )
-
-
-def _metrics(decision: Decision) -> dict[str, float]:
-    metrics = {}
-    for score in decision.selection:
-        if decision.winner is not None and score.model == decision.winner:
-            metrics["selection_accuracy"] = score.accuracy
-    for item in decision.gates:
-        role = item.reference.split(" @ ", maxsplit=1)[0].replace(" ", "_")
-        metrics |= {
-            "gate_accuracy": item.candidate_accuracy,
-            f"gate_{role}_accuracy": item.reference_accuracy,
-            f"gate_{role}_difference": item.difference,
-            f"gate_{role}_lower_bound": item.lower_bound,
-        }
-    return metrics
-
-
-def _curves(decision: Decision) -> dict[str, dict[int, float]]:
-    """Return accuracy on the first report benchmark by training step: the observed curve, and one for each method."""
-    curves: dict[str, dict[int, float]] = {}
-    for score in decision.report:
-        if score.benchmark == decision.report[0].benchmark:
-            curves.setdefault(score.model.method or "observed", {})[score.model.step] = score.accuracy
-    return curves

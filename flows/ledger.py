@@ -1,25 +1,17 @@
-"""What the watcher has announced, and which windows are claimed and decided: small files in the training run's state
-directory.
+"""What the watcher has announced, and what is due.
 
-A window is one decision: its key is a digest of everything that decides it. `tick` compares the store with the ledger
-and says which events are due. Events are re-sent with back-off until the window is claimed, since a server delivers
-them at best effort; a repeat has the same id, and whoever comes second finds the window claimed or decided.
+`tick` compares the store with the ledger and says which events are due. A full window is announced again, with growing
+pauses, until it is claimed: a server delivers events at best effort, and whoever comes second finds the window claimed
+or decided.
 """
 
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from hashlib import sha256
-from pathlib import Path
 from typing import Any
 from uuid import NAMESPACE_URL, UUID, uuid5
 
-from filelock import FileLock, Timeout
-
-from flows.decision import Decision
 from flows.settings import Settings
+from flows.window import claimed, decided, window_key, write_json
 from relex.gram import identity
 from relex.layouts.weights import Weights
 from relex.store import State, StoredCheckpoint
@@ -120,71 +112,6 @@ def lost(settings: Settings, stored: tuple[StoredCheckpoint, ...], ledger: Ledge
     return sorted(step for step in announced if step not in there and step < max(kept, default=0))
 
 
-def window_key(settings: Settings, base: Weights, inside: list[StoredCheckpoint]) -> str:
-    """Return the name of one decision: a digest of the observed files and of every setting that decides."""
-    deciding = ("training_run", "window", "targets", "methods", "selection", "gate", "report", "margin", "confidence")
-    content = {name: getattr(settings, name) for name in (*deciding, "registered_model", "dtype", "batch_size")}
-    content["base"] = identity(base)
-    content["checkpoints"] = [[item.step, identity(item.weights)] for item in inside if item.weights is not None]
-    return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def window_directory(settings: Settings, key: str) -> Path:
-    """Return the directory of one decision."""
-    return settings.home / "windows" / key
-
-
-def decision_path(settings: Settings, key: str) -> Path:
-    """Return the file that is there, complete, once the decision is made; it is written last."""
-    return window_directory(settings, key) / "decision.json"
-
-
-def decided(settings: Settings, key: str) -> bool:
-    """Whether the decision is made."""
-    return decision_path(settings, key).is_file()
-
-
-def read_decisions(settings: Settings) -> list[Decision]:
-    """Return the decisions made so far, oldest first."""
-    paths = sorted(settings.home.glob("windows/*/decision.json"), key=lambda path: path.stat().st_mtime)
-    return [Decision.from_json(json.loads(path.read_bytes())) for path in paths]
-
-
-@contextmanager
-def claim(settings: Settings, key: str) -> Iterator[bool]:
-    """Hold the window while working on it; yields False when another process does.
-
-    A lock of the operating system, not a file with a date in it: it goes with its process, however that ends.
-    """
-    directory = window_directory(settings, key)
-    directory.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(directory / "claim.lock")
-    try:
-        # Longer than the moment in which the watcher tries the lock.
-        lock.acquire(timeout=2.0)
-    except Timeout:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
-
-
-def claimed(settings: Settings, key: str) -> bool:
-    """Whether a live process holds the window."""
-    path = window_directory(settings, key) / "claim.lock"
-    if not path.exists():
-        return False
-    lock = FileLock(path)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        return True
-    lock.release()
-    return False
-
-
 def read_ledger(settings: Settings) -> Ledger:
     """Read the ledger; an absent one is empty."""
     path = settings.home / "ledger.json"
@@ -198,18 +125,6 @@ def read_ledger(settings: Settings) -> Ledger:
 def write_ledger(settings: Settings, ledger: Ledger) -> None:
     """Replace the ledger in one piece."""
     write_json(settings.home / "ledger.json", asdict(ledger))
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON that is complete or absent, also after a power cut."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    hidden = path.with_name(f".{path.name}.tmp")
-    with hidden.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    hidden.replace(path)
 
 
 def _event(name: str, settings: Settings, what: str, payload: dict[str, Any]) -> Event:

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 
 from flows.decision import Model
 from flows.errors import WindowError
-from flows.ledger import window_directory, window_key
 from flows.settings import Settings
+from flows.window import window_directory, window_key
 from relex.forecast import check_target, forecast
 from relex.gram import cached
 from relex.materialise import Output, materialise

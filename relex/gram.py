@@ -10,7 +10,7 @@ Shape suffixes: T = tensors that move, K = checkpoints.
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from itertools import takewhile
@@ -27,7 +27,8 @@ from torch import Tensor
 
 from relex.errors import NonFiniteError
 from relex.layouts.weights import Weights
-from relex.trajectory import Trajectory, Unit, Workspace, as_bytes, in_order, units, workspaces
+from relex.streaming import Progress, Unit, Workspace, as_bytes, in_order, units, workspaces
+from relex.trajectory import Trajectory
 
 # Products are taken in tiles of fixed shape: the bits of G[i, j] then do not depend on how many checkpoints there are,
 # and an extended Gram equals one made afresh. 4 rows by 24 columns is what small-matrix kernels of OpenBLAS like best.
@@ -35,9 +36,6 @@ ROWS, COLUMNS = 4, 24
 # Columns of one product: with these shapes it needs no packing, which is 2.4 times faster than twice as many.
 WIDTH = 1 << 13
 FORMAT = 1
-
-Progress = Callable[[int, int], None]
-"""Called with (bytes done, bytes in all)."""
 
 
 @dataclass(frozen=True)

@@ -19,23 +19,21 @@ from torch import Tensor
 from relex import manifest
 from relex.errors import OutputError, RelexError
 from relex.forecast import Forecast, TensorForecast
-from relex.gram import Progress
 from relex.layouts.weights import open_weights
 from relex.manifest import FileRecord
 from relex.store import Checkpoint, open_base
-from relex.trajectory import (
+from relex.streaming import (
     CHUNK,
     Block,
-    TensorSpec,
-    Trajectory,
+    Progress,
     Unit,
     Workspace,
     as_bytes,
     in_order,
-    open_trajectory,
     units,
     workspaces,
 )
+from relex.trajectory import TensorSpec, Trajectory, open_trajectory
 from relex.writer import ModelWriter, OutputTensor, open_writer, side_files
 
 

@@ -24,8 +24,10 @@ from flows import stack
 from flows.decision import Decision, Model, Score
 from flows.demo.errors import DemoRunError
 from flows.demo.task import DIGITS, problems
-from flows.ledger import WINDOW_READY, read_decisions, read_ledger
+from flows.ledger import WINDOW_READY, read_ledger
+from flows.score import reports, score
 from flows.settings import Settings, load_settings
+from flows.window import read_decisions
 from relex import plots
 from relex.layouts.hf import step_directories
 
@@ -178,22 +180,20 @@ def stage(settings: Settings, *, decided: bool) -> str:
 
 def score_later(settings: Settings, pool: ThreadPoolExecutor, progress: Progress) -> list[Score]:
     """Score what the run really reached at the targets, on the report benchmark; it decides nothing."""
-    from flows.extrapolate import reports
-
     bar = progress.add_task("scoring the real later steps", total=len(TARGETS))
 
-    def score(step: int) -> Score:
+    def score_step(step: int) -> Score:
         model = Model("observed", step, str(step_directories(settings.checkpoints)[step]))
-        report = reports(settings, model, settings.report)[0]
+        found = score(model, reports(settings, model, settings.report)[0])
         progress.advance(bar)
-        return Score(model, report.benchmark, report.accuracy, report.standard_error, report.n)
+        return found
 
-    return list(pool.map(score, TARGETS))
+    return list(pool.map(score_step, TARGETS))
 
 
 def draw(path: Path, decision: Decision, later: list[Score]) -> None:
     """Draw what was predicted against what really came."""
-    from flows.extrapolate import point
+    from flows.publish import point
 
     report = decision.report
     plots.accuracy_by_step(
@@ -228,18 +228,18 @@ def show(out: Console, decision: Decision, later: list[Score]) -> None:
     """Print the table and the decision."""
     table = Table("model", "step", "accuracy", "± s.e.", "", title=f"{later[0].benchmark}: {later[0].n} problems")
     rows = [*decision.report, *later]
-    for score in sorted(rows, key=lambda item: (item.model.step, item.model.role == "candidate")):
-        real = score.model.role != "candidate"
-        title = "base" if score.model.role == "base" else "real run" if real else f"predicted: {score.model.method}"
-        observed = real and score.model.step == decision.steps[-1]
+    for item in sorted(rows, key=lambda row: (row.model.step, row.model.role == "candidate")):
+        real = item.model.role != "candidate"
+        title = "base" if item.model.role == "base" else "real run" if real else f"predicted: {item.model.method}"
+        observed = real and item.model.step == decision.steps[-1]
         mark = (
             "last observed"
             if observed
             else "registered"
-            if decision.registered and score.model == decision.winner
+            if decision.registered and item.model == decision.winner
             else ""
         )
-        table.add_row(title, str(score.model.step), f"{score.accuracy:.3f}", f"{score.standard_error:.3f}", mark)
+        table.add_row(title, str(item.model.step), f"{item.accuracy:.3f}", f"{item.standard_error:.3f}", mark)
     out.print(table)
     registered = f" as {decision.registered}" if decision.registered else ""
     out.print(f"[bold]{decision.verdict}[/bold]{registered}. {decision.reason}", highlight=False)

@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM
 
 from deploy import registry
 from flows import stack
-from flows.ledger import read_decisions, read_ledger
+from flows.ledger import read_ledger
 from flows.settings import load_settings
 from flows.stack import Stack
+from flows.window import read_decisions
 from relex import manifest
 from relex.layouts.hf import step_directories
 from tests.e2e.conftest import STEPS, TrainedRun, write_config
@@ -143,7 +144,7 @@ def test_a_prediction_that_is_no_better_is_refused_with_its_numbers(
     shutil.copytree(trained.checkpoints, settings.checkpoints)
     code = (
         "import sys, time; from pathlib import Path\n"
-        "from flows.extrapolate import extrapolate; from flows.ledger import due, window_key\n"
+        "from flows.extrapolate import extrapolate; from flows.ledger import due; from flows.window import window_key\n"
         "from flows.settings import load_settings; from relex.store import open_base, scan\n"
         "s = load_settings(Path(sys.argv[1])); base = open_base(s.base)\n"
         "stored = scan(s.checkpoints, base, now=time.time()); steps = due(s, stored)\n"

@@ -9,23 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from flows.ledger import (
-    CHECKPOINT_READY,
-    WINDOW_READY,
-    Event,
-    Ledger,
-    claim,
-    claimed,
-    decision_path,
-    due,
-    read_ledger,
-    tick,
-    window_key,
-    write_json,
-    write_ledger,
-)
+from flows.ledger import CHECKPOINT_READY, WINDOW_READY, Event, Ledger, due, read_ledger, tick, write_ledger
 from flows.settings import Settings
 from flows.watch import describe
+from flows.window import claim, claimed, decision_path, window_key, write_json
 from relex.layouts.weights import Weights
 from relex.store import StoredCheckpoint, open_base, scan
 from tests.flows.conftest import WriteCheckpoint, make_old
@@ -108,7 +95,7 @@ def test_a_claimed_or_decided_window_is_not_announced_again(
 def other_process(settings: Settings, config: Path) -> Iterator[subprocess.Popen[str]]:
     code = (
         "import sys, time; from pathlib import Path\n"
-        "from flows.ledger import claim; from flows.settings import load_settings\n"
+        "from flows.window import claim; from flows.settings import load_settings\n"
         "with claim(load_settings(Path(sys.argv[1])), 'abc') as mine: print(mine, flush=True); time.sleep(600)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(config)], stdout=subprocess.PIPE, text=True)

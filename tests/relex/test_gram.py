@@ -9,7 +9,8 @@ import torch
 from relex import gram
 from relex.errors import CheckpointChangedError, MemoryBudgetError, NonFiniteError
 from relex.gram import Gram
-from relex.trajectory import UNIT, Trajectory, open_trajectory
+from relex.streaming import UNIT
+from relex.trajectory import Trajectory, open_trajectory
 from tests.reference import dense
 from tests.relex.trajectories import (
     FROZEN,

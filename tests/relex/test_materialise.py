@@ -14,7 +14,8 @@ from relex.errors import CheckpointChangedError, OutputError
 from relex.forecast import Forecast, forecast
 from relex.materialise import Output, materialise, rebuild
 from relex.predictors import parse_method
-from relex.trajectory import CHUNK, UNIT, Trajectory
+from relex.streaming import CHUNK, UNIT
+from relex.trajectory import Trajectory
 from tests.relex.trajectories import (
     FROZEN,
     MIB,

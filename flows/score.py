@@ -1,0 +1,33 @@
+"""Scores of one training run's models, all under the same evaluation settings and in one cache."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from evaluation.harness import Progress, evaluate
+from evaluation.report import Report
+from flows.decision import Model, Score
+from flows.settings import Settings
+
+
+def reports(
+    settings: Settings,
+    model: Model,
+    benchmarks: Sequence[str],
+    *,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> list[Report]:
+    """Return the reports of one model, in the order of the benchmarks; what was answered before is not asked again."""
+    return evaluate(
+        Path(model.directory),
+        benchmarks,
+        cache=settings.home / "evaluations",
+        device=settings.device,
+        dtype=settings.dtype,
+        batch_size=settings.batch_size,
+        on_progress=on_progress,
+    )
+
+
+def score(model: Model, report: Report) -> Score:
+    """Return what a table shows of a report."""
+    return Score(model, report.benchmark, report.accuracy, report.standard_error, report.n)

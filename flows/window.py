@@ -1,0 +1,97 @@
+"""One window is one decision: its name, its directory, who works on it, and what was decided.
+
+Everything is a small file in the training run's state directory; the decision is written last.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from flows.decision import Decision
+from flows.settings import Settings
+from relex.gram import identity
+from relex.layouts.weights import Weights
+from relex.store import StoredCheckpoint
+
+
+def window_key(settings: Settings, base: Weights, inside: list[StoredCheckpoint]) -> str:
+    """Return the name of one decision: a digest of the observed files and of every setting that decides."""
+    deciding = ("training_run", "window", "targets", "methods", "selection", "gate", "report", "margin", "confidence")
+    content = {name: getattr(settings, name) for name in (*deciding, "registered_model", "dtype", "batch_size")}
+    content["base"] = identity(base)
+    content["checkpoints"] = [[item.step, identity(item.weights)] for item in inside if item.weights is not None]
+    return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def window_directory(settings: Settings, key: str) -> Path:
+    """Return the directory of one decision."""
+    return settings.home / "windows" / key
+
+
+def decision_path(settings: Settings, key: str) -> Path:
+    """Return the file that is there, complete, once the decision is made; it is written last."""
+    return window_directory(settings, key) / "decision.json"
+
+
+def decided(settings: Settings, key: str) -> bool:
+    """Whether the decision is made."""
+    return decision_path(settings, key).is_file()
+
+
+def read_decisions(settings: Settings) -> list[Decision]:
+    """Return the decisions made so far, oldest first."""
+    paths = sorted(settings.home.glob("windows/*/decision.json"), key=lambda path: path.stat().st_mtime)
+    return [Decision.from_json(json.loads(path.read_bytes())) for path in paths]
+
+
+@contextmanager
+def claim(settings: Settings, key: str) -> Iterator[bool]:
+    """Hold the window while working on it; yields False when another process does.
+
+    A lock of the operating system, not a file with a date in it: it goes with its process, however that ends.
+    """
+    directory = window_directory(settings, key)
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(directory / "claim.lock")
+    try:
+        # Longer than the moment in which the watcher tries the lock.
+        lock.acquire(timeout=2.0)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def claimed(settings: Settings, key: str) -> bool:
+    """Whether a live process holds the window."""
+    path = window_directory(settings, key) / "claim.lock"
+    if not path.exists():
+        return False
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        return True
+    lock.release()
+    return False
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON that is complete or absent, also after a power cut."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    hidden = path.with_name(f".{path.name}.tmp")
+    with hidden.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    hidden.replace(path)
