@@ -121,10 +121,11 @@ def show_services(console: Console, services: Sequence["Service"]) -> None:
     if not services:
         console.print("nothing is running")
         return
-    table = _table("service", "state", "pid", "address", "log")
+    table = _table("service", "state", "pid", "address")
     for item in services:
-        table.add_row(item.name, item.state, str(item.pid or ""), item.url or "", str(item.log))
+        table.add_row(item.name, item.state, str(item.pid or ""), item.url or "")
     console.print(table)
+    _print_line(console, f"logs: {services[0].log.parent}")
 
 
 def show_models(console: Console, name: str, rows: Sequence["RegisteredModelVersion"]) -> None:
@@ -132,7 +133,7 @@ def show_models(console: Console, name: str, rows: Sequence["RegisteredModelVers
     if not rows:
         console.print(f"no prediction of {name} is registered")
         return
-    table = _table("version", "step", "digest", "verdict", "champion", "weights")
+    table = _table("version", "step", "digest", "verdict", "champion")
     for row in rows:
         table.add_row(
             f"{row.name} v{row.version}",
@@ -140,6 +141,12 @@ def show_models(console: Console, name: str, rows: Sequence["RegisteredModelVers
             row.digest[:12],
             row.tags.get("verdict", ""),
             "yes" if row.champion else "",
-            row.weights,
         )
     console.print(table)
+    for row in rows:
+        _print_line(console, f"weights of v{row.version}: {row.weights}")
+
+
+def _print_line(console: Console, text: str) -> None:
+    # A path that is broken into lines cannot be copied.
+    console.print(text, soft_wrap=True, highlight=False)
