@@ -6,7 +6,7 @@ RelexError
 │   ├── CheckpointIncompleteError      files missing, truncated or still being written
 │   ├── CheckpointMismatchError        names, shapes or dtypes differ from the base
 │   ├── CheckpointChangedError         a file changed while it was read
-│   └── NonFiniteError                 NaN or infinity in a tensor
+│   └── NonFiniteError                 NaN or infinity in a tensor, read or predicted
 ├── TargetError                    the target step, the window or the method's parameters make no sense here
 ├── MemoryBudgetError              --memory is below what one pass needs
 └── OutputError                    the output exists, or what was written there is not what its manifest says

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from relex import manifest
-from relex.errors import OutputError, RelexError
+from relex.errors import NonFiniteError, OutputError, RelexError
 from relex.forecast import Forecast, TensorForecast
 from relex.layouts.weights import open_weights
 from relex.manifest import FileRecord
@@ -56,7 +56,8 @@ def materialise(
 ) -> None:
     """Write every output that is not there yet, in one pass within `memory` bytes, going on after a killed call.
 
-    Raises OutputError when a directory holds something else, CheckpointChangedError when an input changed meanwhile
+    Raises OutputError when a directory holds something else, NonFiniteError when a prediction leaves the range of its
+    precision, CheckpointChangedError when an input changed meanwhile
     (then nothing is left behind).
     """
     writers: dict[int, ModelWriter] = {}
@@ -120,9 +121,15 @@ def _combine(
             for place, deltas in space.subtract(block) if spec.moves else _whole(block):
                 for i in filling[spec.name]:
                     item, writer = outputs[i].forecast.tensors[spec.name], writers[i]
-                    chunk = _make(item, needed, block.base[place], block.stored[:, place], deltas)
                     dtype = writer.tensors[spec.name].dtype
-                    writer.write(spec.name, (block.start + place.start) * dtype.itemsize, as_bytes(chunk.to(dtype)))
+                    chunk = _make(item, needed, block.base[place], block.stored[:, place], deltas).to(dtype)
+                    if item.source == "combined" and not bool(torch.isfinite(chunk).all()):
+                        raise NonFiniteError(
+                            f"{spec.name} predicted at step {outputs[i].forecast.target_step} by"
+                            f" {outputs[i].forecast.method} leaves the range of {dtype}. Give a nearer target, or a"
+                            " --dtype of wider range."
+                        )
+                    writer.write(spec.name, (block.start + place.start) * dtype.itemsize, as_bytes(chunk))
 
     # Which outputs a tensor still goes to is fixed before the first byte: shards are finished while others are written.
     filling: dict[str, list[int]] = {}

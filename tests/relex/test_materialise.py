@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relex import gram, manifest
-from relex.errors import CheckpointChangedError, OutputError
+from relex.errors import CheckpointChangedError, NonFiniteError, OutputError
 from relex.forecast import Forecast, forecast
 from relex.materialise import Output, materialise, rebuild
 from relex.predictors import parse_method
@@ -327,3 +327,14 @@ def test_progress_counts_every_element_once(run: Run, tmp_path: Path) -> None:
     count = sum(tensor.numel() for tensor in load(run.base).values())
     assert seen[-1] == (count, count)
     assert seen == sorted(seen)
+
+
+def test_a_prediction_that_leaves_the_range_of_its_precision_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    run = write_run(tmp_path, drift(base=torch.float16, stored=torch.float16))
+    trajectory = run.open()
+    before = tree(tmp_path)
+    with pytest.raises(
+        NonFiniteError, match=r"predicted at step 100000000000 by relex leaves the range of torch.float16"
+    ):
+        write(trajectory, predict(trajectory, target=10**11), tmp_path / "out")
+    assert tree(tmp_path) == before
