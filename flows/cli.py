@@ -169,12 +169,13 @@ def watch(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A relex.yaml.")],
     home: Home = HOME,
     seconds: Annotated[float, typer.Option(help="Stop after this long (default: when interrupted).")] = float("inf"),
+    as_json: Json = False,
 ) -> None:
     """Watch one training run in the foreground and announce what is due to the running stack.
 
     Example: relex watch relex.yaml
     """
-    from flows import stack
+    from flows import stack, tables
     from flows.settings import load_settings
 
     settings = load_settings(config)
@@ -182,6 +183,9 @@ def watch(
     from flows.watch import watch_store
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    if as_json:
+        watch_store(settings, seconds=seconds, on_look=tables.JsonLines())
+        return
     with err.status("looking") as status:
         watch_store(settings, seconds=seconds, on_look=lambda _, text: status.update(text))
 
@@ -274,14 +278,19 @@ def demo(
     directory: Annotated[Path, typer.Option("--out", help="Where the demo lives.")] = Path("relex-demo"),
     seed: Annotated[int, typer.Option(help="Seed of the demo's training run.")] = 0,
     home: Home = HOME,
+    as_json: Json = False,
 ) -> None:
     """Run the whole thing on a real, tiny RLVR run: train, watch, predict, score, decide, register.
 
     Example: relex demo
     """
-    from flows.demo.run import run_demo
+    from flows.demo.run import run_demo, show
 
-    run_demo(directory, seed=seed, home=home, out=out, err=err)
+    done = run_demo(directory, seed=seed, home=home, err=err)
+    if as_json:
+        _print_json(asdict(done))
+    else:
+        show(out, done)
 
 
 def _cache(given: Path | None) -> Path:

@@ -1,5 +1,7 @@
 """What the command line shows: tables and progress bars."""
 
+import json
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -45,6 +47,20 @@ class Bars(AbstractContextManager["Bars"]):
         if what not in self._tasks:
             self._tasks[what] = self._progress.add_task(what)
         self._progress.update(self._tasks[what], completed=done, total=total)
+
+
+class JsonLines:
+    """Prints what a watcher sees as one JSON object a line, whenever it changes."""
+
+    def __init__(self) -> None:
+        self._last = ""
+
+    def __call__(self, progress: float, text: str) -> None:
+        """Print the line unless it is the last one again."""
+        if text != self._last:
+            self._last = text
+            sys.stdout.write(json.dumps({"progress": progress, "text": text}) + "\n")
+            sys.stdout.flush()
 
 
 def _table(*headings: str) -> Table:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -42,7 +43,19 @@ NAME = "sort-digits"
 _DECISION_SECONDS = 600.0
 
 
-def run_demo(directory: Path, *, seed: int, home: Path, out: Console, err: Console) -> None:
+@dataclass(frozen=True)
+class Demonstration:
+    """What the demo ended in: the decision, what the real run reached later, and where to look."""
+
+    decision: Decision
+    later: tuple[Score, ...]
+    figure: Path
+    prefect_url: str
+    mlflow_url: str
+    seconds: float
+
+
+def run_demo(directory: Path, *, seed: int, home: Path, err: Console) -> Demonstration:
     """Run the demo in `directory`; raises DemoRunError with the log to read when a process of it fails."""
     began = time.monotonic()
     # Trainer and evaluation share few cores, and the threads of a tiny model only fight each other.
@@ -64,13 +77,9 @@ def run_demo(directory: Path, *, seed: int, home: Path, out: Console, err: Conso
         later = score_later(settings, pool, progress)
     figure = directory / "accuracy.png"
     draw(figure, decision, later)
-    log_curve(stack.tracking_uri(home), settings, later)
-    show(out, decision, later)
-    out.print(f"figure: {figure}", soft_wrap=True)
-    out.print(
-        f"Prefect: {started.prefect_url}   MLflow: {started.mlflow_url}   (relex down stops them)", soft_wrap=True
-    )
-    out.print(f"{time.monotonic() - began:.0f} s")
+    log_curve(started.mlflow_url, settings, later)
+    seconds = time.monotonic() - began
+    return Demonstration(decision, tuple(later), figure, started.prefect_url, started.mlflow_url, seconds)
 
 
 def prepare(directory: Path) -> Path:
@@ -226,8 +235,9 @@ def log_curve(tracking_uri: str, settings: Settings, later: list[Score]) -> None
     )
 
 
-def show(out: Console, decision: Decision, later: list[Score]) -> None:
-    """Print the table and the decision."""
+def show(out: Console, done: Demonstration) -> None:
+    """Print the table, the decision and where to look."""
+    decision, later = done.decision, done.later
     table = Table("model", "step", "accuracy", "± s.e.", "", title=f"{later[0].benchmark}: {later[0].n} problems")
     rows = [*decision.report, *later]
     for item in sorted(rows, key=lambda row: (row.model.step, row.model.role == "candidate")):
@@ -240,6 +250,9 @@ def show(out: Console, decision: Decision, later: list[Score]) -> None:
     out.print(table)
     registered = f" as {decision.registered}" if decision.registered else ""
     out.print(f"[bold]{decision.verdict}[/bold]{registered}. {decision.reason}", highlight=False)
+    out.print(f"figure: {done.figure}", soft_wrap=True, highlight=False)
+    out.print(f"Prefect: {done.prefect_url}  MLflow: {done.mlflow_url}  (left running; `relex down` stops them)")
+    out.print(f"{done.seconds:.0f} s")
 
 
 def start(module: str, arguments: list[str], log: Path) -> subprocess.Popen[bytes]:

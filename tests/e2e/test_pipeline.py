@@ -78,7 +78,9 @@ def served(tmp_path: Path, trained: TrainedRun, servers: Stack, server_environme
     service = stack.spawn(servers.home, "killed", argv, environment=server_environment)
     assert service.pid is not None
     yield service.pid
-    psutil.Process(service.pid).terminate()
+    process = psutil.Process(service.pid)
+    process.terminate()
+    process.wait(30)
 
 
 def test_killing_watcher_flow_and_evaluation_ends_in_one_registered_version(

@@ -1,6 +1,7 @@
 """The parent's side, with real children; faults are real signals."""
 
 import array
+import contextlib
 import fcntl
 import json
 import shutil
@@ -56,7 +57,12 @@ def chunks(cache: Path, benchmark: str) -> list[str]:
 
 
 def workers(parent: psutil.Process) -> list[psutil.Process]:
-    return [child for child in parent.children() if "evaluation.worker" in child.cmdline()]
+    found = []
+    for child in parent.children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+            if "evaluation.worker" in child.cmdline():
+                found.append(child)
+    return found
 
 
 def test_one_child_scores_a_model_on_every_benchmark(reports: list[Report], model: Path) -> None:
