@@ -8,13 +8,22 @@ import asyncio
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
+from uuid import UUID
 
-from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterDeploymentId,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import StateType
 from prefect.deployments.flow_runs import arun_deployment
 from prefect.deployments.runner import RunnerDeployment
 from prefect.events.schemas.deployment_triggers import DeploymentEventTrigger
 from prefect.runner import Runner
 from prefect.schedules import Interval
+from prefect.states import Crashed
 from prefect.types.entrypoint import EntrypointType
 
 from flows.extrapolate import extrapolate
@@ -28,7 +37,7 @@ def deployments(
 ) -> list[RunnerDeployment]:
     """Return the watcher's and the extrapolation's deployment of one training run.
 
-    The watcher runs every `schedule_seconds`, never two at a time; the extrapolation starts on the window event.
+    The watcher runs every `schedule_seconds`; the extrapolation starts on the window event.
     """
     settings = load_settings(config)
     where = str(config.absolute())
@@ -37,7 +46,6 @@ def deployments(
         description=f"Watches {settings.checkpoints} until step {settings.window} is there.",
         parameters={"config": where, "seconds": run_seconds},
         schedule=Interval(timedelta(seconds=schedule_seconds)),
-        concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW),
         entrypoint_type=EntrypointType.MODULE_PATH,
     )
     extrapolation = extrapolate.to_deployment(
@@ -60,6 +68,28 @@ def deployments(
     return [watcher, extrapolation]
 
 
+async def clear(deployment: UUID) -> None:
+    """Settle what an earlier process left of a deployment: it is served by one process, and that one is gone.
+
+    Runs that never ended would be shown as running for ever; a schedule's late runs would all start now, with the
+    parameters of then.
+    """
+    async with get_client() as client:
+        for run in await client.read_flow_runs(
+            flow_run_filter=FlowRunFilter(
+                deployment_id=FlowRunFilterDeploymentId(any_=[deployment]),
+                state=FlowRunFilterState(
+                    type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING, StateType.SCHEDULED])
+                ),
+            )
+        ):
+            if run.state_type is StateType.SCHEDULED:
+                if run.auto_scheduled:
+                    await client.delete_flow_run(run.id)
+            else:
+                await client.set_flow_run_state(run.id, Crashed(message="its process is gone"), force=True)
+
+
 async def serve(served: Sequence[RunnerDeployment]) -> None:
     """Register the deployments, start the first watcher at once, and serve.
 
@@ -67,7 +97,7 @@ async def serve(served: Sequence[RunnerDeployment]) -> None:
     """
     runner = Runner(name="relex", pause_on_shutdown=False)
     for deployment in served:
-        await runner.aadd_deployment(deployment)
+        await clear(await runner.aadd_deployment(deployment))
     await arun_deployment(f"{served[0].flow_name}/{served[0].name}", timeout=0, as_subflow=False)
     await runner.start()
 

@@ -34,6 +34,7 @@ class Service:
     url: str | None
     state: Literal["running", "stopped", "dead"]
     log: Path
+    argv: tuple[str, ...]
 
 
 def start(
@@ -67,7 +68,7 @@ def start(
     )
     record = {"argv": list(argv), "pid": pid, "create_time": psutil.Process(pid).create_time(), "url": url}
     _write(home, name, record)
-    return Service(name, pid, url, "running", log)
+    return Service(name, pid, url, "running", log, tuple(argv))
 
 
 def find(home: Path, name: str) -> Service | None:
@@ -136,12 +137,12 @@ def _session(leader: int) -> Iterator[psutil.Process]:
 
 
 def _service(home: Path, name: str, record: Mapping[str, Any]) -> Service:
-    log = home / "logs" / f"{name}.log"
-    if record["pid"] is None:
-        return Service(name, None, record["url"], "stopped", log)
-    if any(process.pid == record["pid"] for process in processes(home, name)):
-        return Service(name, record["pid"], record["url"], "running", log)
-    return Service(name, None, record["url"], "dead", log)
+    pid, url, log, argv = record["pid"], record["url"], home / "logs" / f"{name}.log", tuple(record["argv"])
+    if pid is None:
+        return Service(name, None, url, "stopped", log, argv)
+    if any(process.pid == pid for process in processes(home, name)):
+        return Service(name, pid, url, "running", log, argv)
+    return Service(name, None, url, "dead", log, argv)
 
 
 def _read(home: Path, name: str) -> dict[str, Any] | None:

@@ -124,11 +124,19 @@ def tracking_uri(home: Path) -> str:
 
 
 def spawn(home: Path, name: str, argv: Sequence[str], *, environment: Mapping[str, str] | None = None) -> Service:
-    """Start a named process in the background, its environment added to the caller's; a live one is left alone."""
+    """Start a named process in the background, its environment added to the caller's; a live one is left alone.
+
+    StackError where a live one of this name does something else.
+    """
     home = _home(home)
     with _locked(home):
         found = service.find(home, name)
         if found is not None and found.state == "running":
+            if found.argv != tuple(argv):
+                raise StackError(
+                    f"{name} is running as `{' '.join(found.argv)}` and was asked for as `{' '.join(argv)}`."
+                    " Stop it with `relex down`, or give one of the two another name."
+                )
             return found
         return service.start(home, name, argv, environment={**os.environ, **(environment or {})})
 

@@ -13,7 +13,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 from prefect import flow
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.client.schemas.objects import State as RunState
 from prefect.events import emit_event
+from prefect.states import Completed
 
 from flows.errors import WatchError
 from flows.ledger import Ledger, due, lost, read_ledger, tick, write_ledger
@@ -75,7 +77,7 @@ def _look(settings: Settings, on_look: Look | None) -> None:
 
 
 @flow(name="watch", retries=0, validate_parameters=False)
-def watch(config: str, seconds: float = RUN_SECONDS) -> None:
+def watch(config: str, seconds: float = RUN_SECONDS) -> RunState[Any]:
     """Watch the training run described in the file `config`; progress is an artifact of the flow run."""
     settings = load_settings(Path(config))
     artifact: Any = create_progress_artifact(0.0, key=f"window-{settings.training_run}", description="looking")
@@ -87,7 +89,11 @@ def watch(config: str, seconds: float = RUN_SECONDS) -> None:
             shown = text
             update_progress_artifact(artifact, progress, description=text)
 
-    watch_store(settings, seconds=seconds, on_look=show)
+    try:
+        watch_store(settings, seconds=seconds, on_look=show)
+    except WatchError as error:
+        return Completed(message=str(error))
+    return Completed(message=shown)
 
 
 def describe(settings: Settings, stored: tuple[StoredCheckpoint, ...], ledger: Ledger) -> tuple[float, str]:

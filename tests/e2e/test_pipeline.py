@@ -66,27 +66,46 @@ def flow_runs(servers: Stack) -> list[dict[str, str]]:
     flows = httpx.post(f"{servers.prefect_api_url}/flows/filter", json={}).raise_for_status().json()
     names = {flow["id"]: flow["name"] for flow in flows}
     runs = httpx.post(f"{servers.prefect_api_url}/flow_runs/filter", json={"limit": 200}).raise_for_status().json()
-    return [{"id": run["id"], "flow": names[run["flow_id"]], "state": run["state_type"]} for run in runs]
+    return [
+        {
+            "id": run["id"],
+            "flow": names[run["flow_id"]],
+            "state": run["state_type"],
+            "config": run["parameters"].get("config", ""),
+        }
+        for run in runs
+    ]
+
+
+Serve = Callable[[Path, str], psutil.Process]
 
 
 @pytest.fixture
-def served(tmp_path: Path, trained: TrainedRun, servers: Stack, server_environment: dict[str, str]) -> Iterator[int]:
-    """Serve a training run that has not begun yet; the watcher looks for 20 s every 25 s. Yields the process id."""
-    config = write_config(tmp_path, trained, name="killed", targets=[150])
-    argv = [sys.executable, "-m", "flows.serve", str(config), "--tracking-uri", servers.mlflow_url]
-    argv += ["--run-seconds", "20", "--schedule-seconds", "25"]
-    service = stack.spawn(servers.home, "killed", argv, environment=server_environment)
-    assert service.pid is not None
-    yield service.pid
-    process = psutil.Process(service.pid)
-    process.terminate()
-    process.wait(30)
+def serve(servers: Stack, server_environment: dict[str, str]) -> Iterator[Serve]:
+    """Serve the training run of a config; the watcher looks for 20 s every 25 s."""
+    started: list[psutil.Process] = []
+
+    def start(config: Path, name: str) -> psutil.Process:
+        argv = [sys.executable, "-m", "flows.serve", str(config), "--tracking-uri", servers.mlflow_url]
+        argv += ["--run-seconds", "20", "--schedule-seconds", "25"]
+        service = stack.spawn(servers.home, name, argv, environment=server_environment)
+        assert service.pid is not None
+        started.append(psutil.Process(service.pid))
+        return started[-1]
+
+    yield start
+    for process in started:
+        if process.is_running():
+            process.terminate()
+            process.wait(30)
 
 
 def test_killing_watcher_flow_and_evaluation_ends_in_one_registered_version(
-    tmp_path: Path, trained: TrainedRun, servers: Stack, served: int
+    tmp_path: Path, trained: TrainedRun, servers: Stack, serve: Serve
 ) -> None:
-    settings = load_settings(tmp_path / "relex.yaml")
+    config = write_config(tmp_path, trained, name="killed", targets=[150])
+    settings = load_settings(config)
+    served = serve(config, "killed").pid
 
     def running(flow: str) -> psutil.Process | None:
         names = {run["id"]: run["flow"] for run in flow_runs(servers)}
@@ -173,3 +192,29 @@ def test_a_prediction_that_is_no_better_is_refused_with_its_numbers(
     assert decision.record_url.startswith(servers.mlflow_url)
     # The second call found the decision and paid for nothing.
     assert "is decided" in done.stderr + done.stdout
+
+
+def test_a_new_watcher_settles_what_a_killed_one_left_and_watches_its_own_run(
+    tmp_path: Path, trained: TrainedRun, servers: Stack, serve: Serve
+) -> None:
+    def watching(config: Path, state: str) -> bool | None:
+        runs = [run for run in flow_runs(servers) if run["flow"] == "watch" and run["config"] == str(config)]
+        return any(run["state"] == state for run in runs) or None
+
+    old, new = tmp_path / "old", tmp_path / "new"
+    for directory in (old, new):
+        directory.mkdir()
+    first = write_config(old, trained, name="moved", targets=[150])
+    killed = serve(first, "moved-old")
+    wait_for("the first watcher", lambda: watching(first, "RUNNING"))
+    for process in [killed, *killed.children(recursive=True)]:
+        process.kill()
+    killed.wait(10)
+    # The same training run, its config in another place, as after moving the directory while the stack was down.
+    second = write_config(new, trained, name="moved", targets=[150])
+    shutil.copytree(trained.checkpoints, load_settings(second).checkpoints)
+    serve(second, "moved-new")
+    wait_for("the second watcher's ledger", lambda: read_ledger(load_settings(second)).windows or None)
+    assert watching(first, "CRASHED")
+    assert not watching(first, "RUNNING")
+    assert not watching(first, "SCHEDULED")

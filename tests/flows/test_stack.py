@@ -165,13 +165,17 @@ def test_a_server_of_another_version_is_outdated(quiet: Path) -> None:
     argv = [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1", "--directory", str(quiet)]
     found = service.start(quiet, "mlflow", argv, environment=dict(os.environ), url=url)
     with httpx.Client(trust_env=False) as client:
-        assert not is_outdated(client, Service("mlflow", None, "http://127.0.0.1:9", "running", quiet), MLFLOW)
+        assert not is_outdated(
+            client, Service("mlflow", None, "http://127.0.0.1:9", "running", quiet, ("mlflow",)), MLFLOW
+        )
         _wait(lambda: is_outdated(client, found, MLFLOW))
 
 
-def test_spawning_a_live_name_again_leaves_it_alone(quiet: Path) -> None:
+def test_spawning_a_live_name_again_leaves_it_alone_and_refuses_to_make_it_something_else(quiet: Path) -> None:
     first = stack.spawn(quiet, "sleeper", ["sleep", "1000"])
-    assert stack.spawn(quiet, "sleeper", ["sleep", "2000"]) == first
+    assert stack.spawn(quiet, "sleeper", ["sleep", "1000"]) == first
+    with pytest.raises(StackError, match=r"sleeper is running as `sleep 1000` and was asked for as `sleep 2000`"):
+        stack.spawn(quiet, "sleeper", ["sleep", "2000"])
     os.kill(int(first.pid or 0), signal.SIGKILL)
     _wait(lambda: stack.status(quiet)[0].state == "dead")
     again = stack.spawn(quiet, "sleeper", ["sleep", "1000"])
