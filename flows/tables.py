@@ -63,11 +63,12 @@ class JsonLines:
             sys.stdout.flush()
 
 
-def _table(*headings: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in headings:
-        # A path or an address that is cut off is of no use.
-        table.add_column(heading, overflow="fold")
+def plain_table(*headings: str, title: str | None = None) -> Table:
+    """Return an empty table in the one style of the command line."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title)
+    for number, heading in enumerate(headings):
+        # What is cut off is of no use, and the first column is what a reader looks for.
+        table.add_column(heading, overflow="fold", no_wrap=number == 0)
     return table
 
 
@@ -78,7 +79,7 @@ def show_inspection(console: Console, found: Mapping[str, Any]) -> None:
         f"{found['run']}: {len(steps)} steps, layout {found['layout']}, {found['tensors']} tensors,"
         f" {found['parameters']:,} parameters"
     )
-    table = _table("step", "state", "‖Δ‖/‖base‖", "reason")
+    table = plain_table("step", "state", "‖Δ‖/‖base‖", "reason")
     hidden = 0
     for number, row in enumerate(steps):
         if _ROWS // 2 <= number < len(steps) - _ROWS // 2 and row["state"] == State.READY.value:
@@ -101,7 +102,7 @@ def show_inspection(console: Console, found: Mapping[str, Any]) -> None:
 
 def show_extrapolation(console: Console, manifests: Mapping[Path, Manifest]) -> None:
     """Print what was predicted and how far it is from what was seen."""
-    table = _table("predicted", "‖Δ‖ vs latest", "norm band 90 %", "Σ|c| at most")
+    table = plain_table("predicted", "‖Δ‖ vs latest", "norm band 90 %", "Σ|c| at most")
     for directory, found in manifests.items():
         item = found.forecast
         latest = item.norm_latest or 1.0
@@ -117,7 +118,7 @@ def show_extrapolation(console: Console, manifests: Mapping[Path, Manifest]) -> 
 
 def show_reports(console: Console, reports: Sequence["Report"]) -> None:
     """Print scores with their standard errors."""
-    table = _table("benchmark", "metric", "score", "± s.e.", "problems", "rates", "seconds")
+    table = plain_table("benchmark", "metric", "score", "± s.e.", "problems", "rates")
     for item in reports:
         rates = ", ".join(f"{name} {value:.3f}" for name, value in item.rates.items())
         table.add_row(
@@ -127,7 +128,6 @@ def show_reports(console: Console, reports: Sequence["Report"]) -> None:
             f"{item.standard_error:.4f}",
             str(item.n),
             rates,
-            f"{item.seconds:.1f}",
         )
     console.print(table)
 
@@ -137,7 +137,7 @@ def show_services(console: Console, services: Sequence["Service"]) -> None:
     if not services:
         console.print("nothing is running")
         return
-    table = _table("service", "state", "pid", "address")
+    table = plain_table("service", "state", "pid", "address")
     for item in services:
         table.add_row(item.name, item.state, str(item.pid or ""), item.url or "")
     console.print(table)
@@ -149,7 +149,7 @@ def show_models(console: Console, name: str, rows: Sequence["RegisteredModelVers
     if not rows:
         console.print(f"no prediction of {name} is registered")
         return
-    table = _table("version", "step", "digest", "verdict", "champion")
+    table = plain_table("version", "step", "digest", "verdict", "champion")
     for row in rows:
         table.add_row(
             f"{row.name} v{row.version}",

@@ -18,7 +18,6 @@ from pathlib import Path
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from evaluation.benchmark import write_benchmark
 from flows import stack
@@ -28,6 +27,7 @@ from flows.demo.task import DIGITS, problems
 from flows.ledger import WINDOW_READY, read_ledger
 from flows.score import reports, score
 from flows.settings import Settings, load_settings
+from flows.tables import plain_table
 from flows.window import read_decisions
 from relex import plots
 from relex.layouts.hf import step_directories
@@ -238,15 +238,16 @@ def log_curve(tracking_uri: str, settings: Settings, later: list[Score]) -> None
 def show(out: Console, done: Demonstration) -> None:
     """Print the table, the decision and where to look."""
     decision, later = done.decision, done.later
-    table = Table("model", "step", "accuracy", "± s.e.", "", title=f"{later[0].benchmark}: {later[0].n} problems")
+    title = f"{later[0].benchmark}: {later[0].n} problems"
+    table = plain_table("model", "step", "accuracy", "± s.e.", "", title=title)
     rows = [*decision.report, *later]
     for item in sorted(rows, key=lambda row: (row.model.step, row.model.role == "candidate")):
         real = item.model.role != "candidate"
-        title = "base" if item.model.role == "base" else "real run" if real else f"predicted: {item.model.method}"
+        name = "base" if item.model.role == "base" else "real run" if real else f"predicted: {item.model.method}"
         mark = "last observed" if real and item.model.step == decision.steps[-1] else ""
         if decision.registered and item.model == decision.winner:
             mark = "registered"
-        table.add_row(title, str(item.model.step), f"{item.accuracy:.3f}", f"{item.standard_error:.3f}", mark)
+        table.add_row(name, str(item.model.step), f"{item.accuracy:.3f}", f"{item.standard_error:.3f}", mark)
     out.print(table)
     registered = f" as {decision.registered}" if decision.registered else ""
     out.print(f"[bold]{decision.verdict}[/bold]{registered}. {decision.reason}", highlight=False)
