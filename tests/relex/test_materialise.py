@@ -336,5 +336,5 @@ def test_a_prediction_that_leaves_the_range_of_its_precision_is_refused_and_leav
     with pytest.raises(
         NonFiniteError, match=r"predicted at step 100000000000 by relex leaves the range of torch.float16"
     ):
-        write(trajectory, predict(trajectory, target=10**11), tmp_path / "out")
+        write(trajectory, predict(trajectory, target=10**11), tmp_path / "new" / "out")
     assert tree(tmp_path) == before
