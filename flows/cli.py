@@ -67,13 +67,21 @@ def inspect(
 
     Example: relex inspect runs/qwen --base models/qwen-base
     """
-    from flows import commands, tables
+    from flows import tables
+    from relex.inspection import inspect as look
 
-    found = commands.inspection(
-        run, base, window=window, memory=memory, threads=threads, cache=_cache(cache), progress=tables.Bars(err)
-    )
+    with tables.Bars(err) as bars:
+        found = look(
+            run,
+            base,
+            grams=_cache(cache) / "grams",
+            memory=memory,
+            threads=threads,
+            window=window,
+            on_progress=lambda done, total: bars("reading", done, total),
+        )
     if as_json:
-        _print_json(found)
+        _print_json(asdict(found))
     else:
         tables.show_inspection(out, found)
 
@@ -102,25 +110,28 @@ def extrapolate(
 
     Example: relex extrapolate runs/qwen --base models/qwen-base --window 75 --target-step 500 --out predicted
     """
-    from flows import commands, tables
+    from flows import tables
+    from relex.extrapolation import extrapolate_run
+    from relex.predictors import parse_method
 
     if rank is not None:
         method += f"{',' if ':' in method else ':'}rank={rank}"
-    manifests = commands.extrapolation(
-        run,
-        base,
-        targets=list(dict.fromkeys(target_step)),
-        out=out_directory,
-        window=window,
-        method=method,
-        memory=memory,
-        threads=threads,
-        dtype=dtype,
-        inside="allow" if allow_inside else "refuse",
-        cache=_cache(cache),
-        command=sys.argv,
-        progress=tables.Bars(err),
-    )
+    with tables.Bars(err) as bars:
+        manifests = extrapolate_run(
+            run,
+            base,
+            targets=list(dict.fromkeys(target_step)),
+            out=out_directory,
+            window=window,
+            method=parse_method(method),
+            memory=memory,
+            threads=threads,
+            dtype=dtype,
+            inside="allow" if allow_inside else "refuse",
+            grams=_cache(cache) / "grams",
+            command=sys.argv,
+            tell=bars,
+        )
     if as_json:
         _print_json([manifest.to_json() for manifest in manifests.values()])
     else:

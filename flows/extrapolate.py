@@ -31,7 +31,7 @@ def predict_models(config: str, steps: list[int], key: str) -> list[Model]:
     """Write the candidates of one window and the last observed checkpoint."""
     settings = load_settings(Path(config))
     progress = ProgressArtifact(f"predict-{settings.training_run}", "predict")
-    return predict(settings, steps, key, on_progress=progress)
+    return predict(settings, steps, key, tell=progress)
 
 
 def score_model(config: str, model: Model, benchmarks: list[str]) -> list[Score]:

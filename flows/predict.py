@@ -1,23 +1,20 @@
 """From the observed steps of one window to candidate model directories, in one pass for all methods and targets."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from flows.decision import Model
 from flows.errors import WindowError
 from flows.settings import Settings
 from flows.window import window_directory, window_key
-from relex.forecast import check_target, forecast
-from relex.gram import cached
-from relex.materialise import Output, materialise
+from relex.extrapolation import Request, Tell, extrapolate
+from relex.forecast import check_target
 from relex.predictors import parse_method
 from relex.store import observed, open_base, scan
 from relex.trajectory import open_trajectory
 
 
-def predict(
-    settings: Settings, steps: Sequence[int], key: str, *, on_progress: Callable[[str, int, int], None] | None = None
-) -> list[Model]:
+def predict(settings: Settings, steps: Sequence[int], key: str, *, tell: Tell | None = None) -> list[Model]:
     """Return the last observed checkpoint and every candidate as model directories that are there when this returns.
 
     The last observed checkpoint is copied too: the trainer may prune it, and its copy has the base's tokenizer and
@@ -34,27 +31,23 @@ def predict(
             f" steps {[item.step for item in inside]}. The watcher announces that one; nothing is left to do here."
         )
     trajectory = open_trajectory(base, observed(stored, settings.checkpoints, window=settings.window))
-    memory, threads = int(settings.memory), settings.threads
-    grams = settings.home / "grams"
-    gram = cached(trajectory, grams, memory=memory, threads=threads, on_progress=_named("reading", on_progress))
     directory = window_directory(settings, key) / "models"
     last = trajectory.steps[-1]
-    holding = forecast(trajectory, gram, parse_method("hold"), target_step=last)
-    outputs = [Output(holding, directory / "observed" / f"step-{last}")]
-    models = [Model("observed", last, str(outputs[0].directory))]
+    requests = [Request(parse_method("hold"), last, directory / "observed" / f"step-{last}")]
     for spec in settings.methods:
-        method = parse_method(spec)
+        place = directory / spec.replace(":", "-").replace(",", "-").replace("=", "")
         for target in settings.targets:
             check_target(target, trajectory.steps)
-            prediction = forecast(trajectory, gram, method, target_step=target)
-            place = directory / spec.replace(":", "-").replace(",", "-").replace("=", "") / f"step-{target}"
-            outputs.append(Output(prediction, place))
-            models.append(Model("candidate", target, str(place), method.spec, prediction.digest))
-    materialise(trajectory, outputs, memory=memory, threads=threads, on_progress=_named("writing", on_progress))
+            requests.append(Request(parse_method(spec), target, place / f"step-{target}"))
+    forecasts = extrapolate(
+        trajectory,
+        requests,
+        grams=settings.home / "grams",
+        memory=int(settings.memory),
+        threads=settings.threads,
+        tell=tell,
+    )
+    models = [Model("observed", last, str(requests[0].directory))]
+    for request, made in list(zip(requests, forecasts, strict=True))[1:]:
+        models.append(Model("candidate", request.target_step, str(request.directory), request.method.spec, made.digest))
     return models
-
-
-def _named(what: str, report: Callable[[str, int, int], None] | None) -> Callable[[int, int], None] | None:
-    if report is None:
-        return None
-    return lambda done, total: report(what, done, total)

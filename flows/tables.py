@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from rich import box
 from rich.console import Console
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from deploy.registry import RegisteredModelVersion
     from evaluation.report import Report
     from flows.stack import Service
+    from relex.inspection import Inspection
 
 # Of a long run the first and last steps say what a reader needs; --json has them all.
 _ROWS = 12
@@ -72,32 +73,32 @@ def plain_table(*headings: str, title: str | None = None) -> Table:
     return table
 
 
-def show_inspection(console: Console, found: Mapping[str, Any]) -> None:
-    """Print an inspection."""
-    steps = found["steps"]
+def show_inspection(console: Console, found: "Inspection") -> None:
+    """Print the steps of a training run and how straight it is."""
+    steps = found.steps
     console.print(
-        f"{found['run']}: {len(steps)} steps, layout {found['layout']}, {found['tensors']} tensors,"
-        f" {found['parameters']:,} parameters"
+        f"{found.run}: {len(steps)} steps, layout {found.layout}, {found.tensors} tensors,"
+        f" {found.parameters:,} parameters"
     )
     table = plain_table("step", "state", "‖Δ‖/‖base‖", "reason")
     hidden = 0
     for number, row in enumerate(steps):
-        if _ROWS // 2 <= number < len(steps) - _ROWS // 2 and row["state"] == State.READY.value:
+        if _ROWS // 2 <= number < len(steps) - _ROWS // 2 and row.state is State.READY:
             hidden += 1
             continue
         if hidden:
             table.add_row("…", f"{hidden} ready", "", "")
             hidden = 0
-        delta = f"{row['relative_delta']:.2e}" if "relative_delta" in row else ""
-        table.add_row(str(row["step"]), row["state"], delta, row["reason"])
+        delta = f"{row.relative_delta:.2e}" if row.relative_delta is not None else ""
+        table.add_row(str(row.step), row.state, delta, row.reason)
     console.print(table)
-    if "energy" in found:
-        console.print(
-            f"rank-1 energy {found['energy']:.3f}, R² of the leading coordinate on the step {found['r_squared']:.3f}"
-            " (both weighted by the size of the deltas)"
-        )
-    else:
+    if found.straightness is None:
         console.print("fewer than 2 checkpoints are ready: nothing to fit")
+        return
+    console.print(
+        f"rank-1 energy {found.straightness.energy:.3f}, R² of the leading coordinate on the step"
+        f" {found.straightness.r_squared:.3f} (both weighted by the size of the deltas)"
+    )
 
 
 def show_extrapolation(console: Console, manifests: Mapping[Path, Manifest]) -> None:

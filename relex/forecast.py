@@ -92,7 +92,7 @@ def check_target(target_step: int, steps: Sequence[int], *, inside: Literal["ref
 
 
 def forecast(
-    trajectory: Trajectory, gram: Gram, method: Method, *, target_step: int, dtype: torch.dtype | None = None
+    trajectory: Trajectory, gram: Gram, method: Method, *, target_step: int, dtype: str | None = None
 ) -> Forecast:
     """Predict the checkpoint at `target_step` from a trajectory and its Gram.
 
@@ -126,8 +126,6 @@ def forecast(
         coefficients = tuple(coefficients_K.tolist()) if source == "combined" else ()
         amplification = max(amplification, float(coefficients_K.abs().sum()))
         tensors[spec.name] = TensorForecast(source, coefficients, float(energy_T[index]), float(r_squared_T[index]))
-    trace_T = gram.products.diagonal(dim1=-2, dim2=-1).sum(-1)
-    weight_T = trace_T / trace_T.sum() if float(trace_T.sum()) > 0 else torch.full_like(trace_T, 1.0 / len(trace_T))
     return Forecast(
         method=method.spec,
         description=method.describe(),
@@ -135,12 +133,12 @@ def forecast(
         steps=trajectory.steps,
         base_digest=gram.base_digest,
         digests=gram.digests,
-        dtype="base" if dtype is None else str(dtype).removeprefix("torch."),
+        dtype=dtype or "base",
         tensors=tensors,
         amplification=amplification,
         norm=float(spectrum.norm(gram.products, coefficients_TK)),
         norm_latest=float(spectrum.norm(gram.products, latest_K.expand_as(coefficients_TK))),
         norm_band=spectrum.norm_band(gram.products, steps_K, target_step),
-        energy=float(weight_T @ energy_T),
-        r_squared=float(weight_T @ r_squared_T),
+        energy=spectrum.pooled(gram.products, energy_T),
+        r_squared=spectrum.pooled(gram.products, r_squared_T),
     )

@@ -34,6 +34,13 @@ def r_squared(gram_TKK: Tensor, steps_K: Tensor) -> Tensor:
     return torch.where(moved_T & (total_T > _CONSTANT), explained_T / total_T, 1.0).clamp(max=1.0)
 
 
+def pooled(gram_TKK: Tensor, values_T: Tensor) -> float:
+    """Return the mean of a value per tensor, weighed by the tensor's squared deltas; all alike if none ever moved."""
+    weights_T = gram_TKK.diagonal(dim1=-2, dim2=-1).sum(-1)
+    total = weights_T.sum()
+    return float(weights_T @ values_T / total) if float(total) > 0 else float(values_T.mean())
+
+
 def norm(gram_TKK: Tensor, coefficients_TK: Tensor) -> Tensor:
     """Return the norm of sum_k c_k delta_k over all T tensors together (a scalar)."""
     squared_T = torch.einsum("tk,tkl,tl->t", coefficients_TK, gram_TKK, coefficients_TK)

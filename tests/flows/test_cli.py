@@ -58,8 +58,8 @@ def test_inspect_shows_every_step_and_how_straight_the_run_is(relex: Relex, stor
         (25, "ready"),
         (40, "ready"),
     ]
-    assert found["energy"] == pytest.approx(1.0)
-    assert found["r_squared"] == pytest.approx(1.0)
+    assert found["straightness"]["energy"] == pytest.approx(1.0)
+    assert found["straightness"]["r_squared"] == pytest.approx(1.0)
     status, out, _ = relex("inspect", store / "run", "--base", store / "base")
     assert status == 0
     assert "R²" in out

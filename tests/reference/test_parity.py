@@ -66,7 +66,7 @@ def predicted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     run = write_run(root, states, base_shards=case.shards[0], shards=case.shards[1])
     trajectory = run.open()
     gram = measure(trajectory)
-    dtype = None if case.base in (FP32, FP64) else FP32
+    dtype = None if case.base in (FP32, FP64) else "float32"
     outputs = [
         Output(forecast(trajectory, gram, parse_method(spec), target_step=TARGET, dtype=dtype), root / spec)
         for spec in METHODS

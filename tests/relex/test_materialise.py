@@ -99,7 +99,7 @@ def test_a_prediction_is_rounded_once_to_the_dtype_of_the_base(run: Run, tmp_pat
     trajectory = run.open()
     measured = measure(trajectory)
     method = parse_method("relex")
-    fine = forecast(trajectory, measured, method, target_step=200, dtype=torch.float32)
+    fine = forecast(trajectory, measured, method, target_step=200, dtype="float32")
     _write_all(trajectory, {"fine": fine, "plain": predict(trajectory)}, tmp_path, memory=64 * MIB, threads=1)
     wide, narrow = load(tmp_path / "fine"), load(tmp_path / "plain")
     for name, tensor in narrow.items():

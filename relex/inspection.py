@@ -1,0 +1,86 @@
+"""What is in the checkpoint store of a training run, and how straight its trajectory is.
+
+Shape suffixes: T = tensors that move, K = checkpoints.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from relex import spectrum
+from relex.gram import cached
+from relex.layouts import hf
+from relex.store import State, observed, open_base, scan
+from relex.trajectory import open_trajectory
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step directory; `relative_delta` is the norm of its delta over the base's, None where it was not measured."""
+
+    step: int
+    state: State
+    path: Path
+    reason: str
+    relative_delta: float | None
+
+
+@dataclass(frozen=True)
+class Straightness:
+    """Rank-1 energy, and R² of the leading coordinate's line in the step; both in 0..1."""
+
+    energy: float
+    r_squared: float
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A training run as it lies on disk. The straightness is None while fewer than two checkpoints are ready."""
+
+    run: Path
+    base: Path
+    layout: str
+    tensors: int
+    parameters: int
+    steps: tuple[Step, ...]
+    straightness: Straightness | None
+    by_tensor: Mapping[str, Straightness]
+
+
+def inspect(
+    run: Path,
+    base: Path,
+    *,
+    grams: Path,
+    memory: int,
+    threads: int,
+    window: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Inspection:
+    """Look at every step directory, and measure the ready ones up to `window` (None: all).
+
+    The straightness of the whole weighs every tensor by the size of its deltas. Raises RelexError.
+    """
+    opened = open_base(base)
+    stored = scan(run, opened, now=time.time())
+    ready = [item for item in stored if item.state is State.READY and (window is None or item.step <= window)]
+    straightness: Straightness | None = None
+    by_tensor: dict[str, Straightness] = {}
+    deltas: dict[int, float] = {}
+    if len(ready) >= 2:
+        trajectory = open_trajectory(opened, observed(ready, run))
+        gram = cached(trajectory, grams, memory=memory, threads=threads, on_progress=on_progress)
+        energy_T = spectrum.energy(gram.products)
+        r_squared_T = spectrum.r_squared(gram.products, torch.tensor(trajectory.steps, dtype=torch.float64))
+        straightness = Straightness(*(spectrum.pooled(gram.products, values) for values in (energy_T, r_squared_T)))
+        pairs = zip(energy_T.tolist(), r_squared_T.tolist(), strict=True)
+        by_tensor = {name: Straightness(*pair) for name, pair in zip(gram.names, pairs, strict=True)}
+        norms_K = (gram.products.diagonal(dim1=-2, dim2=-1).sum(0) / gram.base_norms.sum()).sqrt()
+        deltas = dict(zip(trajectory.steps, norms_K.tolist(), strict=True))
+    steps = tuple(Step(item.step, item.state, item.path, item.reason, deltas.get(item.step)) for item in stored)
+    parameters = sum(math.prod(entry.shape) for entry in opened.tensors.values())
+    return Inspection(run, base, hf.NAME, len(opened.tensors), parameters, steps, straightness, by_tensor)
