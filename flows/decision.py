@@ -51,6 +51,7 @@ class Decision:
     selection: tuple[Score, ...] = ()
     report: tuple[Score, ...] = ()
     gates: tuple[Gate, ...] = ()
+    warnings: tuple[str, ...] = ()
     winner: Model | None = None
     registered: str = ""
     registered_url: str = ""
@@ -69,6 +70,7 @@ class Decision:
 
         parsed: dict[str, Any] = {
             "steps": tuple(content["steps"]),
+            "warnings": tuple(content["warnings"]),
             "selection": scores(content["selection"]),
             "report": scores(content["report"]),
             "gates": tuple(Gate(**item) for item in content["gates"]),
@@ -105,6 +107,7 @@ def page(decision: Decision, *, figure: str = "") -> str:
         f"Observed: {len(decision.steps)} checkpoints, steps {decision.steps[0]} to {decision.steps[-1]}"
         f" (window {decision.window}).",
     ]
+    lines += ["", *(f"- Warning: {text}" for text in decision.warnings), ""] if decision.warnings else []
     if decision.registered:
         lines.append(f"Registered: [{decision.registered}]({decision.registered_url}).")
     if decision.record_url:

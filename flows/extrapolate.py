@@ -24,10 +24,10 @@ from flows.publish import ProgressArtifact, curves, draw, metrics, show
 from flows.score import reports, score
 from flows.settings import Settings, load_settings
 from flows.window import claim, decided, decision_path, window_directory, write_json
-from relex.errors import NonFiniteError, TargetError
+from relex.errors import DuplicateError, NonFiniteError, TargetError
 
 
-def predict_models(config: str, steps: list[int], key: str) -> list[Model]:
+def predict_models(config: str, steps: list[int], key: str) -> tuple[list[Model], tuple[str, ...]]:
     """Write the candidates of one window and the last observed checkpoint."""
     settings = load_settings(Path(config))
     progress = ProgressArtifact(f"predict-{settings.training_run}", "predict")
@@ -135,7 +135,7 @@ def extrapolate(config: str, steps: list[int], key: str, tracking_uri: str) -> S
             return Completed(message=f"window {key} is decided")
         try:
             decision = decide(config, settings, steps, key, tracking_uri)
-        except (NonFiniteError, TargetError) as error:
+        except (DuplicateError, NonFiniteError, TargetError) as error:
             # Trying again would find the same: it is a decision, and "no" is an answer.
             decision = Decision(
                 settings.training_run, key, settings.window, tuple(steps), "keep training", f"Cannot predict: {error}"
@@ -151,7 +151,7 @@ def extrapolate(config: str, steps: list[int], key: str, tracking_uri: str) -> S
 
 def decide(config: str, settings: Settings, steps: list[int], key: str, tracking_uri: str) -> Decision:
     """Predict, score, choose and gate."""
-    models = predict_task(config, steps, key)
+    models, warnings = predict_task(config, steps, key)
     observed = models[0]
     base = Model("base", 0, str(settings.base))
     selection: list[Score] = []
@@ -170,6 +170,7 @@ def decide(config: str, settings: Settings, steps: list[int], key: str, tracking
         reason,
         selection=tuple(selection),
         report=tuple(report),
+        warnings=warnings,
     )
     if chosen is None:
         return common

@@ -14,12 +14,14 @@ from relex.store import observed, open_base, scan
 from relex.trajectory import open_trajectory
 
 
-def predict(settings: Settings, steps: Sequence[int], key: str, *, tell: Tell | None = None) -> list[Model]:
-    """Return the last observed checkpoint and every candidate as model directories that are there when this returns.
+def predict(
+    settings: Settings, steps: Sequence[int], key: str, *, tell: Tell | None = None
+) -> tuple[list[Model], tuple[str, ...]]:
+    """Return the last observed checkpoint and every candidate, and what looks wrong in the window.
 
-    The last observed checkpoint is copied too: the trainer may prune it, and its copy has the base's tokenizer and
-    precision like the candidates. Raises WindowError when the store no longer holds what the window was announced with,
-    and RelexError.
+    The models are directories that are there when this returns. The last observed checkpoint is copied too: the trainer
+    may prune it, and its copy has the base's tokenizer and precision like the candidates. Raises WindowError when the
+    store no longer holds what the window was announced with, and RelexError.
     """
     base = open_base(settings.base)
     stored = scan(settings.checkpoints, base, now=time.time())
@@ -50,4 +52,4 @@ def predict(settings: Settings, steps: Sequence[int], key: str, *, tell: Tell | 
     models = [Model("observed", last, str(requests[0].directory))]
     for request, made in list(zip(requests, forecasts, strict=True))[1:]:
         models.append(Model("candidate", request.target_step, str(request.directory), request.method.spec, made.digest))
-    return models
+    return models, forecasts[0].warnings

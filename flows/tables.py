@@ -92,6 +92,7 @@ def show_inspection(console: Console, found: "Inspection") -> None:
         delta = f"{row.relative_delta:.2e}" if row.relative_delta is not None else ""
         table.add_row(str(row.step), row.state, delta, row.reason)
     console.print(table)
+    print_warnings(console, [item.text for item in found.findings])
     if found.straightness is None:
         console.print("fewer than 2 checkpoints are ready: nothing to fit")
         return
@@ -114,6 +115,7 @@ def show_extrapolation(console: Console, manifests: Mapping[Path, Manifest]) -> 
         f"{first.method} from {len(first.steps)} checkpoints, steps {first.steps[0]} to {first.steps[-1]}:"
         f" rank-1 energy {first.energy:.3f}, R² {first.r_squared:.3f}"
     )
+    print_warnings(console, first.warnings)
     console.print(table)
 
 
@@ -162,6 +164,12 @@ def show_models(console: Console, name: str, rows: Sequence["RegisteredModelVers
     console.print(table)
     for row in rows:
         _print_line(console, f"weights of v{row.version}: {row.weights}")
+
+
+def print_warnings(console: Console, warnings: Sequence[str]) -> None:
+    """Print a line for each thing that looks wrong."""
+    for text in warnings:
+        _print_line(console, f"warning: {text}")
 
 
 def _print_line(console: Console, text: str) -> None:

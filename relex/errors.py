@@ -6,7 +6,8 @@ RelexError
 │   ├── CheckpointIncompleteError      files missing, truncated or still being written
 │   ├── CheckpointMismatchError        names, shapes or dtypes differ from the base
 │   ├── CheckpointChangedError         a file changed while it was read
-│   └── NonFiniteError                 NaN or infinity in a tensor, read or predicted
+│   ├── NonFiniteError                 NaN or infinity in a tensor, read or predicted
+│   └── DuplicateError                 the same weights as the checkpoint before
 ├── TargetError                    the target step, the window or the method's parameters make no sense here
 ├── MemoryBudgetError              --memory is below what one pass needs
 └── OutputError                    the output exists, or what was written there is not what its manifest says
@@ -41,6 +42,10 @@ class CheckpointChangedError(CheckpointError):
 
 class NonFiniteError(CheckpointError):
     """A tensor holds NaN or infinity."""
+
+
+class DuplicateError(CheckpointError):
+    """A checkpoint holds the same weights as the one before it."""
 
 
 class TargetError(RelexError):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from relex import manifest
+from relex import manifest, sanity
 from relex.errors import TargetError
 from relex.forecast import Forecast, check_target, forecast
 from relex.gram import cached
@@ -50,6 +50,7 @@ def extrapolate(
     if dtype is not None and dtype not in DTYPES:
         raise TargetError(f"dtype {dtype!r} is not known; known are {', '.join(DTYPES)}.")
     gram = cached(trajectory, grams, memory=memory, threads=threads, on_progress=_telling(tell, "reading"))
+    sanity.refuse_duplicates(gram)
     forecasts = [
         forecast(trajectory, gram, request.method, target_step=request.target_step, dtype=dtype) for request in requests
     ]

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from relex import spectrum
+from relex import sanity, spectrum
 from relex.errors import TargetError
 from relex.gram import Gram
 from relex.predictors import Method
@@ -39,7 +39,10 @@ class TensorForecast:
 
 @dataclass(frozen=True)
 class Forecast:
-    """One predicted checkpoint. `steps`, `digests` and `coefficients` are in the order of the observed checkpoints."""
+    """One predicted checkpoint. `steps`, `digests` and `coefficients` are in the order of the observed checkpoints.
+
+    `warnings` say what looks wrong in the window (see `sanity`), a line each.
+    """
 
     method: str
     description: Mapping[str, Any]
@@ -55,6 +58,7 @@ class Forecast:
     norm_band: tuple[float, float] | None
     energy: float
     r_squared: float
+    warnings: tuple[str, ...]
 
     @property
     def digest(self) -> str:
@@ -75,7 +79,7 @@ class Forecast:
             name: TensorForecast(**(item | {"coefficients": tuple(item["coefficients"])}))
             for name, item in content["tensors"].items()
         }
-        lists = {key: tuple(content[key]) for key in ("steps", "digests")}
+        lists = {key: tuple(content[key]) for key in ("steps", "digests", "warnings")}
         band = tuple(content["norm_band"]) if content["norm_band"] is not None else None
         return cls(**(dict(content) | lists | {"tensors": tensors, "norm_band": band}))
 
@@ -141,4 +145,5 @@ def forecast(
         norm_band=spectrum.norm_band(gram.products, steps_K, target_step),
         energy=spectrum.pooled(gram.products, energy_T),
         r_squared=spectrum.pooled(gram.products, r_squared_T),
+        warnings=tuple(item.text for item in sanity.findings(gram)),
     )

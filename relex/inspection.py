@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
-from relex import spectrum
+from relex import sanity, spectrum
 from relex.gram import cached
 from relex.layouts import hf
+from relex.sanity import Finding
 from relex.store import State, observed, open_base, scan
 from relex.trajectory import open_trajectory
 
@@ -49,6 +50,7 @@ class Inspection:
     steps: tuple[Step, ...]
     straightness: Straightness | None
     by_tensor: Mapping[str, Straightness]
+    findings: tuple[Finding, ...]
 
 
 def inspect(
@@ -71,6 +73,7 @@ def inspect(
     straightness: Straightness | None = None
     by_tensor: dict[str, Straightness] = {}
     deltas: dict[int, float] = {}
+    findings: tuple[Finding, ...] = ()
     if len(ready) >= 2:
         trajectory = open_trajectory(opened, observed(ready, run))
         gram = cached(trajectory, grams, memory=memory, threads=threads, on_progress=on_progress)
@@ -80,7 +83,8 @@ def inspect(
         pairs = zip(energy_T.tolist(), r_squared_T.tolist(), strict=True)
         by_tensor = {name: Straightness(*pair) for name, pair in zip(gram.names, pairs, strict=True)}
         norms_K = (gram.products.diagonal(dim1=-2, dim2=-1).sum(0) / gram.base_norms.sum()).sqrt()
+        findings = tuple(sanity.findings(gram))
         deltas = dict(zip(trajectory.steps, norms_K.tolist(), strict=True))
     steps = tuple(Step(item.step, item.state, item.path, item.reason, deltas.get(item.step)) for item in stored)
     parameters = sum(math.prod(entry.shape) for entry in opened.tensors.values())
-    return Inspection(run, base, hf.NAME, len(opened.tensors), parameters, steps, straightness, by_tensor)
+    return Inspection(run, base, hf.NAME, len(opened.tensors), parameters, steps, straightness, by_tensor, findings)

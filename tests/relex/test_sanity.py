@@ -1,0 +1,128 @@
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from relex import manifest
+from relex.errors import DuplicateError
+from relex.extrapolation import Request, extrapolate
+from relex.gram import Gram
+from relex.inspection import inspect
+from relex.predictors import parse_method
+from relex.sanity import duplicates, findings, holes, increments, jumps
+from tests.relex.trajectories import MIB, State, measure, write_run
+
+SHAPES = {"attention": (12, 10), "mlp": (30, 7), "norm": (5,)}
+
+
+def walk(rates: Sequence[float], *, steps: Sequence[int] | None = None, noise: float = 0.3) -> dict[int, State]:
+    """Return a base and a checkpoint a step that move by `rates` per step along a drift with noise."""
+    generator = torch.Generator().manual_seed(0)
+    steps = steps or range(1, len(rates) + 1)
+    drift = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+    state = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+    states = {0: state}
+    last = 0
+    for step, rate in zip(steps, rates, strict=True):
+        state = {
+            name: tensor
+            + 1e-3 * rate * (step - last) * (drift[name] + noise * torch.randn(tensor.shape, generator=generator))
+            for name, tensor in state.items()
+        }
+        states[step], last = state, step
+    return states
+
+
+def gram_of(states: dict[int, State], tmp_path: Path) -> Gram:
+    return measure(write_run(tmp_path, states).open())
+
+
+def test_increments_are_the_norms_of_the_differences(tmp_path: Path) -> None:
+    states = walk([1, 2, 1.5, 1], steps=[10, 20, 25, 40])
+    measured = gram_of(states, tmp_path)
+    for row, name in enumerate(measured.names):
+        tensors = [state[name].double() for state in states.values()]
+        expected = [float((later - earlier).norm()) for earlier, later in pairwise(tensors)]
+        assert increments(measured.products)[row].tolist() == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_checkpoint_saved_twice_is_named_and_refused_before_anything_is_written(tmp_path: Path) -> None:
+    states = walk([1] * 6, steps=[10, 20, 25, 40, 60, 75])
+    states[25] = states[20]
+    run = write_run(tmp_path, states)
+    trajectory = run.open()
+    request = Request(parse_method("relex"), 200, tmp_path / "out")
+    with pytest.raises(DuplicateError, match="step 25 holds the same weights as that of step 20, bit for bit"):
+        extrapolate(trajectory, [request], grams=tmp_path / "grams", memory=64 * MIB, threads=1)
+    assert not (tmp_path / "out").exists()
+    found = inspect(run.run, run.base, grams=tmp_path / "grams", memory=64 * MIB, threads=1)
+    assert [(item.kind, item.step) for item in found.findings if item.kind == "duplicate"] == [("duplicate", 25)]
+
+
+def test_a_jump_is_named_with_its_step_and_the_tensor_that_led(tmp_path: Path) -> None:
+    states = walk([1.0] * 20)
+    for step in range(12, 21):
+        states[step] = {**states[step], "mlp": states[step]["mlp"] + 0.05}
+    (found,) = jumps(gram_of(states, tmp_path))
+    assert (found.kind, found.step, found.tensor) == ("jump", 12, "mlp")
+    assert "times as fast as they usually do, mlp most of all" in found.text
+
+
+@pytest.mark.parametrize(
+    "rates",
+    [
+        [1.0] * 20,
+        [min(1.0, (step + 1) / 10) for step in range(40)],
+        [1.0 - step / 41 for step in range(40)],
+        [1.0 if step % 3 else 2.5 for step in range(30)],
+    ],
+    ids=["constant", "warm-up", "decay", "uneven"],
+)
+def test_a_run_as_they_are_has_no_jump(rates: list[float], tmp_path: Path) -> None:
+    assert jumps(gram_of(walk(rates), tmp_path)) == []
+
+
+def test_irregular_saving_is_no_jump(tmp_path: Path) -> None:
+    assert jumps(gram_of(walk([1.0] * 8, steps=[10, 20, 25, 40, 75, 76, 120, 200]), tmp_path)) == []
+
+
+def test_of_few_checkpoints_no_jump_can_be_told(tmp_path: Path) -> None:
+    assert jumps(gram_of(walk([1.0, 1.0, 1.0, 50.0]), tmp_path)) == []
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        ([10, 20, 30, 50, 60], [50]),
+        ([10, 20, 30, 40, 70, 80], [70]),
+        ([10, 20, 30, 40], []),
+        ([10, 20, 25, 40, 75], []),
+        ([10, 20, 50], []),
+        ([8, 16, 24, 30], []),
+    ],
+)
+def test_a_hole_is_a_gap_in_a_regular_sequence(steps: list[int], expected: list[int]) -> None:
+    assert [item.step for item in holes(steps)] == expected
+
+
+def test_how_many_are_missing_is_said() -> None:
+    (found,) = holes([10, 20, 30, 40, 70])
+    assert "between steps 40 and 70 checkpoints are missing (2 of them): the others are 10 steps apart" in found.text
+
+
+def test_warnings_travel_with_the_prediction(tmp_path: Path) -> None:
+    states = walk([1.0] * 5, steps=[10, 20, 30, 50, 60])
+    trajectory = write_run(tmp_path, states).open()
+    request = Request(parse_method("relex"), 200, tmp_path / "out")
+    (made,) = extrapolate(trajectory, [request], grams=tmp_path / "grams", memory=64 * MIB, threads=1)
+    (warning,) = made.warnings
+    assert warning.startswith("between steps 30 and 50 checkpoints are missing (1 of them)")
+    assert manifest.read(tmp_path / "out").forecast == made
+
+
+def test_a_clean_run_has_nothing_to_say(tmp_path: Path) -> None:
+    measured = gram_of(walk([1.0] * 12), tmp_path)
+    assert findings(measured) == []
+    assert duplicates(measured) == []
