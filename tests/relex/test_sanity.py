@@ -23,7 +23,7 @@ def walk(rates: Sequence[float], *, steps: Sequence[int] | None = None, noise: f
     steps = steps or range(1, len(rates) + 1)
     drift = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
     state = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
-    states = {0: state}
+    states: dict[int, State] = {0: state}
     last = 0
     for step, rate in zip(steps, rates, strict=True):
         state = {
