@@ -13,6 +13,7 @@ from typing import TypeVar
 import httpx
 import psutil
 import pytest
+from mlflow import MlflowClient
 from transformers import AutoModelForCausalLM
 
 from deploy import registry
@@ -156,13 +157,8 @@ def test_killing_watcher_flow_and_evaluation_ends_in_one_registered_version(
     assert {("watch", "CRASHED"), ("extrapolate", "CRASHED"), ("extrapolate", "COMPLETED")} <= states
 
 
-def test_a_prediction_that_is_no_better_is_refused_with_its_numbers(
-    tmp_path: Path, trained: TrainedRun, servers: Stack, server_environment: dict[str, str]
-) -> None:
-    # Two hundred times the window: far outside what the line can carry.
-    config = write_config(tmp_path, trained, name="refused", targets=[5000])
-    settings = load_settings(config)
-    shutil.copytree(trained.checkpoints, settings.checkpoints)
+def decide_now(config: Path, servers: Stack, environment: dict[str, str]) -> str:
+    """Run the flow on the window that is due, twice, in a process of its own; return what it logged."""
     code = (
         "import sys, time; from pathlib import Path\n"
         "from flows.extrapolate import extrapolate; from flows.ledger import due; from flows.window import window_key\n"
@@ -175,12 +171,23 @@ def test_a_prediction_that_is_no_better_is_refused_with_its_numbers(
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(config), servers.mlflow_url],
-        env=server_environment,
+        env=environment,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_a_prediction_that_is_no_better_is_refused_with_its_numbers(
+    tmp_path: Path, trained: TrainedRun, servers: Stack, server_environment: dict[str, str]
+) -> None:
+    # Two hundred times the window: far outside what the line can carry.
+    config = write_config(tmp_path, trained, name="refused", targets=[5000])
+    settings = load_settings(config)
+    shutil.copytree(trained.checkpoints, settings.checkpoints)
+    log = decide_now(config, servers, server_environment)
     (decision,) = read_decisions(settings)
     assert decision.verdict == "keep training"
     assert "No candidate is ahead" in decision.reason
@@ -191,7 +198,35 @@ def test_a_prediction_that_is_no_better_is_refused_with_its_numbers(
     assert any(item["key"] == "decision-refused" and "keep training" in item["data"] for item in artifacts)
     assert decision.record_url.startswith(servers.mlflow_url)
     # The second call found the decision and paid for nothing.
-    assert "is decided" in done.stderr + done.stdout
+    assert "is decided" in log
+
+
+def test_a_candidate_must_be_better_than_the_champion(
+    tmp_path: Path, trained: TrainedRun, servers: Stack, server_environment: dict[str, str]
+) -> None:
+    decisions = []
+    for target in (150, 60):
+        directory = tmp_path / str(target)
+        directory.mkdir()
+        config = write_config(directory, trained, name="contested", targets=[target])
+        shutil.copytree(trained.checkpoints, load_settings(config).checkpoints)
+        decide_now(config, servers, server_environment)
+        decisions += read_decisions(load_settings(config))
+        if target == 150:
+            client = MlflowClient(servers.mlflow_url)
+            client.create_registered_model("contested")
+            champion = client.copy_model_version("models:/contested-candidates/1", "contested")
+            client.set_registered_model_alias("contested", "champion", champion.version)
+    first, second = decisions
+    assert first.verdict == "registered"
+    # Better than the last observed checkpoint, and still not better than what people use.
+    assert [(item.reference, item.passed) for item in second.gates] == [
+        (f"last observed @ {STEPS}", True),
+        ("champion @ 150", False),
+    ]
+    assert second.verdict == "keep training"
+    assert "champion @ 150" in second.reason
+    assert [row.target_step for row in registry.models("contested", tracking_uri=servers.mlflow_url)] == [150]
 
 
 def test_a_new_watcher_settles_what_a_killed_one_left_and_watches_its_own_run(
