@@ -21,6 +21,7 @@ app = typer.Typer(
     name="relex",
     help="Predict later checkpoints of an RLVR training run, test them, and register the one worth having.",
     no_args_is_help=True,
+    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )

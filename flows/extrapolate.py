@@ -160,7 +160,7 @@ def decide(config: str, settings: Settings, steps: list[int], key: str, tracking
         first, *rest = score_task(config, model, [settings.selection, *settings.report])
         selection.append(first)
         report += rest
-    chosen, reason = choose(selection)
+    chosen, reason = choose(selection, margin=settings.margin)
     common = Decision(
         settings.training_run,
         key,

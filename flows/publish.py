@@ -2,6 +2,7 @@
 
 import base64
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 
-from flows.decision import Decision, Score, page
+from flows.decision import Decision, Model, Score, page
 from relex import plots
 
 # A progress artifact is a row in the server's database: more than one a second is noise.
 _PROGRESS_SECONDS = 1.0
+# The curve of what really was, in MLflow.
+OBSERVED = "observed"
 
 
 class ProgressArtifact:
@@ -36,30 +39,32 @@ class ProgressArtifact:
         update_progress_artifact(self._artifact, share, description=f"{self._title}: {what} {share:.0f} %")
 
 
-def draw(decision: Decision, path: Path) -> Path | None:
-    """Draw accuracy by training step on the first report benchmark to `path`; None when there is no such benchmark."""
+def draw(decision: Decision, path: Path, *, later: Sequence[Score] = ()) -> Path | None:
+    """Draw accuracy by training step on the first report benchmark to `path`; None when there is no such benchmark.
+
+    `later` is what the run really reached after the decision.
+    """
     if not decision.report:
         return None
     benchmark = decision.report[0].benchmark
     scores = [score for score in decision.report if score.benchmark == benchmark]
+    winner = decision.winner if decision.verdict == "registered" else None
     plots.accuracy_by_step(
         path,
         title=f"{decision.training_run}: {decision.verdict}",
-        benchmark=f"{benchmark}, {scores[0].n} problems",
+        benchmark=f"{benchmark}, {scores[0].n} problems that decided nothing",
         window=(decision.steps[0], decision.steps[-1]),
-        real=[point(score) for score in scores if score.model.role in ("base", "observed")],
-        predicted=[
-            point(score, chosen=decision.winner == score.model and decision.verdict == "registered")
-            for score in scores
-            if score.model.role == "candidate"
-        ],
+        real=[_point(score) for score in scores if score.model.role in ("base", "observed")],
+        predicted=[_point(score, winner) for score in scores if score.model.role == "candidate"],
+        later=[_point(score) for score in later],
     )
     return path
 
 
-def point(score: Score, *, chosen: bool = False) -> plots.Point:
-    """Return a score as a point of the figure."""
-    return plots.Point(score.model.step, score.accuracy, score.standard_error, score.model.method, chosen)
+def _point(score: Score, winner: Model | None = None) -> plots.Point:
+    return plots.Point(
+        score.model.step, score.accuracy, score.standard_error, score.model.method, chosen=score.model == winner
+    )
 
 
 def show(decision: Decision, figure: Path | None) -> None:
@@ -78,25 +83,27 @@ def show(decision: Decision, figure: Path | None) -> None:
 
 def metrics(decision: Decision) -> dict[str, float]:
     """Return the numbers that decided."""
-    metrics = {}
+    found = {}
     for score in decision.selection:
-        if decision.winner is not None and score.model == decision.winner:
-            metrics["selection_accuracy"] = score.accuracy
+        if score.model == decision.winner:
+            found["selection_accuracy"] = score.accuracy
     for item in decision.gates:
         role = item.reference.split(" @ ", maxsplit=1)[0].replace(" ", "_")
-        metrics |= {
+        found |= {
             "gate_accuracy": item.candidate_accuracy,
             f"gate_{role}_accuracy": item.reference_accuracy,
             f"gate_{role}_difference": item.difference,
             f"gate_{role}_lower_bound": item.lower_bound,
         }
-    return metrics
+    return found
 
 
 def curves(decision: Decision) -> dict[str, dict[int, float]]:
     """Return accuracy on the first report benchmark by training step: the observed curve, and one for each method."""
-    curves: dict[str, dict[int, float]] = {}
+    found: dict[str, dict[int, float]] = {}
     for score in decision.report:
         if score.benchmark == decision.report[0].benchmark:
-            curves.setdefault(score.model.method or "observed", {})[score.model.step] = score.accuracy
-    return curves
+            method = score.model.method
+            name = f"{method} from step {decision.window}" if method else OBSERVED
+            found.setdefault(name, {})[score.model.step] = score.accuracy
+    return found

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from evaluation.benchmark import write_benchmark
-from flows import stack
+from flows import publish, stack
 from flows.decision import Decision, Model, Score
 from flows.demo.errors import DemoRunError
 from flows.demo.task import DIGITS, problems
@@ -29,7 +29,6 @@ from flows.score import reports, score
 from flows.settings import Settings, load_settings
 from flows.tables import plain_table
 from flows.window import read_decisions
-from relex import plots
 from relex.layouts.hf import step_directories
 
 STEPS = 360
@@ -76,7 +75,7 @@ def run_demo(directory: Path, *, seed: int, home: Path, err: Console) -> Demonst
             decision = follow(settings, trainer, directory, progress)
         later = score_later(settings, pool, progress)
     figure = directory / "accuracy.png"
-    draw(figure, decision, later)
+    publish.draw(decision, figure, later=later)
     log_curve(started.mlflow_url, settings, later)
     seconds = time.monotonic() - began
     return Demonstration(decision, tuple(later), figure, started.prefect_url, started.mlflow_url, seconds)
@@ -202,26 +201,6 @@ def score_later(settings: Settings, pool: ThreadPoolExecutor, progress: Progress
     return list(pool.map(score_step, reached))
 
 
-def draw(path: Path, decision: Decision, later: list[Score]) -> None:
-    """Draw what was predicted against what really came."""
-    from flows.publish import point
-
-    report = decision.report
-    plots.accuracy_by_step(
-        path,
-        title=f"{decision.training_run}: {decision.verdict}",
-        benchmark=f"{report[0].benchmark}, {report[0].n} problems that decided nothing",
-        window=(decision.steps[0], decision.steps[-1]),
-        real=[point(score) for score in report if score.model.role in ("base", "observed")],
-        later=[point(score) for score in later],
-        predicted=[
-            point(score, chosen=bool(decision.registered) and score.model == decision.winner)
-            for score in report
-            if score.model.role == "candidate"
-        ],
-    )
-
-
 def log_curve(tracking_uri: str, settings: Settings, later: list[Score]) -> None:
     """Extend the real run's curve in MLflow by what came after the decision."""
     from deploy import runs
@@ -230,7 +209,7 @@ def log_curve(tracking_uri: str, settings: Settings, later: list[Score]) -> None
         settings.registered_model,
         {score.model.step: score.accuracy for score in later},
         tracking_uri=tracking_uri,
-        series=f"{settings.training_run} observed",
+        series=f"{settings.training_run} {publish.OBSERVED}",
         metric="report_accuracy",
     )
 

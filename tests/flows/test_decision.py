@@ -13,17 +13,25 @@ def score(accuracy: float, *, step: int = 48, role: str = "candidate") -> Score:
 
 def test_the_best_candidate_is_chosen_and_of_equals_the_nearest() -> None:
     scores = [score(0.4, role="observed"), score(0.7, step=360), score(0.7, step=240), score(0.6, step=120)]
-    chosen, reason = choose(scores)
+    chosen, reason = choose(scores, margin=0.0)
     assert chosen is not None
     assert chosen.model.step == 240
     assert "relex @ 240 scores 0.7000" in reason
 
 
 def test_none_is_chosen_when_none_is_ahead_of_the_last_observed() -> None:
-    chosen, reason = choose([score(0.4, role="observed"), score(0.4, step=240), score(0.3, step=120)])
+    chosen, reason = choose([score(0.4, role="observed"), score(0.4, step=240), score(0.3, step=120)], margin=0.0)
     assert chosen is None
     assert "No candidate is ahead" in reason
     assert "0.4000" in reason
+
+
+def test_a_margin_lets_a_candidate_through_that_is_a_little_behind() -> None:
+    scores = [score(0.40, role="observed"), score(0.38, step=240)]
+    assert choose(scores, margin=0.03)[0] == scores[1]
+    chosen, reason = choose(scores, margin=0.01)
+    assert chosen is None
+    assert "No candidate is within 0.01 of the last observed checkpoint" in reason
 
 
 def test_a_decision_survives_its_json_and_its_page_has_every_number() -> None:
