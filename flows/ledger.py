@@ -43,9 +43,10 @@ class Sent:
 
 @dataclass(frozen=True)
 class Ledger:
-    """Announced checkpoints (step → identity) and windows (key → Sent)."""
+    """Announced checkpoints (step → identity), those that a resumed run left behind, and windows (key → Sent)."""
 
     checkpoints: dict[str, str] = field(default_factory=dict)
+    stale: list[int] = field(default_factory=list)
     windows: dict[str, Sent] = field(default_factory=dict)
 
 
@@ -69,9 +70,10 @@ def tick(
         checkpoints[str(item.step)] = identity(item.weights)
         payload = {"training_run": settings.training_run, "step": item.step, "path": str(item.path)}
         events.append(_event(CHECKPOINT_READY, settings, f"{item.step} {identity(item.weights)}", payload))
+    behind = stale(stored, ledger)
     windows = dict(ledger.windows)
     steps = due(settings, stored)
-    if steps and not gone:
+    if steps and not gone and not set(steps) & set(behind):
         key = window_key(settings, base, [item for item in stored if item.step in steps])
         sent = windows.get(key, Sent(0, 0.0))
         wait = min(_RESEND_SECONDS * 2 ** max(sent.times - 1, 0), _RESEND_SECONDS_AT_MOST)
@@ -81,7 +83,7 @@ def tick(
             payload = {"training_run": settings.training_run, "key": key, "steps": steps, "attempt": sent.times + 1}
             # The attempt is part of the id: a server ignores an id it has seen.
             events.append(_event(WINDOW_READY, settings, f"{key} {sent.times + 1}", payload))
-    return events, replace(ledger, checkpoints=checkpoints, windows=windows)
+    return events, replace(ledger, checkpoints=checkpoints, stale=behind, windows=windows)
 
 
 def due(settings: Settings, stored: tuple[StoredCheckpoint, ...]) -> list[int]:
@@ -112,6 +114,24 @@ def lost(settings: Settings, stored: tuple[StoredCheckpoint, ...], ledger: Ledge
     return sorted(step for step in announced if step not in there and step < max(kept, default=0))
 
 
+def stale(stored: tuple[StoredCheckpoint, ...], ledger: Ledger) -> list[int]:
+    """Return the steps left over from before a resume: announced, unchanged, and after a step that was written again.
+
+    They stay so until they are written again or removed. One trajectory never mixes two segments of a run.
+    """
+    seen = {item.step: identity(item.weights) for item in stored if item.weights is not None}
+    known = {int(step): announced for step, announced in ledger.checkpoints.items()}
+    rewritten = [step for step, now in seen.items() if step in known and known[step] != now]
+    after = min(rewritten, default=None)
+    return [
+        item.step
+        for item in stored
+        if item.step in known
+        and seen.get(item.step, known[item.step]) == known[item.step]
+        and (item.step in ledger.stale or (after is not None and item.step > after))
+    ]
+
+
 def read_ledger(settings: Settings) -> Ledger:
     """Read the ledger; an absent one is empty."""
     path = settings.home / "ledger.json"
@@ -119,7 +139,7 @@ def read_ledger(settings: Settings) -> Ledger:
         return Ledger()
     content = json.loads(path.read_bytes())
     windows = {key: Sent(**sent) for key, sent in content["windows"].items()}
-    return Ledger(content["checkpoints"], windows)
+    return Ledger(content["checkpoints"], content["stale"], windows)
 
 
 def write_ledger(settings: Settings, ledger: Ledger) -> None:

@@ -108,6 +108,11 @@ def describe(settings: Settings, stored: tuple[StoredCheckpoint, ...], ledger: L
             f"; steps {', '.join(map(str, pruned))} were observed and have been removed: no decision on this window."
             " Raise the trainer's number of kept checkpoints (save_total_limit) and start the run anew"
         )
+    elif left := [step for step in ledger.stale if step <= settings.window]:
+        text += (
+            f"; steps {', '.join(map(str, left))} were left behind by a run that resumed before them: waiting until"
+            " they are written again. If they will not be, delete them"
+        )
     elif blocking is not None:
         text += f"; blocked by step {blocking.step}: {blocking.reason}"
     elif due(settings, stored):

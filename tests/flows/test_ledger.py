@@ -173,6 +173,56 @@ def test_a_run_started_anew_in_the_same_directory_is_a_new_run(
     assert WINDOW_READY in names(look(settings, ledger, now)[0])
 
 
+def rewrite(settings: Settings, write_checkpoint: WriteCheckpoint, step: int) -> None:
+    shutil.rmtree(settings.checkpoints / f"checkpoint-{step}")
+    write_checkpoint(step)
+
+
+def test_a_resumed_run_never_mixes_with_what_it_left_behind(
+    settings: Settings, write_checkpoint: WriteCheckpoint
+) -> None:
+    for step in (0, 10, 20, 30, 40):
+        write_checkpoint(step)
+    now = time.time()
+    events, ledger = look(settings, Ledger(), now)
+    first = events[-1].payload["key"]
+    # Resumed from step 10: 20 is written again while 30 and 40 are still the old ones, and the window looks full.
+    rewrite(settings, write_checkpoint, 20)
+    events, ledger = look(settings, ledger, now)
+    assert names(events) == [CHECKPOINT_READY]
+    assert ledger.stale == [30, 40]
+    write_ledger(settings, ledger)
+    events, ledger = look(settings, read_ledger(settings), now + 2)
+    assert events == []
+    said = describe(settings, store(settings, now)[1], ledger)[1]
+    assert "steps 30, 40 were left behind by a run that resumed before them" in said
+    rewrite(settings, write_checkpoint, 30)
+    events, ledger = look(settings, ledger, now + 4)
+    assert names(events) == [CHECKPOINT_READY]
+    assert ledger.stale == [40]
+    rewrite(settings, write_checkpoint, 40)
+    events, ledger = look(settings, ledger, now + 6)
+    assert names(events) == [CHECKPOINT_READY, WINDOW_READY]
+    assert ledger.stale == []
+    assert events[-1].payload["key"] != first
+
+
+def test_what_a_resumed_run_left_behind_may_be_deleted(settings: Settings, write_checkpoint: WriteCheckpoint) -> None:
+    for step in (0, 10, 20, 30, 40):
+        write_checkpoint(step)
+    now = time.time()
+    _, ledger = look(settings, Ledger(), now)
+    rewrite(settings, write_checkpoint, 20)
+    _, ledger = look(settings, ledger, now)
+    for step in (30, 40):
+        shutil.rmtree(settings.checkpoints / f"checkpoint-{step}")
+    _, ledger = look(settings, ledger, now)
+    assert ledger.stale == []
+    write_checkpoint(60)
+    events, _ = look(settings, ledger, now)
+    assert events[-1].payload["steps"] == [10, 20]
+
+
 def test_the_key_names_the_files_and_the_settings_that_decide(
     settings: Settings, write_checkpoint: WriteCheckpoint
 ) -> None:
