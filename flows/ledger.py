@@ -12,7 +12,6 @@ from uuid import NAMESPACE_URL, UUID, uuid5
 
 from flows.settings import Settings
 from flows.window import claimed, decided, window_key, write_json
-from relex.gram import identity
 from relex.layouts.weights import Weights
 from relex.store import State, StoredCheckpoint
 
@@ -65,11 +64,11 @@ def tick(
     there = {item.step for item in stored}
     checkpoints = {step: seen for step, seen in ledger.checkpoints.items() if int(step) in there | gone}
     for item in stored:
-        if item.weights is None or checkpoints.get(str(item.step)) == identity(item.weights):
+        if item.weights is None or checkpoints.get(str(item.step)) == item.weights.identity:
             continue
-        checkpoints[str(item.step)] = identity(item.weights)
+        checkpoints[str(item.step)] = item.weights.identity
         payload = {"training_run": settings.training_run, "step": item.step, "path": str(item.path)}
-        events.append(_event(CHECKPOINT_READY, settings, f"{item.step} {identity(item.weights)}", payload))
+        events.append(_event(CHECKPOINT_READY, settings, f"{item.step} {item.weights.identity}", payload))
     behind = stale(stored, ledger)
     windows = dict(ledger.windows)
     steps = due(settings, stored)
@@ -108,7 +107,7 @@ def lost(settings: Settings, stored: tuple[StoredCheckpoint, ...], ledger: Ledge
     kept = [
         item.step
         for item in stored
-        if item.weights is not None and ledger.checkpoints.get(str(item.step)) == identity(item.weights)
+        if item.weights is not None and ledger.checkpoints.get(str(item.step)) == item.weights.identity
     ]
     announced = [int(step) for step in ledger.checkpoints if int(step) <= settings.window]
     return sorted(step for step in announced if step not in there and step < max(kept, default=0))
@@ -119,7 +118,7 @@ def stale(stored: tuple[StoredCheckpoint, ...], ledger: Ledger) -> list[int]:
 
     They stay so until they are written again or removed. One trajectory never mixes two segments of a run.
     """
-    seen = {item.step: identity(item.weights) for item in stored if item.weights is not None}
+    seen = {item.step: item.weights.identity for item in stored if item.weights is not None}
     known = {int(step): announced for step, announced in ledger.checkpoints.items()}
     rewritten = [step for step, now in seen.items() if step in known and known[step] != now]
     after = min(rewritten, default=None)

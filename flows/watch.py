@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from prefect import flow
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.client.schemas.objects import State as RunState
@@ -19,6 +18,7 @@ from prefect.states import Completed
 
 from flows.errors import WatchError
 from flows.ledger import Ledger, due, lost, read_ledger, tick, write_ledger
+from flows.lock import held
 from flows.settings import Settings, load_settings
 from relex.store import State, StoredCheckpoint, open_base, scan
 
@@ -38,23 +38,19 @@ def watch_store(settings: Settings, *, seconds: float, on_look: Look | None = No
     waited for.
     """
     settings.home.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(settings.home / "watcher.lock")
-    try:
-        lock.acquire(timeout=2.0)
-    except Timeout:
-        raise WatchError(
-            f"training run {settings.training_run} is watched by another process (it holds {lock.lock_file})."
-            " Stop that one first."
-        ) from None
-    try:
+    path = settings.home / "watcher.lock"
+    with held(path, seconds=2.0) as mine:
+        if not mine:
+            raise WatchError(
+                f"training run {settings.training_run} is watched by another process (it holds {path})."
+                " Stop that one first."
+            )
         end = time.monotonic() + seconds
         while True:
             _look(settings, on_look)
             if time.monotonic() + settings.poll_seconds > end:
                 return
             time.sleep(settings.poll_seconds)
-    finally:
-        lock.release()
 
 
 def _look(settings: Settings, on_look: Look | None) -> None:

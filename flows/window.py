@@ -11,11 +11,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from flows.decision import Decision
+from flows.lock import held
 from flows.settings import Settings
-from relex.gram import identity
 from relex.layouts.weights import Weights
 from relex.store import StoredCheckpoint
 
@@ -24,8 +22,8 @@ def window_key(settings: Settings, base: Weights, inside: list[StoredCheckpoint]
     """Return the name of one decision: a digest of the observed files and of every setting that decides."""
     deciding = ("training_run", "window", "targets", "methods", "selection", "gate", "report", "margin", "confidence")
     content = {name: getattr(settings, name) for name in (*deciding, "registered_model", "dtype", "batch_size")}
-    content["base"] = identity(base)
-    content["checkpoints"] = [[item.step, identity(item.weights)] for item in inside if item.weights is not None]
+    content["base"] = base.identity
+    content["checkpoints"] = [[item.step, item.weights.identity] for item in inside if item.weights is not None]
     return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -52,37 +50,25 @@ def read_decisions(settings: Settings) -> list[Decision]:
 
 @contextmanager
 def claim(settings: Settings, key: str) -> Iterator[bool]:
-    """Hold the window while working on it; yields False when another process does.
-
-    A lock of the operating system, not a file with a date in it: it goes with its process, however that ends.
-    """
-    directory = window_directory(settings, key)
-    directory.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(directory / "claim.lock")
-    try:
-        # Longer than the moment in which the watcher tries the lock.
-        lock.acquire(timeout=2.0)
-    except Timeout:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
+    """Hold the window while working on it; yields False when another process does."""
+    path = _claim_path(settings, key)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Longer than the moment in which the watcher tries the lock.
+    with held(path, seconds=2.0) as mine:
+        yield mine
 
 
 def claimed(settings: Settings, key: str) -> bool:
     """Whether a live process holds the window."""
-    path = window_directory(settings, key) / "claim.lock"
+    path = _claim_path(settings, key)
     if not path.exists():
         return False
-    lock = FileLock(path)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        return True
-    lock.release()
-    return False
+    with held(path, seconds=0.0) as mine:
+        return not mine
+
+
+def _claim_path(settings: Settings, key: str) -> Path:
+    return window_directory(settings, key) / "claim.lock"
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from hashlib import sha256
 from itertools import takewhile
 from pathlib import Path
@@ -26,7 +26,6 @@ from safetensors.torch import save
 from torch import Tensor
 
 from relex.errors import NonFiniteError
-from relex.layouts.weights import Weights
 from relex.streaming import Progress, Unit, Workspace, as_bytes, in_order, units, workspaces
 from relex.trajectory import Trajectory
 
@@ -77,11 +76,6 @@ class Gram:
             tuple(self.digests[i] for i in positions),
             tuple(self.identities[i] for i in positions),
         )
-
-
-def identity(weights: Weights) -> str:
-    """Return a digest of which files these are (name, size, mtime, inode), without reading them."""
-    return sha256(json.dumps([asdict(file) for file in weights.files]).encode()).hexdigest()
 
 
 def measure(
@@ -156,7 +150,7 @@ def measure(
         base_norms,
         hashes[0].hexdigest(),
         tuple(digest.hexdigest() for digest in hashes[1:]),
-        tuple(identity(checkpoint.weights) for checkpoint in trajectory.checkpoints),
+        tuple(checkpoint.weights.identity for checkpoint in trajectory.checkpoints),
     )
     if known is not None and (gram.base_digest, gram.digests[:kept]) != (known.base_digest, known.digests):
         # Same files by their stat, other bytes: what was known is about something else.
@@ -198,8 +192,8 @@ def cached(
     on_progress: Progress | None = None,
 ) -> Gram:
     """Return the Gram of `trajectory`: from `directory`, else measured (from what is there) and saved."""
-    wanted = [(checkpoint.step, identity(checkpoint.weights)) for checkpoint in trajectory.checkpoints]
-    base = identity(trajectory.base)
+    wanted = [(checkpoint.step, checkpoint.weights.identity) for checkpoint in trajectory.checkpoints]
+    base = trajectory.base.identity
     known: Gram | None = None
     superseded: Path | None = None
     for path in sorted(directory.glob("*.safetensors")):

@@ -100,14 +100,20 @@ def _combine(
     threads: int,
     on_progress: Progress | None,
 ) -> None:
-    pieces = []
-    rows: dict[int, list[int]] = {}
-    for unit in units(trajectory):
-        spec = trajectory.tensors[unit.tensor]
-        wanted = [outputs[i].forecast.tensors[spec.name] for i, writer in writers.items() if writer.pending(spec.name)]
-        if wanted:
-            pieces.append(unit)
-            rows[unit.tensor] = sorted({row for item in wanted for row in _rows(item, len(spec.entries))})
+    tensors = trajectory.tensors
+    # Which outputs a tensor still goes to is fixed before the first byte: shards are finished while others are written.
+    filling = {spec.name: [i for i, writer in writers.items() if writer.pending(spec.name)] for spec in tensors}
+    pieces = [unit for unit in units(trajectory) if filling[tensors[unit.tensor].name]]
+    rows = {
+        index: sorted(
+            {
+                row
+                for i in filling[spec.name]
+                for row in _rows(outputs[i].forecast.tensors[spec.name], len(spec.entries))
+            }
+        )
+        for index, spec in enumerate(tensors)
+    }
     if not pieces:
         return
     spaces = workspaces(
@@ -115,7 +121,7 @@ def _combine(
     )
 
     def work(space: Workspace, unit: Unit) -> None:
-        spec = trajectory.tensors[unit.tensor]
+        spec = tensors[unit.tensor]
         needed = rows[unit.tensor]
         for block in space.blocks(trajectory, unit, needed):
             for place, deltas in space.subtract(block) if spec.moves else _whole(block):
@@ -131,12 +137,9 @@ def _combine(
                         )
                     writer.write(spec.name, (block.start + place.start) * dtype.itemsize, as_bytes(chunk))
 
-    # Which outputs a tensor still goes to is fixed before the first byte: shards are finished while others are written.
-    filling: dict[str, list[int]] = {}
     last: dict[tuple[int, str], Unit] = {}
     for unit in pieces:
-        name = trajectory.tensors[unit.tensor].name
-        filling[name] = [i for i, writer in writers.items() if writer.pending(name)]
+        name = tensors[unit.tensor].name
         for i in filling[name]:
             writers[i].begin(name)
             last[i, writers[i].tensors[name].shard] = unit

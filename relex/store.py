@@ -1,6 +1,5 @@
 """Which checkpoints of a training run exist, and which of them may be read."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -9,8 +8,6 @@ from pathlib import Path
 from relex.errors import CheckpointError, CheckpointIncompleteError, CheckpointMismatchError, StoreError
 from relex.layouts import hf
 from relex.layouts.weights import Weights, open_weights
-
-logger = logging.getLogger(__name__)
 
 
 class State(StrEnum):

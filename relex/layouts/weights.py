@@ -8,8 +8,9 @@ one `pread`.
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import asdict, dataclass
+from functools import cached_property, lru_cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,11 @@ class Weights:
     files: tuple[FileIdentity, ...]
     alias: TensorEntry | None
     config: Mapping[str, Any]
+
+    @cached_property
+    def identity(self) -> str:
+        """Hex digest of which files these are (name, size, mtime, inode), without reading them."""
+        return sha256(json.dumps([asdict(file) for file in self.files]).encode()).hexdigest()
 
     def read_into(self, entry: TensorEntry, start: int, buffer: memoryview) -> None:
         """Fill `buffer` with the bytes of `entry` from byte `start` of the tensor; a file that got shorter raises."""
