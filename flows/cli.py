@@ -36,8 +36,8 @@ def _memory(text: str) -> int:
         raise typer.BadParameter(f"{text!r} is not a size; write 4GiB or 512MiB") from None
 
 
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="Directory the trainer writes its checkpoints to.")]
-Base = Annotated[Path, typer.Option(help="Directory of the model the run started from.", show_default=False)]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="Directory or URL the trainer writes its checkpoints to.")]
+Base = Annotated[str, typer.Option(help="Directory or URL of the model the run started from.", show_default=False)]
 Memory = Annotated[int, typer.Option(parser=_memory, metavar="SIZE", help="Memory for reading and combining.")]
 Threads = Annotated[int, typer.Option(min=1, help="Threads for reading and combining.")]
 Window = Annotated[int | None, typer.Option(min=1, help="Use checkpoints up to this training step (default: all).")]

@@ -153,7 +153,7 @@ def decide(config: str, settings: Settings, steps: list[int], key: str, tracking
     """Predict, score, choose and gate."""
     models, warnings = predict_task(config, steps, key)
     observed = models[0]
-    base = Model("base", 0, str(settings.base))
+    base = Model("base", 0, settings.base)
     selection: list[Score] = []
     report: list[Score] = list(score_task(config, base, settings.report)) if settings.report else []
     for model in models:

@@ -67,7 +67,7 @@ def tick(
         if item.weights is None or checkpoints.get(str(item.step)) == item.weights.identity:
             continue
         checkpoints[str(item.step)] = item.weights.identity
-        payload = {"training_run": settings.training_run, "step": item.step, "path": str(item.path)}
+        payload = {"training_run": settings.training_run, "step": item.step, "path": str(item.directory)}
         events.append(_event(CHECKPOINT_READY, settings, f"{item.step} {item.weights.identity}", payload))
     behind = stale(stored, ledger)
     windows = dict(ledger.windows)

@@ -20,8 +20,8 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     training_run: Name = Field(description="Name of the training run: lower-case letters, digits and dashes.")
-    checkpoints: Path = Field(description="Directory the trainer writes its checkpoints to.")
-    base: Path = Field(description="Directory of the model the training run started from.")
+    checkpoints: str = Field(description="Directory or URL the trainer writes its checkpoints to.")
+    base: str = Field(description="Directory or URL of the model the training run started from.")
     window: int = Field(gt=0, description="Training step up to which checkpoints are observed.")
     targets: list[Annotated[int, Field(gt=0)]] = Field(min_length=1, description="Training steps to predict.")
     methods: list[str] = Field(default=["relex"], min_length=1, description="Methods, as NAME or NAME:parameter=value.")
@@ -97,10 +97,15 @@ def load_settings(path: Path) -> Settings:
             " them different problems."
         )
     root = path.absolute().parent
-    paths = {key: root / getattr(settings, key) for key in ("checkpoints", "base", "state")}
+    stores = {key: _location(getattr(settings, key), root) for key in ("checkpoints", "base")}
     benchmarks = {key: _benchmark(getattr(settings, key), root) for key in ("selection", "gate")}
     report = [_benchmark(item, root) for item in settings.report]
-    return settings.model_copy(update=paths | benchmarks | {"report": report})
+    return settings.model_copy(update=stores | benchmarks | {"state": root / settings.state, "report": report})
+
+
+def _location(text: str, root: Path) -> str:
+    """A path is relative to the config, a URL is not."""
+    return text if "://" in text else str(root / text)
 
 
 def _benchmark(text: str, root: Path) -> str:

@@ -76,21 +76,18 @@ def plain_table(*headings: str, title: str | None = None) -> Table:
 def show_inspection(console: Console, found: "Inspection") -> None:
     """Print the steps of a training run and how straight it is."""
     steps = found.steps
-    console.print(
-        f"{found.run}: {len(steps)} steps, layout {found.layout}, {found.tensors} tensors,"
-        f" {found.parameters:,} parameters"
-    )
-    table = plain_table("step", "state", "‖Δ‖/‖base‖", "reason")
+    console.print(f"{found.run}: {len(steps)} steps, {found.tensors} tensors, {found.parameters:,} parameters")
+    table = plain_table("step", "state", "layout", "dtype", "‖Δ‖/‖base‖", "reason")
     hidden = 0
     for number, row in enumerate(steps):
         if _ROWS // 2 <= number < len(steps) - _ROWS // 2 and row.state is State.READY:
             hidden += 1
             continue
         if hidden:
-            table.add_row("…", f"{hidden} ready", "", "")
+            table.add_row("…", f"{hidden} ready", "", "", "", "")
             hidden = 0
         delta = f"{row.relative_delta:.2e}" if row.relative_delta is not None else ""
-        table.add_row(str(row.step), row.state, delta, row.reason)
+        table.add_row(str(row.step), row.state, row.layout, row.dtype, delta, row.reason)
     console.print(table)
     print_warnings(console, [item.text for item in found.findings])
     if found.straightness is None:

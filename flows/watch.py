@@ -20,6 +20,7 @@ from flows.errors import WatchError
 from flows.ledger import Ledger, due, lost, read_ledger, tick, write_ledger
 from flows.lock import held
 from flows.settings import Settings, load_settings
+from relex.layouts.files import open_directory
 from relex.store import State, StoredCheckpoint, open_base, scan
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,9 @@ def watch_store(settings: Settings, *, seconds: float, on_look: Look | None = No
 
 
 def _look(settings: Settings, on_look: Look | None) -> None:
-    if not settings.checkpoints.is_dir() or not (settings.base / "config.json").is_file():
+    base_directory = open_directory(settings.base)
+    there = base_directory.exists() and "config.json" in base_directory.files()
+    if not there or not open_directory(settings.checkpoints).exists():
         logger.info("waiting for %s and %s", settings.base, settings.checkpoints)
         return
     now = time.time()

@@ -66,8 +66,8 @@ def extrapolate(
 
 
 def extrapolate_run(
-    run: Path,
-    base: Path,
+    run: str | Path,
+    base: str | Path,
     *,
     targets: Sequence[int],
     out: Path,

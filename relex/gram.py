@@ -173,11 +173,13 @@ def _add_products(total: NDArray[np.float64], deltas: NDArray[np.float64], *, fi
 def _refuse_non_finite(gram: Gram, trajectory: Trajectory) -> None:
     for place, name in enumerate(gram.names):
         if not bool(torch.isfinite(gram.base_norms[place])):
-            raise NonFiniteError(f"base {trajectory.base.path}: {name} holds NaN or infinity. Give an intact base.")
+            raise NonFiniteError(
+                f"base {trajectory.base.directory}: {name} holds NaN or infinity. Give an intact base."
+            )
         for row, checkpoint in enumerate(trajectory.checkpoints):
             if not bool(torch.isfinite(gram.products[place, row, row])):
                 raise NonFiniteError(
-                    f"{checkpoint.weights.path}: {name} holds NaN or infinity at step {checkpoint.step}."
+                    f"{checkpoint.weights.directory}: {name} holds NaN or infinity at step {checkpoint.step}."
                     " The run has diverged there, or the file is damaged: choose a window before it, or delete the"
                     " directory."
                 )

@@ -5,6 +5,7 @@ Shape suffixes: T = tensors that move, K = checkpoints.
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 from relex import sanity, spectrum
 from relex.gram import cached
-from relex.layouts import hf
+from relex.layouts.weights import Weights
 from relex.sanity import Finding
 from relex.store import State, observed, open_base, scan
 from relex.trajectory import open_trajectory
@@ -21,11 +22,16 @@ from relex.trajectory import open_trajectory
 
 @dataclass(frozen=True)
 class Step:
-    """One step directory; `relative_delta` is the norm of its delta over the base's, None where it was not measured."""
+    """One step directory; `relative_delta` is the norm of its delta over the base's, None where it was not measured.
+
+    `layout` and `dtype` (the precisions it holds, the most common first) are empty unless it is ready.
+    """
 
     step: int
     state: State
-    path: Path
+    location: str
+    layout: str
+    dtype: str
     reason: str
     relative_delta: float | None
 
@@ -40,11 +46,10 @@ class Straightness:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A training run as it lies on disk. The straightness is None while fewer than two checkpoints are ready."""
+    """A training run as it is stored. The straightness is None while fewer than two checkpoints are ready."""
 
-    run: Path
-    base: Path
-    layout: str
+    run: str
+    base: str
     tensors: int
     parameters: int
     steps: tuple[Step, ...]
@@ -54,8 +59,8 @@ class Inspection:
 
 
 def inspect(
-    run: Path,
-    base: Path,
+    run: str | Path,
+    base: str | Path,
     *,
     grams: Path,
     memory: int,
@@ -85,6 +90,25 @@ def inspect(
         norms_K = (gram.products.diagonal(dim1=-2, dim2=-1).sum(0) / gram.base_norms.sum()).sqrt()
         findings = tuple(sanity.findings(gram))
         deltas = dict(zip(trajectory.steps, norms_K.tolist(), strict=True))
-    steps = tuple(Step(item.step, item.state, item.path, item.reason, deltas.get(item.step)) for item in stored)
+    steps = tuple(
+        Step(
+            item.step,
+            item.state,
+            str(item.directory),
+            item.weights.layout if item.weights is not None else "",
+            _precisions(item.weights) if item.weights is not None else "",
+            item.reason,
+            deltas.get(item.step),
+        )
+        for item in stored
+    )
     parameters = sum(math.prod(entry.shape) for entry in opened.tensors.values())
-    return Inspection(run, base, hf.NAME, len(opened.tensors), parameters, steps, straightness, by_tensor, findings)
+    return Inspection(str(run), str(base), len(opened.tensors), parameters, steps, straightness, by_tensor, findings)
+
+
+def _precisions(weights: Weights) -> str:
+    elements = Counter[torch.dtype]()
+    for entry in weights.tensors.values():
+        if entry.dtype.is_floating_point:
+            elements[entry.dtype] += math.prod(entry.shape)
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype, _ in elements.most_common())

@@ -63,9 +63,9 @@ def make(
     versions = {name: version(name) for name in ("relex", "torch", "safetensors")} | {
         "python": platform.python_version()
     }
-    checkpoints = tuple(str(checkpoint.weights.path) for checkpoint in trajectory.checkpoints)
+    checkpoints = tuple(str(checkpoint.weights.directory) for checkpoint in trajectory.checkpoints)
     return Manifest(
-        forecast.digest, forecast, str(trajectory.base.path), checkpoints, dict(files), versions, tuple(command)
+        forecast.digest, forecast, str(trajectory.base.directory), checkpoints, dict(files), versions, tuple(command)
     )
 
 

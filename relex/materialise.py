@@ -19,7 +19,8 @@ from torch import Tensor
 from relex import manifest
 from relex.errors import NonFiniteError, OutputError, RelexError
 from relex.forecast import Forecast, TensorForecast
-from relex.layouts.weights import open_weights
+from relex.layouts.detection import open_any
+from relex.layouts.files import open_directory
 from relex.manifest import FileRecord
 from relex.store import Checkpoint, open_base
 from relex.streaming import (
@@ -184,7 +185,7 @@ def _output_tensors(trajectory: Trajectory, forecast: Forecast) -> list[OutputTe
 
 def _output_tensor(spec: TensorSpec, override: torch.dtype | None) -> OutputTensor:
     dtype = override if override is not None and spec.moves else spec.base.dtype
-    return OutputTensor(spec.name, dtype, spec.base.shape, spec.count * dtype.itemsize, spec.base.file)
+    return OutputTensor(spec.name, dtype, spec.base.shape, spec.count * dtype.itemsize, spec.base.pieces[0].file)
 
 
 def rebuild(directory: Path, out: Path, *, memory: int, threads: int) -> None:
@@ -196,10 +197,10 @@ def rebuild(directory: Path, out: Path, *, memory: int, threads: int) -> None:
     old = manifest.read(directory)
     if out.exists():
         raise OutputError(f"output {out} exists; to rebuild {directory} is to write it afresh. Give another directory.")
-    base = open_base(Path(old.base))
+    base = open_base(old.base)
     checkpoints = [
-        Checkpoint(step, open_weights(Path(path), config=base.config))
-        for step, path in zip(old.forecast.steps, old.checkpoints, strict=True)
+        Checkpoint(step, open_any(open_directory(location), base=base))
+        for step, location in zip(old.forecast.steps, old.checkpoints, strict=True)
     ]
     trajectory = open_trajectory(base, checkpoints)
     materialise(trajectory, [Output(old.forecast, out)], memory=memory, threads=threads, command=old.command)

@@ -7,7 +7,11 @@ from pathlib import Path
 
 from relex.errors import CheckpointError, CheckpointIncompleteError, CheckpointMismatchError, StoreError
 from relex.layouts import hf
-from relex.layouts.weights import Weights, open_weights
+from relex.layouts.detection import open_complete
+from relex.layouts.files import Directory, open_directory
+from relex.layouts.settled import QUIET_SECONDS
+from relex.layouts.steps import step_directories
+from relex.layouts.weights import Weights
 
 
 class State(StrEnum):
@@ -23,7 +27,7 @@ class StoredCheckpoint:
     """One step directory and its state; `weights` is there exactly when it is READY, `reason` when it is not."""
 
     step: int
-    path: Path
+    directory: Directory
     state: State
     reason: str = ""
     weights: Weights | None = None
@@ -37,40 +41,42 @@ class Checkpoint:
     weights: Weights
 
 
-def open_base(path: Path) -> Weights:
+def open_base(location: str | Path) -> Weights:
     """Open the model that the training run started from; it must have a config.json."""
-    if not path.is_dir():
+    directory = open_directory(location)
+    if not directory.exists():
         raise CheckpointIncompleteError(
-            f"base {path} is not a directory. Give the directory of the model the run started from."
+            f"base {location} is not a directory. Give the directory of the model the run started from."
         )
-    if not (path / "config.json").is_file():
+    if "config.json" not in directory.files():
         raise CheckpointIncompleteError(
-            f"base {path} has no config.json. Give the directory of the model the run started from."
+            f"base {location} has no config.json. Give the directory of the model the run started from."
         )
-    return open_weights(path)
+    return hf.open_model(directory, config={})
 
 
-def scan(run: Path, base: Weights, *, now: float) -> tuple[StoredCheckpoint, ...]:
-    """Return every step directory of `run` by ascending step, with its state at `now` (seconds since the epoch)."""
-    if not run.is_dir():
+def scan(location: str | Path, base: Weights, *, now: float) -> tuple[StoredCheckpoint, ...]:
+    """Return every step directory of a run by ascending step, with its state at `now` (seconds since the epoch)."""
+    run = open_directory(location)
+    if not run.exists():
         raise StoreError(
             f"training run {run} is not a directory. Give the directory the trainer writes its checkpoints to."
         )
-    return tuple(_look(step, path, base, now) for step, path in hf.step_directories(run).items())
+    return tuple(_look(step, directory, run, base, now) for step, directory in step_directories(run).items())
 
 
-def _look(step: int, path: Path, base: Weights, now: float) -> StoredCheckpoint:
+def _look(step: int, directory: Directory, run: Directory, base: Weights, now: float) -> StoredCheckpoint:
     try:
         try:
-            weights = hf.open_complete(path, config=base.config, now=now)
+            weights = open_complete(step, directory, run=run, base=base, now=now)
             check_same_tensors(weights, base)
         except CheckpointError as error:
             # What is wrong in a directory that still changes may be right a second later.
-            quiet = now - hf.last_change(path) >= hf.QUIET_SECONDS
-            return StoredCheckpoint(step, path, State.BROKEN if quiet else State.NOT_YET, str(error))
+            quiet = now - directory.last_change() >= QUIET_SECONDS
+            return StoredCheckpoint(step, directory, State.BROKEN if quiet else State.NOT_YET, str(error))
     except FileNotFoundError:
-        return StoredCheckpoint(step, path, State.NOT_YET, f"{path} is being removed or replaced. Wait.")
-    return StoredCheckpoint(step, path, State.READY, weights=weights)
+        return StoredCheckpoint(step, directory, State.NOT_YET, f"{directory} is being removed or replaced. Wait.")
+    return StoredCheckpoint(step, directory, State.READY, weights=weights)
 
 
 def check_same_tensors(weights: Weights, base: Weights) -> None:
@@ -79,28 +85,30 @@ def check_same_tensors(weights: Weights, base: Weights) -> None:
         other = weights.tensors.get(name)
         if other is None:
             raise CheckpointMismatchError(
-                f"{weights.path} has no tensor {name}, which the base {base.path} has with shape {list(entry.shape)}."
-                " Give the base this run was started from."
+                f"{weights.directory} has no tensor {name}, which the base {base.directory} has with shape"
+                f" {list(entry.shape)}. Give the base this run was started from."
             )
         if other.shape != entry.shape:
             raise CheckpointMismatchError(
-                f"{weights.path}: {name} has shape {list(other.shape)}, the base {base.path} has {list(entry.shape)}."
-                " Give the base this run was started from."
+                f"{weights.directory}: {name} has shape {list(other.shape)}, the base {base.directory} has"
+                f" {list(entry.shape)}. Give the base this run was started from."
             )
         if other.dtype.is_floating_point != entry.dtype.is_floating_point:
             raise CheckpointMismatchError(
-                f"{weights.path}: {name} is {other.dtype}, the base {base.path} has {entry.dtype}."
+                f"{weights.directory}: {name} is {other.dtype}, the base {base.directory} has {entry.dtype}."
                 " Give the base this run was started from."
             )
     extra = sorted(weights.tensors.keys() - base.tensors.keys())
     if extra:
         raise CheckpointMismatchError(
-            f"{weights.path} has tensor {extra[0]} with shape {list(weights.tensors[extra[0]].shape)}, which the base"
-            f" {base.path} does not have. Give the base this run was started from."
+            f"{weights.directory} has tensor {extra[0]} with shape {list(weights.tensors[extra[0]].shape)}, which the"
+            f" base {base.directory} does not have. Give the base this run was started from."
         )
 
 
-def observed(stored: Sequence[StoredCheckpoint], run: Path, *, window: int | None = None) -> tuple[Checkpoint, ...]:
+def observed(
+    stored: Sequence[StoredCheckpoint], run: str | Path, *, window: int | None = None
+) -> tuple[Checkpoint, ...]:
     """Return the checkpoints at steps up to and including `window` (None: all), at least two of them, all ready.
 
     A checkpoint inside the window that is not ready is refused, never left out: the fit would silently be another one.
@@ -108,7 +116,7 @@ def observed(stored: Sequence[StoredCheckpoint], run: Path, *, window: int | Non
     inside = [item for item in stored if window is None or item.step <= window]
     if not stored:
         raise StoreError(
-            f"{run} has no checkpoints: no directory in it is named checkpoint-N, step_N or global_step_N."
+            f"{run} has no checkpoints: no directory in it is named checkpoint-N, step_N, global_step_N or the like."
             " Give the directory the trainer writes its checkpoints to."
         )
     for item in inside:

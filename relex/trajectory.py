@@ -76,8 +76,8 @@ def open_trajectory(base: Weights, checkpoints: Sequence[Checkpoint]) -> Traject
         for checkpoint, other in zip(checkpoints, entries, strict=True):
             if other.dtype is not entries[0].dtype:
                 raise CheckpointMismatchError(
-                    f"{checkpoint.weights.path}: {name} is {other.dtype}, at step {steps[0]} it is {entries[0].dtype}."
-                    " One trajectory has one precision: leave out the checkpoints saved otherwise."
+                    f"{checkpoint.weights.directory}: {name} is {other.dtype}, at step {steps[0]} it is"
+                    f" {entries[0].dtype}. One trajectory has one precision: leave out the checkpoints saved otherwise."
                 )
         tensors.append(TensorSpec(entry, entries))
     return Trajectory(base, tuple(checkpoints), tuple(tensors))
@@ -98,6 +98,6 @@ def _check_tied_head(weights: Weights) -> None:
         same = same and ours == theirs
     if not same:
         raise CheckpointMismatchError(
-            f"{weights.path}: config.json says the output head is tied, and {head.name} differs from {name}."
+            f"{weights.directory}: config.json says the output head is tied, and {head.name} differs from {name}."
             " Set tie_word_embeddings to false if the run trains both, or delete the stale head."
         )

@@ -11,13 +11,17 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from relex.errors import OutputError
-from relex.layouts.weights import DTYPE_NAMES, INDEX_FILE, SINGLE_FILE, Weights
+from relex.layouts.files import Directory
+from relex.layouts.header import DTYPE_NAMES
+from relex.layouts.hf import INDEX_FILE, SINGLE_FILE
+from relex.layouts.weights import Weights
 from relex.manifest import FILE_NAME, FileRecord, read
 
 # What a model needs besides its weights. Code is not in the list, and neither is what a trainer keeps for itself.
@@ -174,11 +178,10 @@ def open_writer(out: Path, digest: str, tensors: Sequence[OutputTensor]) -> Mode
 
 def side_files(base: Weights, latest: Weights) -> dict[str, bytes]:
     """Return config, tokenizer and generation files by name: the base's, and what only the latest checkpoint has."""
-    found = {}
-    for weights in (latest, base):
-        for pattern in SIDE_FILES:
-            found.update({path.name: path for path in sorted(weights.path.glob(pattern)) if path.is_file()})
-    return {name: path.read_bytes() for name, path in sorted(found.items())}
+    found: dict[str, Directory] = {}
+    for directory in (latest.directory, base.directory):
+        found |= {name: directory for name in directory.files() if any(fnmatch(name, one) for one in SIDE_FILES)}
+    return {name: directory.read(name) for name, directory in sorted(found.items())}
 
 
 def _try_lock(directory: Path) -> int | None:

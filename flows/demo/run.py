@@ -29,7 +29,8 @@ from flows.score import reports, score
 from flows.settings import Settings, load_settings
 from flows.tables import plain_table
 from flows.window import read_decisions
-from relex.layouts.hf import step_directories
+from relex.layouts.files import open_directory
+from relex.layouts.steps import step_directories
 
 STEPS = 360
 WINDOW = 48
@@ -67,7 +68,7 @@ def run_demo(directory: Path, *, seed: int, home: Path, err: Console) -> Demonst
     with Progress(*columns, console=err) as progress, ThreadPoolExecutor(2) as pool:
         starting = pool.submit(stack.up, home)
         servers = progress.add_task("starting Prefect and MLflow", total=None)
-        pretrain(settings.base, directory, seed, progress)
+        pretrain(Path(settings.base), directory, seed, progress)
         started = starting.result()
         progress.update(servers, total=1, completed=1)
         stack.spawn_watcher(started, settings.training_run, config)
@@ -129,13 +130,13 @@ def pretrain(base: Path, directory: Path, seed: int, progress: Progress) -> None
 @contextmanager
 def training(settings: Settings, directory: Path, seed: int) -> Iterator[subprocess.Popen[bytes] | None]:
     """Run the RLVR training as a process of its own while the block runs; None when it has been run before."""
-    run = settings.checkpoints
+    run = Path(settings.checkpoints)
     if (run / f"checkpoint-{STEPS}" / "trainer_state.json").is_file():
         yield None
         return
     # An unfinished run cannot be taken up: the trainer keeps weights only, as most RLVR runs do for every step.
     shutil.rmtree(run, ignore_errors=True)
-    arguments = ["--base", str(settings.base), "--out", str(run), "--steps", str(STEPS)]
+    arguments = ["--base", settings.base, "--out", str(run), "--steps", str(STEPS)]
     arguments += ["--save-steps", str(SAVE_STEPS), "--seed", str(seed)]
     process = start("flows.demo.trainer", arguments, directory / "trainer.log")
     try:
@@ -153,7 +154,8 @@ def follow(
     pipeline = progress.add_task("waiting for the window", total=None)
     since = time.monotonic()
     while True:
-        latest = max(step_directories(settings.checkpoints), default=0) if settings.checkpoints.is_dir() else 0
+        run = open_directory(settings.checkpoints)
+        latest = max(step_directories(run), default=0) if run.exists() else 0
         progress.update(steps, completed=latest)
         progress.update(window, completed=min(latest, WINDOW))
         if trainer is not None and trainer.poll() is not None:
@@ -193,7 +195,7 @@ def score_later(settings: Settings, pool: ThreadPoolExecutor, progress: Progress
     bar = progress.add_task("scoring the real later steps", total=len(reached))
 
     def score_step(step: int) -> Score:
-        model = Model("observed", step, str(step_directories(settings.checkpoints)[step]))
+        model = Model("observed", step, str(step_directories(open_directory(settings.checkpoints))[step]))
         found = score(model, reports(settings, model, settings.report)[0])
         progress.advance(bar)
         return found

@@ -1,1 +1,1 @@
-"""One module a layout: what is complete on disk, and where the bytes of each tensor lie."""
+"""One module a layout: where in a step directory its files are, and where in them the bytes of each tensor lie."""

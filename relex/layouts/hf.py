@@ -1,102 +1,125 @@
-"""Hugging Face checkpoints: `checkpoint-N` as Trainer and TRL write them, and plain `step_N`, `global_step_N`.
+"""Hugging Face weights: `model.safetensors`, or shards and their index.
 
-Complete means: an exact name; the marker `trainer_state.json`, which Trainer writes last, parses and is not older than
-the newest weight file, or, with no marker, nothing changed for a while; every weight file whole and without holes.
+Besides Trainer's and TRL's `checkpoint-N` this is what a bf16 merge, an export for inference and a base model are.
 """
 
-import contextlib
 import json
-import os
-import re
 from collections.abc import Mapping
-from functools import lru_cache
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
 
-from relex.errors import CheckpointIncompleteError, StoreError
-from relex.layouts.weights import FileIdentity, Weights, open_weights
+from relex.errors import CheckpointIncompleteError, CheckpointMismatchError
+from relex.layouts.files import Directory
+from relex.layouts.foreign import refuse_known
+from relex.layouts.header import read_header
+from relex.layouts.weights import TensorEntry, Weights, make_weights, whole
 
 NAME = "hf"
-QUIET_SECONDS = 30.0
 
-_STEP_DIRECTORY = re.compile(r"(?:checkpoint-|step_|global_step_?)(\d+)")
-_MARKER = "trainer_state.json"
-_INCOMPLETE_MARKER = "checkpoint-is-incomplete.txt"
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
 
-
-def step_directories(run: Path) -> dict[int, Path]:
-    """Return the step directories of a training run by ascending training step; other names are not looked at."""
-    found: dict[int, Path] = {}
-    for path in sorted(run.iterdir()):
-        match = _STEP_DIRECTORY.fullmatch(path.name)
-        if match is None or not path.is_dir():
-            continue
-        step = int(match[1])
-        if step in found:
-            raise StoreError(
-                f"{run} has two directories for step {step}: {found[step].name} and {path.name}. Keep one."
-            )
-        found[step] = path
-    return dict(sorted(found.items()))
+# Where a trainer keeps a whole model inside its step directory; verl writes the last two when it is asked to.
+_PLACES = ("", "actor/huggingface", "actor/model/huggingface")
 
 
-def open_complete(path: Path, *, config: Mapping[str, Any], now: float) -> Weights:
-    """Open the weights in `path` if it is complete at time `now` (seconds since the epoch).
+def find(step: Directory) -> Directory | None:
+    """Return the directory in the step directory that holds such weights, None when there is none."""
+    for place in _PLACES:
+        directory = descend(step, place)
+        if directory is not None and directory.files().keys() & {SINGLE_FILE, INDEX_FILE}:
+            return directory
+    return None
 
-    Raises CheckpointIncompleteError, or CheckpointMismatchError when the files contradict each other.
+
+def descend(directory: Directory, place: str) -> Directory | None:
+    """Return the directory `place` ("a/b", "" for itself) in `directory`, None when it is not there."""
+    for name in filter(None, place.split("/")):
+        if name not in directory.children():
+            return None
+        directory = directory.enter(name)
+    return directory
+
+
+def open_weights(directory: Directory, *, base: Weights) -> Weights:
+    """Open the weights of a checkpoint; what its own config.json does not say, the base's does."""
+    return open_model(directory, config=base.config)
+
+
+def open_model(directory: Directory, *, config: Mapping[str, Any]) -> Weights:
+    """Read the headers of the weights in `directory`, single file or sharded index.
+
+    `config` stands in when there is no config.json (it says whether the output head is tied). Raises
+    CheckpointIncompleteError when files are missing or not whole, CheckpointMismatchError when two files contradict.
     """
-    if (path / _INCOMPLETE_MARKER).exists():
-        raise CheckpointIncompleteError(f"{path} holds {_INCOMPLETE_MARKER}: its writer has not finished. Wait.")
-    weights = open_weights(path, config=config)
-    for file in weights.files:
-        _refuse_hole(path / file.name, file.size)
-    newest = max(file.mtime_ns for file in weights.files)
-    marker = path / _MARKER
-    if not marker.is_file():
-        age = now - newest / 1e9
-        if age < QUIET_SECONDS:
+    present = directory.files()
+    files = []
+    tensors: dict[str, TensorEntry] = {}
+    if "config.json" in present:
+        config = read_json(directory, "config.json")
+    for shard, expected in _shards(directory).items():
+        stored = read_header(directory, present[shard]).tensors
+        missing = sorted(expected - stored.keys()) if expected is not None else []
+        if missing:
             raise CheckpointIncompleteError(
-                f"{path} has no {_MARKER} and changed {max(age, 0.0):.0f} s ago; without that marker a checkpoint"
-                f" counts as complete after {QUIET_SECONDS:.0f} quiet seconds. Wait."
+                f"{directory}/{INDEX_FILE} places {missing[0]} in {shard}, which holds {len(stored)} tensors but not"
+                " that one. If the trainer is still writing, wait; otherwise save the checkpoint again."
             )
-        return weights
-    identity = FileIdentity.of(marker)
-    _check_marker(marker, identity)
-    if identity.mtime_ns < newest:
-        raise CheckpointIncompleteError(
-            f"{path}: the weights are newer than {_MARKER}, so they are being written again. Wait for the trainer."
-        )
-    return weights
+        for name, item in stored.items():
+            if expected is None or name in expected:
+                tensors[name] = whole(name, item.dtype, item.shape, shard, item.offset)
+        files.append(present[shard])
+    return make_weights(NAME, directory, tensors, files, config)
 
 
-@lru_cache(maxsize=4096)  # it grows with the run, and a watcher looks at every checkpoint every few seconds
-def _check_marker(path: Path, identity: FileIdentity) -> None:
+def read_json(directory: Directory, name: str) -> dict[str, Any]:
+    """Read a JSON object; raises CheckpointIncompleteError when it is none, as while it is being written."""
     try:
-        json.loads(path.read_bytes())
-    except ValueError as error:
+        content = json.loads(directory.read(name))
+    except (ValueError, RecursionError) as error:
         raise CheckpointIncompleteError(
-            f"{path} ({identity.size} bytes) does not parse ({error}): the trainer is writing it. Wait."
+            f"{directory}/{name} is not JSON ({error}). If the trainer is still writing, wait; otherwise save the"
+            " checkpoint again."
         ) from error
+    if not isinstance(content, dict):
+        raise CheckpointIncompleteError(f"{directory}/{name} holds a JSON {type(content).__name__}, not an object.")
+    return content
 
 
-def last_change(path: Path) -> float:
-    """Return when anything in directory `path` last changed, in seconds since the epoch."""
-    times = [path.stat().st_mtime]
-    for entry in os.scandir(path):
-        # A file may go meanwhile, or be a link to nothing.
-        with contextlib.suppress(FileNotFoundError):
-            times.append(entry.stat().st_mtime)
-    return max(times)
-
-
-def _refuse_hole(path: Path, size: int) -> None:
-    """Refuse a sparse file: on a network file system a hole is a part that has not arrived."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        hole = os.lseek(descriptor, 0, os.SEEK_HOLE)
-    finally:
-        os.close(descriptor)
-    if hole < size:
-        raise CheckpointIncompleteError(
-            f"{path} has a hole at byte {hole} of {size}: that part has not been written yet. Wait for the trainer."
+def _shards(directory: Directory) -> dict[str, set[str] | None]:
+    """Map each weight file to the tensor names the index places in it (None: all of a single file's)."""
+    present = directory.files()
+    if SINGLE_FILE in present and INDEX_FILE in present:
+        raise CheckpointMismatchError(
+            f"{directory} has both {SINGLE_FILE} and {INDEX_FILE}: one of them is left over. Delete the one that is not"
+            " meant."
         )
+    if SINGLE_FILE in present:
+        return {SINGLE_FILE: None}
+    if INDEX_FILE not in present:
+        refuse_known(directory)
+        raise CheckpointIncompleteError(
+            f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}. If the trainer is still writing, wait; otherwise"
+            " point to the directory that holds the weights."
+        )
+    weight_map = read_json(directory, INDEX_FILE).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointIncompleteError(f"{directory}/{INDEX_FILE} has no weight_map. Save the checkpoint again.")
+    shards: dict[str, set[str] | None] = {}
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not shard or PurePosixPath(shard).name != shard or shard.startswith("."):
+            raise CheckpointMismatchError(
+                f"{directory}/{INDEX_FILE} places {name} in {shard!r}, which is not a plain file name. A checkpoint may"
+                " not point outside itself."
+            )
+        names = shards.setdefault(shard, set())
+        assert names is not None
+        names.add(name)
+    missing = sorted(shards.keys() - present.keys())
+    if missing:
+        raise CheckpointIncompleteError(
+            f"{directory} is not complete: {INDEX_FILE} names {len(shards)} shards and {len(shards) - len(missing)} are"
+            f" present (missing {missing[0]}). If the trainer is still writing, wait; if it died there, delete the"
+            " directory."
+        )
+    return dict(sorted(shards.items()))

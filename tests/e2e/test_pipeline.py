@@ -23,7 +23,8 @@ from flows.settings import load_settings
 from flows.stack import Stack
 from flows.window import read_decisions
 from relex import manifest
-from relex.layouts.hf import step_directories
+from relex.layouts.files import LocalDirectory
+from relex.layouts.steps import step_directories
 from tests.e2e.conftest import STEPS, TrainedRun, write_config
 
 Found = TypeVar("Found")
@@ -101,6 +102,11 @@ def serve(servers: Stack, server_environment: dict[str, str]) -> Iterator[Serve]
             process.wait(30)
 
 
+def _steps(trained: TrainedRun) -> dict[int, Path]:
+    run = LocalDirectory(trained.checkpoints)
+    return {step: trained.checkpoints / found.name for step, found in step_directories(run).items()}
+
+
 def test_killing_watcher_flow_and_evaluation_ends_in_one_registered_version(
     tmp_path: Path, trained: TrainedRun, servers: Stack, serve: Serve
 ) -> None:
@@ -113,17 +119,17 @@ def test_killing_watcher_flow_and_evaluation_ends_in_one_registered_version(
         return flow_process(served, flow, names)
 
     # The watcher sees all but the last checkpoint, and dies.
-    for step, path in step_directories(trained.checkpoints).items():
+    for step, path in _steps(trained).items():
         if step < STEPS:
-            shutil.copytree(path, settings.checkpoints / path.name)
+            shutil.copytree(path, Path(settings.checkpoints) / path.name)
     wait_for("the first checkpoints", lambda: read_ledger(settings).checkpoints or None)
     watcher = wait_for("the watcher", lambda: running("watch"))
     watcher.send_signal(signal.SIGKILL)
     watcher.wait(10)
 
     # The window fills while nobody looks; the next watcher finds it.
-    last = step_directories(trained.checkpoints)[STEPS]
-    shutil.copytree(last, settings.checkpoints / last.name)
+    last = _steps(trained)[STEPS]
+    shutil.copytree(last, Path(settings.checkpoints) / last.name)
     child = wait_for("an evaluation", lambda: next(iter(descendants(served, "evaluation.worker")), None))
     child.send_signal(signal.SIGKILL)
     # The next evaluation is the retry, or another model's: its flow dies under it.

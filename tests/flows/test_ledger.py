@@ -150,7 +150,7 @@ def test_a_window_whose_checkpoints_were_pruned_is_not_announced(
         write_checkpoint(step)
     now = time.time()
     _, ledger = look(settings, Ledger(), now)
-    shutil.rmtree(settings.checkpoints / "checkpoint-10")
+    shutil.rmtree(Path(settings.checkpoints) / "checkpoint-10")
     write_checkpoint(40)
     events, ledger = look(settings, ledger, now)
     assert names(events) == [CHECKPOINT_READY]
@@ -174,7 +174,7 @@ def test_a_run_started_anew_in_the_same_directory_is_a_new_run(
 
 
 def rewrite(settings: Settings, write_checkpoint: WriteCheckpoint, step: int) -> None:
-    shutil.rmtree(settings.checkpoints / f"checkpoint-{step}")
+    shutil.rmtree(Path(settings.checkpoints) / f"checkpoint-{step}")
     write_checkpoint(step)
 
 
@@ -215,7 +215,7 @@ def test_what_a_resumed_run_left_behind_may_be_deleted(settings: Settings, write
     rewrite(settings, write_checkpoint, 20)
     _, ledger = look(settings, ledger, now)
     for step in (30, 40):
-        shutil.rmtree(settings.checkpoints / f"checkpoint-{step}")
+        shutil.rmtree(Path(settings.checkpoints) / f"checkpoint-{step}")
     _, ledger = look(settings, ledger, now)
     assert ledger.stale == []
     write_checkpoint(60)

@@ -9,7 +9,7 @@ from flows.settings import Settings, load_settings
 
 def test_relative_paths_are_relative_to_the_file(config: Path, tmp_path: Path) -> None:
     settings = load_settings(config)
-    assert settings.checkpoints == tmp_path / "run"
+    assert settings.checkpoints == str(tmp_path / "run")
     assert settings.selection == str(tmp_path / "selection.yaml")
     assert settings.home == tmp_path / ".relex" / "tiny"
     assert settings.targets == [100, 200]

@@ -215,7 +215,7 @@ def _replace(file: Path) -> None:
     [
         (_cut, "ended at byte .* inside tensor .*: it was cut while being read"),
         (_rewrite, "changed while it was read .*mtime"),
-        (_replace, "changed while it was read .*inode"),
+        (_replace, "changed while it was read .*version"),
         (Path.unlink, "was there when the pass began and cannot be opened now"),
     ],
 )

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
 from relex.errors import CheckpointError, CheckpointIncompleteError, CheckpointMismatchError, RelexError
-from relex.layouts.weights import INDEX_FILE, SINGLE_FILE, open_weights
+from relex.layouts.files import LocalDirectory
+from relex.layouts.hf import INDEX_FILE, SINGLE_FILE, open_model
+from relex.layouts.weights import Weights
 from relex.trajectory import open_trajectory
 from tests.relex.trajectories import Run, drift, load, predict, write, write_model, write_run
 
@@ -19,10 +21,14 @@ WHOLE = save(
 HEADER = 8 + int.from_bytes(WHOLE[:8], "little")
 
 
+def _weights(path: Path) -> Weights:
+    return open_model(LocalDirectory(path), config={})
+
+
 def _open(content: bytes) -> None:
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / SINGLE_FILE).write_bytes(content)
-        open_weights(Path(directory))
+        _weights(Path(directory))
 
 
 @given(st.integers(0, len(WHOLE) - 1))
@@ -58,12 +64,12 @@ def test_a_dtype_without_arithmetic_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointMismatchError, match="w has dtype F8_E4M3, which cannot be extrapolated; known are F64"
     ):
-        open_weights(tmp_path)
+        _weights(tmp_path)
 
 
 def test_every_tensor_of_a_sharded_model_is_found_where_the_index_places_it(tmp_path: Path) -> None:
     state = drift()[0]
-    weights = open_weights(write_model(tmp_path / "m", state, shards=3))
+    weights = _weights(write_model(tmp_path / "m", state, shards=3))
     assert weights.tensors.keys() == state.keys()
     for name, entry in weights.tensors.items():
         buffer = bytearray(entry.nbytes)
@@ -78,7 +84,7 @@ def test_a_missing_shard_is_named_with_both_counts(tmp_path: Path) -> None:
         CheckpointIncompleteError,
         match=r"names 3 shards and 2 are present \(missing model-00002-of-00003.safetensors\)",
     ):
-        open_weights(path)
+        _weights(path)
 
 
 def test_a_shard_without_a_tensor_the_index_places_in_it_is_incomplete(tmp_path: Path) -> None:
@@ -87,14 +93,14 @@ def test_a_shard_without_a_tensor_the_index_places_in_it_is_incomplete(tmp_path:
     index["weight_map"]["phantom"] = "model-00001-of-00002.safetensors"
     (path / INDEX_FILE).write_text(json.dumps(index))
     with pytest.raises(CheckpointIncompleteError, match="places phantom in model-00001-of-00002"):
-        open_weights(path)
+        _weights(path)
 
 
 @pytest.mark.parametrize("shard", ["../../etc/passwd", "/etc/passwd", "..", ".hidden", "", "sub/model.safetensors", 7])
 def test_an_index_may_not_point_outside_its_checkpoint(tmp_path: Path, shard: object) -> None:
     (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": {"w": shard}}))
     with pytest.raises(CheckpointMismatchError, match=r"places w in .*, which is not a plain file name"):
-        open_weights(tmp_path)
+        _weights(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -109,20 +115,20 @@ def test_an_index_may_not_point_outside_its_checkpoint(tmp_path: Path, shard: ob
 def test_an_index_that_says_nothing_is_incomplete(tmp_path: Path, index: str, message: str) -> None:
     (tmp_path / INDEX_FILE).write_text(index)
     with pytest.raises(CheckpointIncompleteError, match=message):
-        open_weights(tmp_path)
+        _weights(tmp_path)
 
 
 def test_a_single_file_beside_an_index_is_refused(tmp_path: Path) -> None:
     path = write_model(tmp_path / "m", drift()[0], shards=2)
     (path / SINGLE_FILE).write_bytes(WHOLE)
     with pytest.raises(CheckpointMismatchError, match=r"has both model.safetensors and model.safetensors.index.json"):
-        open_weights(path)
+        _weights(path)
 
 
 def test_a_pickle_is_named_and_not_read(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"anything")
     with pytest.raises(CheckpointIncompleteError, match=r"pytorch_model\.bin is not read: save with safetensors"):
-        open_weights(tmp_path)
+        _weights(tmp_path)
 
 
 def _with_head(run_root: Path, *, tied: object, stale: float = 0.0) -> Run:

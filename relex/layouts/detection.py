@@ -1,0 +1,49 @@
+"""Which layout a step directory has: the first that finds its files, in order of preference."""
+
+from typing import Protocol
+
+from relex.errors import CheckpointIncompleteError
+from relex.layouts import hf
+from relex.layouts.files import Directory
+from relex.layouts.foreign import refuse_known
+from relex.layouts.settled import check_settled
+from relex.layouts.weights import Weights
+
+
+class Layout(Protocol):
+    """One module of this package."""
+
+    NAME: str
+
+    def find(self, step: Directory) -> Directory | None:
+        """Return the directory in a step directory that holds the files of this layout, None when there is none."""
+
+    def open_weights(self, directory: Directory, *, base: Weights) -> Weights:
+        """Open the weights in it; raises CheckpointError when they are not whole."""
+
+
+LAYOUTS: tuple[Layout, ...] = (hf,)
+
+
+def open_complete(step: int, directory: Directory, *, run: Directory, base: Weights, now: float) -> Weights:
+    """Open the checkpoint of `step` in the step directory `directory`, if it is complete at time `now`.
+
+    `now` is in seconds since the epoch. Raises CheckpointIncompleteError, or CheckpointMismatchError when the files
+    contradict each other or the base.
+    """
+    weights = open_any(directory, base=base)
+    check_settled(weights, step=step, directory=directory, run=run, now=now)
+    return weights
+
+
+def open_any(directory: Directory, *, base: Weights) -> Weights:
+    """Open the weights in a step directory, or in the directory itself; complete or not is not asked."""
+    for layout in LAYOUTS:
+        found = layout.find(directory)
+        if found is not None:
+            return layout.open_weights(found, base=base)
+    refuse_known(directory)
+    raise CheckpointIncompleteError(
+        f"{directory} has neither {hf.SINGLE_FILE} nor {hf.INDEX_FILE}. If the trainer is still writing, wait;"
+        " otherwise point to the directory that holds the step directories."
+    )

@@ -1,0 +1,173 @@
+"""A directory of files, wherever it lies: what is in it, which version, and ranges of bytes."""
+
+import contextlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Protocol
+
+
+class Kind(StrEnum):
+    """How files come to be there, which decides when a checkpoint is complete.
+
+    DISK: they grow, in the order they are written. OBJECTS: each appears whole, in any order. COMMIT: all at once.
+    """
+
+    DISK = "disk"
+    OBJECTS = "objects"
+    COMMIT = "commit"
+
+
+@dataclass(frozen=True)
+class FileIdentity:
+    """What a file was when it was looked at: name, size in bytes, modification time in ns, and version.
+
+    The version is the inode on a disk, and elsewhere what the store itself calls a version (ETag, content digest).
+    """
+
+    name: str
+    size: int
+    mtime_ns: int
+    version: str
+
+
+class Directory(Protocol):
+    """One directory. Its string is the location that `open_directory` takes; equal locations are equal, and hash."""
+
+    def __hash__(self) -> int: ...
+
+    @property
+    def kind(self) -> Kind:
+        """How files come to be in it."""
+
+    @property
+    def name(self) -> str:
+        """The last part of its location."""
+
+    def exists(self) -> bool:
+        """Whether it is there."""
+
+    def files(self) -> Mapping[str, FileIdentity]:
+        """Return the files directly in it by name, links followed; a link to nothing is not among them."""
+
+    def children(self) -> tuple[str, ...]:
+        """Return the sorted names of the directories directly in it."""
+
+    def enter(self, name: str) -> "Directory":
+        """Return the directory `name` in it, there or not."""
+
+    def identity(self, name: str) -> FileIdentity:
+        """Look at one file again; raises FileNotFoundError."""
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        """Return bytes `start` to `stop` of a file (None: to its end); fewer where it ends before."""
+
+    def read_into(self, name: str, position: int, buffer: memoryview) -> int:
+        """Fill `buffer` with the bytes from `position` on and return how many there were; raises OSError."""
+
+    def last_change(self) -> float:
+        """Return when anything in it last changed, in seconds since the epoch."""
+
+    def defect(self, file: FileIdentity) -> str | None:
+        """Say in a few words why a file may not be trusted although its length is right, None when it may."""
+
+
+@dataclass(frozen=True)
+class LocalDirectory:
+    """A directory of a mounted file system."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def kind(self) -> Kind:
+        """Files grow here, in the order they are written."""
+        return Kind.DISK
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return self.path.name
+
+    def exists(self) -> bool:
+        """Whether it is a directory."""
+        return self.path.is_dir()
+
+    def files(self) -> Mapping[str, FileIdentity]:
+        """Return the files directly in it by name."""
+        found = {}
+        for entry in sorted(os.scandir(self.path), key=lambda entry: entry.name):
+            # It may go meanwhile, or be a link to nothing.
+            with contextlib.suppress(FileNotFoundError):
+                if entry.is_file():
+                    found[entry.name] = _identity(entry.name, entry.stat())
+        return found
+
+    def children(self) -> tuple[str, ...]:
+        """Return the sorted names of the directories directly in it."""
+        return tuple(sorted(entry.name for entry in os.scandir(self.path) if entry.is_dir()))
+
+    def enter(self, name: str) -> "LocalDirectory":
+        """Return the directory `name` in it."""
+        return LocalDirectory(self.path / name)
+
+    def identity(self, name: str) -> FileIdentity:
+        """Stat one file, links followed."""
+        return _identity(name, (self.path / name).stat())
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        """Return bytes `start` to `stop` of a file."""
+        with (self.path / name).open("rb") as file:
+            file.seek(start)
+            return file.read() if stop is None else file.read(stop - start)
+
+    def read_into(self, name: str, position: int, buffer: memoryview) -> int:
+        """Fill `buffer` with `pread`: where a map would kill the process, a file that got shorter ends early."""
+        total = 0
+        descriptor = os.open(self.path / name, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            while total < len(buffer):
+                count = os.preadv(descriptor, [buffer[total:]], position + total)
+                if count == 0:
+                    break
+                total += count
+        finally:
+            os.close(descriptor)
+        return total
+
+    def last_change(self) -> float:
+        """Return the newest modification time in the tree."""
+        times = [self.path.stat().st_mtime]
+        for root, directories, files in os.walk(self.path):
+            for name in (*directories, *files):
+                with contextlib.suppress(FileNotFoundError):
+                    times.append((Path(root) / name).stat().st_mtime)
+        return max(times)
+
+    def defect(self, file: FileIdentity) -> str | None:
+        """Name a hole (on a network file system, a part that has not arrived) or a link that leads out."""
+        path = self.path / file.name
+        target = path.resolve()
+        # The Hub's own cache keeps snapshots/REVISION/NAME as a link to blobs/DIGEST.
+        inside = self.path.resolve() in target.parents or target.parent.name == "blobs"
+        if not inside:
+            return f"is a link to {target}, outside of it"
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            hole = os.lseek(descriptor, 0, os.SEEK_HOLE)
+        finally:
+            os.close(descriptor)
+        return f"has a hole at byte {hole} of {file.size}" if hole < file.size else None
+
+
+def open_directory(location: str | Path) -> Directory:
+    """Return the directory at a path or a URL (`hf://org/repo`, `s3://bucket/prefix`, …), there or not."""
+    return LocalDirectory(Path(location))
+
+
+def _identity(name: str, stat: os.stat_result) -> FileIdentity:
+    return FileIdentity(name, stat.st_size, stat.st_mtime_ns, str(stat.st_ino))

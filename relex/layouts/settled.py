@@ -1,0 +1,107 @@
+"""When the files of a checkpoint are all there and nobody writes them any more.
+
+On a disk: the trainer's marker, which it writes last, parses and is not older than the newest weight file, or, with no
+marker, nothing changed for a while. An object store shows files whole but in any order: nothing changed for a while. A
+commit is complete. In all of them every file is as long as its header says (the layouts see to it), and has no hole.
+"""
+
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+
+from relex.errors import CheckpointIncompleteError, CheckpointMismatchError
+from relex.layouts.files import Directory, FileIdentity, Kind
+from relex.layouts.weights import Weights
+
+QUIET_SECONDS = 30.0
+
+# What trainers write last into a step directory: Trainer and TRL; open-instruct; prime-rl.
+_STATE = "trainer_state.json"
+_MARKERS = (_STATE, ".checkpoint_complete", "STABLE")
+_INCOMPLETE_MARKER = "checkpoint-is-incomplete.txt"
+# What verl writes last, beside its step directories: the number of the latest one.
+_TRACKER = "latest_checkpointed_iteration.txt"
+_TRACKED = "global_step_"
+
+
+def check_settled(weights: Weights, *, step: int, directory: Directory, run: Directory, now: float) -> None:
+    """Raise CheckpointIncompleteError unless the weights in step directory `directory` are finished at time `now`.
+
+    `now` is in seconds since the epoch. A file that only leads to another place raises CheckpointMismatchError.
+    """
+    _refuse_defects(weights)
+    kind = weights.directory.kind
+    present = directory.files()
+    if _INCOMPLETE_MARKER in present:
+        raise CheckpointIncompleteError(f"{directory} holds {_INCOMPLETE_MARKER}: its writer has not finished. Wait.")
+    if kind is Kind.COMMIT:
+        return
+    newest = max(file.mtime_ns for file in weights.files)
+    if kind is Kind.DISK:
+        for name in _MARKERS:
+            if name in present:
+                if name == _STATE:
+                    _check_parses(directory, present[name])
+                _refuse_older(present[name], newest, directory)
+                return
+        if directory.name.startswith(_TRACKED):
+            siblings = run.files()
+            if _TRACKER in siblings:
+                _check_tracker(run, siblings, step=step, newest=newest, directory=directory)
+                return
+    age = now - newest / 1e9
+    if age < QUIET_SECONDS:
+        what = f"has no {_STATE} and changed" if kind is Kind.DISK else "changed"
+        raise CheckpointIncompleteError(
+            f"{directory} {what} {max(age, 0.0):.0f} s ago; without the trainer's marker a checkpoint counts as"
+            f" complete after {QUIET_SECONDS:.0f} quiet seconds. Wait."
+        )
+
+
+def _refuse_defects(weights: Weights) -> None:
+    for file in weights.files:
+        defect = weights.directory.defect(file)
+        if defect is None:
+            continue
+        if "link" in defect:
+            raise CheckpointMismatchError(
+                f"{weights.directory}/{file.name} {defect}. A checkpoint may not point outside itself: copy the file,"
+                " or give the directory that holds it."
+            )
+        raise CheckpointIncompleteError(
+            f"{weights.directory}/{file.name} {defect}: that part has not been written yet. Wait for the trainer."
+        )
+
+
+def _refuse_older(marker: FileIdentity, newest: int, directory: Directory) -> None:
+    if marker.mtime_ns < newest:
+        raise CheckpointIncompleteError(
+            f"{directory}: the weights are newer than {marker.name}, so they are being written again. Wait for the"
+            f" trainer; if the directory was copied, touch {marker.name}."
+        )
+
+
+def _check_tracker(
+    run: Directory, siblings: Mapping[str, FileIdentity], *, step: int, newest: int, directory: Directory
+) -> None:
+    text = run.read(_TRACKER).decode(errors="replace").strip()
+    if not text.isdecimal():
+        raise CheckpointIncompleteError(f"{run}/{_TRACKER} reads {text!r}: the trainer is writing it. Wait.")
+    if int(text) < step:
+        raise CheckpointIncompleteError(
+            f"{directory}: {_TRACKER} says the latest finished step is {text}. Wait for the trainer; if it resumed from"
+            f" there, step {step} will be written again."
+        )
+    if int(text) == step:
+        _refuse_older(siblings[_TRACKER], newest, directory)
+
+
+@lru_cache(maxsize=4096)  # it grows with the run, and a watcher looks at every checkpoint every few seconds
+def _check_parses(directory: Directory, marker: FileIdentity) -> None:
+    try:
+        json.loads(directory.read(marker.name))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointIncompleteError(
+            f"{directory}/{marker.name} ({marker.size} bytes) does not parse ({error}): the trainer is"
+            " writing it. Wait."
+        ) from error

@@ -1,0 +1,37 @@
+"""Which names in the store of a training run are step directories, and of which training step."""
+
+import re
+
+from relex.errors import StoreError
+from relex.layouts.files import Directory
+
+# What trainers call them, and what is to be added to the number to get the count of finished training steps.
+_NAMES = (
+    (re.compile(r"checkpoint-(\d+)"), 0),  # Trainer, TRL
+    (re.compile(r"step_(\d+)"), 0),  # NeMo-RL, prime-rl, open-instruct
+    (re.compile(r"global_step_?(\d+)"), 0),  # verl
+    (re.compile(r"global_step(\d+)_hf"), 0),  # OpenRLHF
+    (re.compile(r"hf_(\d+)"), 1),  # slime counts rollouts from 0
+    (re.compile(r"epoch\d+epochstep\d+globalstep(\d+)"), 1),  # AReaL counts from 0
+)
+
+
+def step_directories(run: Directory) -> dict[int, Directory]:
+    """Return the step directories of a training run by ascending training step; other names are not looked at."""
+    found: dict[int, Directory] = {}
+    for name in run.children():
+        step = _step(name)
+        if step is None:
+            continue
+        if step in found:
+            raise StoreError(f"{run} has two directories for step {step}: {found[step].name} and {name}. Keep one.")
+        found[step] = run.enter(name)
+    return dict(sorted(found.items()))
+
+
+def _step(name: str) -> int | None:
+    for pattern, offset in _NAMES:
+        match = pattern.fullmatch(name)
+        if match is not None:
+            return int(match[1]) + offset
+    return None
