@@ -5,7 +5,7 @@ from relex.layouts.files import Directory
 
 
 def refuse_known(directory: Directory) -> None:
-    """Raise CheckpointIncompleteError, with the way out, when `directory` holds weights in a format relex never reads."""
+    """Raise CheckpointIncompleteError, with the way out, when `directory` holds weights that are never read."""
     for name in directory.files():
         if name.endswith((".bin", ".pt", ".pth")):
             raise CheckpointIncompleteError(f"{directory}: {name} is not read: save with safetensors.")
