@@ -24,7 +24,7 @@ from flows.publish import ProgressArtifact, curves, draw, metrics, show
 from flows.score import reports, score
 from flows.settings import Settings, load_settings
 from flows.window import claim, decided, decision_path, window_directory, write_json
-from relex.errors import DuplicateError, NonFiniteError, TargetError
+from relex.errors import CheckpointDamagedError, DuplicateError, NonFiniteError, TargetError
 
 
 def predict_models(config: str, steps: list[int], key: str) -> tuple[list[Model], tuple[str, ...]]:
@@ -135,7 +135,7 @@ def extrapolate(config: str, steps: list[int], key: str, tracking_uri: str) -> S
             return Completed(message=f"window {key} is decided")
         try:
             decision = decide(config, settings, steps, key, tracking_uri)
-        except (DuplicateError, NonFiniteError, TargetError) as error:
+        except (CheckpointDamagedError, DuplicateError, NonFiniteError, TargetError) as error:
             # Trying again would find the same: it is a decision, and "no" is an answer.
             decision = Decision(
                 settings.training_run, key, settings.window, tuple(steps), "keep training", f"Cannot predict: {error}"

@@ -6,6 +6,7 @@ RelexError
 │   ├── CheckpointIncompleteError      files missing, truncated or still being written
 │   ├── CheckpointMismatchError        names, shapes or dtypes differ from the base
 │   ├── CheckpointChangedError         a file changed while it was read
+│   ├── CheckpointDamagedError         a stretch of zeros where weights were
 │   ├── NonFiniteError                 NaN or infinity in a tensor, read or predicted
 │   └── DuplicateError                 the same weights as the checkpoint before
 ├── TargetError                    the target step, the window or the method's parameters make no sense here
@@ -38,6 +39,10 @@ class CheckpointMismatchError(CheckpointError):
 
 class CheckpointChangedError(CheckpointError):
     """A file changed while it was read."""
+
+
+class CheckpointDamagedError(CheckpointError):
+    """A stretch of a tensor reads as zeros where the base has weights."""
 
 
 class NonFiniteError(CheckpointError):

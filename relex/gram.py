@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from relex.errors import NonFiniteError
+from relex.errors import CheckpointDamagedError, NonFiniteError
 from relex.streaming import Progress, Unit, Workspace, as_bytes, in_order, units, workspaces
 from relex.trajectory import Trajectory
 
@@ -34,6 +34,10 @@ from relex.trajectory import Trajectory
 ROWS, COLUMNS = 4, 24
 # Columns of one product: with these shapes it needs no packing, which is 2.4 times faster than twice as many.
 WIDTH = 1 << 13
+# What a file system gives back for a part that it lost: whole sectors of zeros.
+_SECTOR_BYTES = 512
+# Of smaller tensors there is no sector; fewer zeros than this may be chance.
+_FEWEST_ZEROS = 4
 FORMAT = 1
 
 
@@ -89,8 +93,8 @@ def measure(
     """Read the trajectory once, within `memory` bytes, and return its Gram.
 
     `known` holds products of the first checkpoints of this trajectory that need not be taken again. Raises
-    NonFiniteError naming the tensor and the step, CheckpointChangedError when a file changed meanwhile,
-    MemoryBudgetError.
+    NonFiniteError and CheckpointDamagedError naming the tensor and the step, CheckpointChangedError when a file changed
+    meanwhile, MemoryBudgetError.
     """
     count = len(trajectory.checkpoints)
     padded = -(-count // ROWS) * ROWS
@@ -103,32 +107,37 @@ def measure(
     extra = padded * WIDTH * 8
     spaces = workspaces(trajectory, count, memory=memory, threads=threads, extra=extra)
 
-    def work(space: Workspace, unit: Unit) -> tuple[Tensor, float, list[bytes]]:
+    erased: list[tuple[str, int]] = []
+
+    def work(space: Workspace, unit: Unit) -> tuple[Tensor, float, list[bytes], list[int]]:
         part = torch.zeros(padded, padded, dtype=torch.float64)
         base_norm = 0.0
         digests = [xxhash.xxh3_128() for _ in range(count + 1)]
         wide = torch.zeros(padded, WIDTH, dtype=torch.float64)
+        zeroed: list[int] = []
         for block in space.blocks(trajectory, unit, range(count)):
             for digest, row in zip(digests, (block.base, *block.stored), strict=True):
                 digest.update(as_bytes(row))
             if not trajectory.tensors[unit.tensor].moves:
                 continue
             for place, deltas in space.subtract(block):
+                zeroed += _erased(block.stored[:, place], block.base[place])
                 for piece in torch.split(deltas, WIDTH, dim=1):
                     wide[:count, : piece.shape[1]].copy_(piece)
                     _add_products(part.numpy(), wide[:, : piece.shape[1]].numpy(), first=kept)
                 base = block.base[place].double()
                 base_norm += float(base @ base)
-        return part, base_norm, [digest.digest() for digest in digests]
+        return part, base_norm, [digest.digest() for digest in digests], zeroed
 
     total = sum(spec.base.nbytes + sum(entry.nbytes for entry in spec.entries) for spec in trajectory.tensors)
     done = 0
-    for unit, (part, base_norm, digests) in in_order(work, units(trajectory), spaces):
+    for unit, (part, base_norm, digests, zeroed) in in_order(work, units(trajectory), spaces):
         spec = trajectory.tensors[unit.tensor]
         for whole, digest in zip(hashes, digests, strict=True):
             if unit.start == 0:
                 whole.update(f"{spec.name} {list(spec.base.shape)}".encode())
             whole.update(digest)
+        erased += [(spec.name, row) for row in zeroed]
         if spec.moves:
             products[position[unit.tensor]] += part
             base_norms[position[unit.tensor]] += base_norm
@@ -155,6 +164,7 @@ def measure(
     if known is not None and (gram.base_digest, gram.digests[:kept]) != (known.base_digest, known.digests):
         # Same files by their stat, other bytes: what was known is about something else.
         return measure(trajectory, memory=memory, threads=threads, on_progress=on_progress)
+    _refuse_erased(erased, trajectory)
     _refuse_non_finite(gram, trajectory)
     return gram
 
@@ -168,6 +178,32 @@ def _add_products(total: NDArray[np.float64], deltas: NDArray[np.float64], *, fi
             for left in range(0, top + ROWS, COLUMNS):
                 columns = slice(left, min(left + COLUMNS, top + ROWS))
                 total[rows, columns] += deltas[rows] @ deltas[columns].T
+
+
+def _erased(stored_RN: Tensor, base_N: Tensor) -> list[int]:
+    """Return the rows of a chunk in which a whole sector, or a whole small tensor, is zero and the base's is not."""
+    fewest = min(_SECTOR_BYTES // stored_RN.itemsize, stored_RN.shape[1])
+    if fewest < _FEWEST_ZEROS:
+        return []
+    # One element a sector is looked at first: weights are hardly ever exactly zero.
+    suspects = (stored_RN[:, ::fewest] == 0).any(dim=1).nonzero().flatten().tolist()
+    return [row for row in suspects if _longest_loss(stored_RN[row], base_N) >= fewest]
+
+
+def _longest_loss(stored_N: Tensor, base_N: Tensor) -> int:
+    kept = ((stored_N != 0) | (base_N == 0)).nonzero().flatten()
+    edges = torch.cat([torch.tensor([-1]), kept, torch.tensor([len(stored_N)])])
+    return int(edges.diff().max()) - 1
+
+
+def _refuse_erased(erased: Sequence[tuple[str, int]], trajectory: Trajectory) -> None:
+    for name, row in erased:
+        checkpoint = trajectory.checkpoints[row]
+        raise CheckpointDamagedError(
+            f"{checkpoint.weights.directory}: a stretch of {name} is all zeros at step {checkpoint.step}, and the base"
+            " has weights there: that part of the file was lost. Copy the checkpoint again, choose a window before it,"
+            " or delete the directory."
+        )
 
 
 def _refuse_non_finite(gram: Gram, trajectory: Trajectory) -> None:

@@ -6,13 +6,15 @@ import pytest
 import torch
 
 from relex import manifest
-from relex.errors import DuplicateError
+from relex.errors import CheckpointDamagedError, DuplicateError
 from relex.extrapolation import Request, extrapolate
 from relex.gram import Gram
 from relex.inspection import inspect
+from relex.layouts.files import LocalDirectory
+from relex.layouts.hf import SINGLE_FILE, open_model
 from relex.predictors import parse_method
 from relex.sanity import duplicates, findings, holes, increments, jumps
-from tests.relex.trajectories import MIB, State, measure, write_run
+from tests.relex.trajectories import MIB, State, drift, measure, quiet, write_run
 
 SHAPES = {"attention": (12, 10), "mlp": (30, 7), "norm": (5,)}
 
@@ -126,3 +128,30 @@ def test_a_clean_run_has_nothing_to_say(tmp_path: Path) -> None:
     measured = gram_of(walk([1.0] * 12), tmp_path)
     assert findings(measured) == []
     assert duplicates(measured) == []
+
+
+def _lose(path: Path, name: str, start: int, stop: int) -> None:
+    """Overwrite bytes `start` to `stop` of tensor `name` with zeros, as a lost page of a file reads."""
+    weights = open_model(LocalDirectory(path), config={})
+    with (path / SINGLE_FILE).open("r+b") as file:
+        file.seek(weights.tensors[name].pieces[0].offset + start)
+        file.write(bytes(stop - start))
+    quiet(path)
+
+
+@pytest.mark.parametrize(("name", "start", "stop"), [("mlp", 4096, 8192), ("mlp", 99_000, 101_001), ("norm", 0, 16)])
+def test_a_part_of_a_file_that_was_lost_is_named_and_refused(tmp_path: Path, name: str, start: int, stop: int) -> None:
+    run = write_run(tmp_path, drift({"mlp": (257, 301), "norm": (8,)}))
+    _lose(run.run / "checkpoint-25", name, start, stop)
+    with pytest.raises(
+        CheckpointDamagedError, match=f"checkpoint-25: a stretch of {name} is all zeros at step 25, and the base has"
+    ):
+        measure(run.open())
+
+
+def test_what_is_zero_in_the_base_too_was_not_lost(tmp_path: Path) -> None:
+    states = drift({"embedding": (64, 512)})
+    for state in states.values():
+        state["embedding"][60:] = 0.0
+        state["embedding"][7] *= torch.arange(512) % 2
+    measure(write_run(tmp_path, states).open())
