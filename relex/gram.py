@@ -36,7 +36,7 @@ ROWS, COLUMNS = 4, 24
 WIDTH = 1 << 13
 # What a file system gives back for a part that it lost: whole sectors of zeros.
 _SECTOR_BYTES = 512
-# Of smaller tensors there is no sector; fewer zeros than this may be chance.
+# At the end of a file less than a sector may be lost; fewer zeros than this may be chance.
 _FEWEST_ZEROS = 4
 FORMAT = 1
 
@@ -181,19 +181,19 @@ def _add_products(total: NDArray[np.float64], deltas: NDArray[np.float64], *, fi
 
 
 def _erased(stored_RN: Tensor, base_N: Tensor) -> list[int]:
-    """Return the rows of a chunk in which a whole sector, or a whole small tensor, is zero and the base's is not."""
-    fewest = min(_SECTOR_BYTES // stored_RN.itemsize, stored_RN.shape[1])
-    if fewest < _FEWEST_ZEROS:
+    """Return the rows of a chunk in which a whole sector, or the end, is zero and the base's is not."""
+    if stored_RN.shape[1] < _FEWEST_ZEROS:
         return []
+    sector = min(_SECTOR_BYTES // stored_RN.itemsize, stored_RN.shape[1])
     # One element a sector is looked at first: weights are hardly ever exactly zero.
-    suspects = (stored_RN[:, ::fewest] == 0).any(dim=1).nonzero().flatten().tolist()
-    return [row for row in suspects if _longest_loss(stored_RN[row], base_N) >= fewest]
+    suspects = (stored_RN[:, ::sector] == 0).any(dim=1) | (stored_RN[:, -_FEWEST_ZEROS:] == 0).all(dim=1)
+    return [row for row in suspects.nonzero().flatten().tolist() if _lost(stored_RN[row], base_N, sector=sector)]
 
 
-def _longest_loss(stored_N: Tensor, base_N: Tensor) -> int:
+def _lost(stored_N: Tensor, base_N: Tensor, *, sector: int) -> bool:
     kept = ((stored_N != 0) | (base_N == 0)).nonzero().flatten()
-    edges = torch.cat([torch.tensor([-1]), kept, torch.tensor([len(stored_N)])])
-    return int(edges.diff().max()) - 1
+    gaps = torch.cat([torch.tensor([-1]), kept, torch.tensor([len(stored_N)])]).diff() - 1
+    return int(gaps.max()) >= sector or int(gaps[-1]) >= _FEWEST_ZEROS
 
 
 def _refuse_erased(erased: Sequence[tuple[str, int]], trajectory: Trajectory) -> None:
