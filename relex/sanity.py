@@ -1,6 +1,6 @@
-"""What looks wrong in a trajectory, told from its Gram: checkpoints saved twice, jumps, holes in the step sequence.
+"""What looks wrong in a trajectory, told from its Gram: checkpoints saved twice, jumps, holes, a base of another run.
 
-A duplicate is refused, since it is two names for one observation. Jumps and holes are warnings: a learning rate that
+A duplicate is refused, since it is two names for one observation. The others are warnings: a learning rate that
 changes or a checkpoint that somebody deleted is the run's own history, and a reader should know.
 Shape suffixes: T = tensors that move, K = checkpoints (with the base in front: K + 1 points, K increments).
 """
@@ -21,6 +21,8 @@ from relex.gram import Gram
 # learning rate that warms up or decays stays below the first, the scatter of a noisy run below the second.
 JUMP_RATIO = 5.0
 JUMP_DEVIATIONS = 8.0
+# RL moves weights by a thousandth of their norm; models of one shape and different training are 1.4 norms apart.
+FAR = 0.5
 # Of fewer increments no distribution can be told.
 _LEAST_INCREMENTS = 6
 # What the median absolute deviation of a normal distribution is of its standard deviation.
@@ -31,15 +33,15 @@ _MAD = 0.6744897501960817
 class Finding:
     """One thing that looks wrong: at which step, in which tensor (empty: in all of them), and in one line what."""
 
-    kind: Literal["duplicate", "jump", "hole"]
+    kind: Literal["duplicate", "jump", "hole", "far"]
     step: int
     tensor: str
     text: str
 
 
 def findings(gram: Gram) -> list[Finding]:
-    """Return duplicates, jumps and holes by step."""
-    return sorted([*duplicates(gram), *jumps(gram), *holes(gram.steps)], key=lambda item: item.step)
+    """Return everything that looks wrong, by step."""
+    return sorted([*far(gram), *duplicates(gram), *jumps(gram), *holes(gram.steps)], key=lambda item: item.step)
 
 
 def refuse_duplicates(gram: Gram) -> None:
@@ -61,6 +63,22 @@ def duplicates(gram: Gram) -> list[Finding]:
         )
         for (before, earlier), (step, later) in pairs
         if later == earlier
+    ]
+
+
+def far(gram: Gram) -> list[Finding]:
+    """Return the first step if its checkpoint is so far from the base that it was hardly trained from it."""
+    distance = float((gram.products[:, 0, 0].sum() / gram.base_norms.sum()).sqrt())
+    if distance < FAR:
+        return []
+    return [
+        Finding(
+            "far",
+            gram.steps[0],
+            "",
+            f"the checkpoint of step {gram.steps[0]} is {distance:.2f} times the base's norm away from it. Is this the"
+            " base that the run was started from?",
+        )
     ]
 
 

@@ -155,3 +155,14 @@ def test_what_is_zero_in_the_base_too_was_not_lost(tmp_path: Path) -> None:
         state["embedding"][60:] = 0.0
         state["embedding"][7] *= torch.arange(512) % 2
     measure(write_run(tmp_path, states).open())
+
+
+def test_a_base_that_the_run_was_not_started_from_is_pointed_out(tmp_path: Path) -> None:
+    states = walk([1] * 4, steps=[10, 20, 25, 40])
+    assert findings(gram_of(states, tmp_path / "right")) == []
+    generator = torch.Generator().manual_seed(1)
+    states[0] = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+    found = findings(gram_of(states, tmp_path / "wrong"))
+    assert [(item.kind, item.step) for item in found] == [("far", 10)]
+    assert "step 10 is 1.4" in found[0].text
+    assert "Is this the base that the run was started from?" in found[0].text
