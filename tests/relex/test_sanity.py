@@ -164,5 +164,5 @@ def test_a_base_that_the_run_was_not_started_from_is_pointed_out(tmp_path: Path)
     states[0] = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
     found = findings(gram_of(states, tmp_path / "wrong"))
     assert [(item.kind, item.step) for item in found] == [("far", 10)]
-    assert "step 10 is 1.4" in found[0].text
+    assert "step 10 is 1.3" in found[0].text
     assert "Is this the base that the run was started from?" in found[0].text
