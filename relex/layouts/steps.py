@@ -13,6 +13,7 @@ _NAMES = (
     (re.compile(r"global_step(\d+)_hf"), 0),  # OpenRLHF
     (re.compile(r"hf_(\d+)"), 1),  # slime counts rollouts from 0
     (re.compile(r"epoch\d+epochstep\d+globalstep(\d+)"), 1),  # AReaL counts from 0
+    (re.compile(r"iter_(\d+)"), 0),  # Megatron-LM, to refuse it by name
 )
 
 
