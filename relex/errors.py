@@ -2,6 +2,7 @@
 
 RelexError
 ├── StoreError                     the store as a whole: no checkpoints, two directories for one step, too few steps
+│   └── UnreachableError               a store on the network does not answer, or does not let us in
 ├── CheckpointError                one checkpoint, or the base
 │   ├── CheckpointIncompleteError      files missing, truncated or still being written
 │   ├── CheckpointMismatchError        names, shapes or dtypes differ from the base
@@ -23,6 +24,10 @@ class RelexError(Exception):
 
 class StoreError(RelexError):
     """The store as a whole cannot be used."""
+
+
+class UnreachableError(StoreError):
+    """A store on the network does not answer, or does not let us in."""
 
 
 class CheckpointError(RelexError):

@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from relex.layouts.block_cache import BlockCache
 
 
 class Kind(StrEnum):
@@ -164,9 +167,29 @@ class LocalDirectory:
         return f"has a hole at byte {hole} of {file.size}" if hole < file.size else None
 
 
-def open_directory(location: str | Path) -> Directory:
-    """Return the directory at a path or a URL (`hf://org/repo`, `s3://bucket/prefix`, …), there or not."""
-    return LocalDirectory(Path(location))
+def open_directory(location: str | Path, *, blocks: "BlockCache | None" = None) -> Directory:
+    """Return the directory at a path or a URL (`hf://org/repo`, `s3://bucket/prefix`, …), there or not.
+
+    `blocks` keeps what is read in bulk from a URL; without, every read is a request of its own. Raises StoreError for a
+    URL that cannot be, UnreachableError for one that needs to be asked for and does not answer.
+    """
+    if not is_remote(location):
+        return LocalDirectory(Path(location))
+    # Neither library need be there, nor is it quick to import, for who reads from a disk.
+    if str(location).startswith("hf://"):
+        from relex.layouts.hub import open_hub
+
+        return open_hub(str(location), blocks=blocks)
+    from relex.layouts.object_store import open_store
+    from relex.layouts.remote import RemoteDirectory
+
+    store = open_store(str(location))
+    return RemoteDirectory(store.location, store, blocks)
+
+
+def is_remote(location: str | Path) -> bool:
+    """Whether a location is a URL rather than a path."""
+    return isinstance(location, str) and "://" in location
 
 
 def _identity(name: str, stat: os.stat_result) -> FileIdentity:
