@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from relex.errors import TargetError
+from relex.predictors.coordinates import Coordinates
 from relex.predictors.low_rank import LowRankLinear
 from relex.predictors.mean import Mean
 from relex.predictors.raw import RawLinear
@@ -51,6 +52,16 @@ METHODS: Mapping[str, Row] = {
         "rank-r slope added to the latest checkpoint, damped",
         partial(LowRankLinear, anchor="latest"),
         {"rank": int, "damping": float},
+    ),
+    "polynomial": Row(
+        "polynomial of any degree through the rank-r coordinates",
+        Coordinates,
+        {"rank": int, "degree": int, "last": int, "refit": int},
+    ),
+    "sinusoid": Row(
+        "sinusoid through the rank-r coordinates",
+        partial(Coordinates, curve="sinusoid"),
+        {"rank": int, "last": int, "refit": int},
     ),
     "raw": Row("least-squares line through every parameter", RawLinear, {}),
     "weight-extrapolation": Row(

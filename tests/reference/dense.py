@@ -62,6 +62,14 @@ def raw(D: Array, steps: Sequence[int], target: int) -> Array:
     return intercept + slope * target
 
 
+def polynomial(D: Array, steps: Sequence[int], target: int, *, degree: int, rank: int = 1, last: int = 0) -> Array:
+    """A polynomial through each leading coordinate of the last checkpoints, read at the target."""
+    values, directions = coordinates(D, rank)
+    fits = [np.polyfit(np.array(steps[-last:], dtype=np.float64), row[-last:], degree) for row in values.T]
+    predicted: Array = np.array([np.polyval(found, target) for found in fits]) @ directions
+    return predicted
+
+
 def secant(D: Array, steps: Sequence[int], target: int, *, start: int = 0) -> Array:
     """Weight Extrapolation: the line through the checkpoint at `start` (0: the base) and the latest."""
     first = D[list(steps).index(start)] if start else np.zeros_like(D[0])

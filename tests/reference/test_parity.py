@@ -21,6 +21,8 @@ METHODS: Mapping[str, Reference] = {
     "relex": dense.relex,
     "relex:rank=3": partial(dense.relex, rank=3),
     "relex:rank=5": partial(dense.relex, rank=5),
+    "polynomial": partial(dense.polynomial, degree=3),
+    "polynomial:degree=2,last=4,rank=3": partial(dense.polynomial, degree=2, rank=3, last=4),
     "raw": dense.raw,
     "relex-pinned": dense.pinned,
     "relex-pinned:damping=0.3,rank=3": partial(dense.pinned, rank=3, damping=0.3),

@@ -35,6 +35,12 @@ TABLE = {
     "relex-pinned": Traits(line=True, offset_line=False, shift=True, uses_target=True, uses_gram=True),
     "relex-pinned:rank=2": Traits(line=True, offset_line=True, shift=True, uses_target=True, uses_gram=True),
     "relex-pinned:damping=0.5": Traits(line=False, offset_line=False, shift=True, uses_target=True, uses_gram=True),
+    "polynomial": Traits(line=True, offset_line=False, shift=True, uses_target=True, uses_gram=True),
+    "polynomial:degree=1,rank=2": Traits(line=True, offset_line=True, shift=True, uses_target=True, uses_gram=True),
+    "polynomial:degree=1,last=3,refit=2": Traits(
+        line=True, offset_line=False, shift=True, uses_target=True, uses_gram=True
+    ),
+    "sinusoid": Traits(line=False, offset_line=False, shift=True, uses_target=True, uses_gram=True),
     "raw": Traits(line=True, offset_line=True, shift=True, uses_target=True, uses_gram=False),
     "weight-extrapolation": Traits(line=True, offset_line=False, shift=False, uses_target=True, uses_gram=False),
     "weight-extrapolation:start=20": Traits(
@@ -132,9 +138,10 @@ def test_pinned_without_damping_left_is_hold(seed: int, rank: int) -> None:
 @given(seed=st.integers(0, 99))
 @settings(deadline=None, max_examples=20)
 def test_the_scale_of_the_deltas_scales_the_prediction(seed: int) -> None:
-    deltas_KD = deltas(seed)
+    # A power of two, which rounds nothing: a sinusoid through five points makes much of the last bits.
+    deltas_KD, scale = deltas(seed), 2.0**-20
     for spec in TABLE:
-        assert same(predicted(spec, 1e-6 * deltas_KD), 1e-6 * predicted(spec, deltas_KD)), spec
+        assert same(predicted(spec, scale * deltas_KD), scale * predicted(spec, deltas_KD)), spec
 
 
 def test_the_line_is_the_least_squares_line() -> None:
@@ -223,3 +230,45 @@ def test_the_description_names_every_parameter_of_the_family() -> None:
         "family": {"LowRankLinear": {"rank": 1, "anchor": "base", "damping": 1.0}},
     }
     assert build("hold")["family"] == {"Mean": {"last": 1}}
+
+
+def test_a_sinusoid_goes_on_as_it_began() -> None:
+    steps = torch.tensor([10.0, 20.0, 25.0, 40.0, 55.0, 60.0, 75.0, 90.0], dtype=torch.float64)
+    direction = torch.randn(40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def delta(step: Tensor) -> Tensor:
+        return 2.0 + torch.sin(2 * torch.pi * step / 80.0 + 0.4)
+
+    wave = torch.outer(delta(steps), direction)
+    expected = delta(torch.tensor(110.0, dtype=torch.float64)) * direction
+    assert torch.allclose(predicted("sinusoid", wave, steps, 110.0), expected, rtol=1e-6)
+
+
+def test_a_refit_goes_on_from_what_it_predicted() -> None:
+    steps = torch.tensor([10.0, 20.0, 30.0, 40.0], dtype=torch.float64)
+    values = torch.tensor([0.0, 1.0, 4.0, 9.0], dtype=torch.float64)
+    # Lines through two points, one step ahead at a time: the last slope, on and on.
+    onwards = predicted("polynomial:degree=1,last=2,refit=1", values[:, None], steps, 70.0)
+    assert float(onwards) == pytest.approx(9.0 + 3 * 5.0)
+    # Through three points the slope of each fit is that of its ends, from the fit's own centre.
+    series = values.tolist()
+    for _ in range(3):
+        a, b, c = series[-3:]
+        series.append((a + b + c) / 3 + 2 * (c - a) / 2)
+    assert float(predicted("polynomial:degree=1,last=3,refit=1", values[:, None], steps, 70.0)) == pytest.approx(
+        series[-1]
+    )
+
+
+@pytest.mark.parametrize(
+    "spec", ["polynomial:degree=5", "polynomial:last=3", "polynomial:last=6", "polynomial:rank=6", "sinusoid:last=3"]
+)
+def test_a_curve_with_fewer_points_than_parameters_is_refused(spec: str) -> None:
+    with pytest.raises(TargetError, match=r"needs at least \d of them and no more than the window's 5"):
+        predicted(spec, deltas(0))
+
+
+@pytest.mark.parametrize("spec", ["polynomial:rank=0", "polynomial:degree=-1", "sinusoid:last=-1", "sinusoid:refit=-1"])
+def test_a_parameter_of_a_curve_out_of_range_is_named(spec: str) -> None:
+    with pytest.raises(TargetError, match=r"is (0|-1); give at least (0|1)"):
+        parse_method(spec)
