@@ -13,14 +13,18 @@ from relex.errors import CheckpointIncompleteError, CheckpointMismatchError
 
 MOST_BYTES = 1 << 26
 _MOST_OPCODES = 1 << 23
-_MOST_DIMENSIONS = 64
+# What is short is cheap to look at as often as a hostile pickle repeats it.
+_MOST_ARGUMENTS = 64
+_MOST_CHARACTERS = 4096
 
 # Every global that these writers name; a builder's own names are known besides. Add a writer's here.
 KNOWN = frozenset(
     {
         # torch.save of tensors and parameters
         "torch._tensor._rebuild_from_type_v2",
+        "torch.Tensor",
         "torch._utils._rebuild_parameter",
+        "torch._utils._rebuild_parameter_with_state",
         "torch._utils._rebuild_tensor_v2",
         "torch._utils._rebuild_tensor_v3",
         "torch._utils._rebuild_wrapper_subclass",
@@ -36,21 +40,18 @@ KNOWN = frozenset(
         # FSDP2, and FSDP1 over a device mesh
         "torch.distributed._mesh_layout._FlatLayout",
         "torch.distributed._mesh_layout._MeshLayout",
-        "torch.distributed._tensor.api.DTensor",
-        "torch.distributed._tensor.placement_types.DTensorSpec",
-        "torch.distributed._tensor.placement_types.Partial",
-        "torch.distributed._tensor.placement_types.Replicate",
-        "torch.distributed._tensor.placement_types.Shard",
-        "torch.distributed._tensor.placement_types.TensorMeta",
         "torch.distributed.device_mesh.DeviceMesh",
-        "torch.distributed.tensor.DTensor",
-        "torch.distributed.tensor._dtensor_spec.DTensorSpec",
-        "torch.distributed.tensor._dtensor_spec.ShardOrderEntry",
-        "torch.distributed.tensor._dtensor_spec.TensorMeta",
-        "torch.distributed.tensor.placement_types.Partial",
-        "torch.distributed.tensor.placement_types.Replicate",
-        "torch.distributed.tensor.placement_types.Shard",
-        "torch.distributed.tensor.placement_types._StridedShard",
+        *(
+            f"torch.distributed.{package}{module}.{kind}"
+            for package in ("_tensor", "tensor")
+            for module, kinds in {
+                "": ("DTensor",),
+                ".api": ("DTensor",),
+                "._dtensor_spec": ("DTensorSpec", "ShardOrderEntry", "TensorMeta"),
+                ".placement_types": ("DTensorSpec", "Partial", "Replicate", "Shard", "TensorMeta", "_StridedShard"),
+            }.items()
+            for kind in kinds
+        ),
         # FSDP1 without a mesh: getattr is how protocol 2 names a class inside a class
         "__builtin__.getattr",
         "torch.distributed._shard.metadata.ShardMetadata",
@@ -156,7 +157,7 @@ def _ordered_dict(*arguments: Any) -> dict[Any, Any]:
 
 
 def _size(sizes: Any) -> tuple[int, ...]:
-    if not isinstance(sizes, tuple) or len(sizes) > _MOST_DIMENSIONS or any(type(size) is not int for size in sizes):
+    if not isinstance(sizes, tuple) or len(sizes) > _MOST_ARGUMENTS or any(type(size) is not int for size in sizes):
         raise ValueError("a torch.Size is not a short tuple of integers")
     return sizes
 
@@ -184,7 +185,9 @@ class _Machine:
 
     def name(self, module: Any, name: Any) -> Global:
         """Return the record of a global that may be named."""
-        full = f"{module}.{name}" if isinstance(module, str) and isinstance(name, str) else repr(type(name))
+        if not isinstance(module, str) or not isinstance(name, str) or len(module) + len(name) > _MOST_CHARACTERS:
+            raise ValueError("a global has no module and name")
+        full = f"{module}.{name}"
         if self.unknown == "refuse" and full not in KNOWN and full not in self.builders:
             raise CheckpointMismatchError(
                 f"{self.where} names {shown(full)}, which no known writer of checkpoints does; relex executes nothing"
@@ -199,7 +202,11 @@ class _Machine:
         if isinstance(function, Made):
             return Made(function.function, arguments)
         builder = self.builders.get(function.name)
-        return Made(function, arguments) if builder is None else builder(*arguments)
+        if builder is None:
+            return Made(function, arguments)
+        if len(arguments) > _MOST_ARGUMENTS:
+            raise ValueError(f"{function.name} is called with {len(arguments)} arguments")
+        return builder(*arguments)
 
     def put(self, target: Any, items: list[Any]) -> None:
         """Set keys and values, alternately, on a dict or on the record of something like it."""
@@ -209,12 +216,18 @@ class _Machine:
         if not isinstance(target, dict):
             raise TypeError(f"items are set on a {type(target).__name__}")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            # Hashes of tuples can take for ever or exhaust the C stack, and those of large integers can be made equal.
-            small = key is None or (isinstance(key, int) and -(1 << 31) <= key < 1 << 31)
-            if not small and not isinstance(key, str | Global | Made):
+            # Hashes of tuples can take for ever or exhaust the C stack, those of large integers can be made equal, and
+            # long strings take long to compare.
+            if isinstance(key, int):
+                fine = -(1 << 31) <= key < 1 << 31
+            elif isinstance(key, str):
+                fine = len(key) <= _MOST_CHARACTERS
+            else:
+                fine = key is None or isinstance(key, Global | Made)
+            if not fine:
                 raise CheckpointMismatchError(
-                    f"{self.where} has a {type(key).__name__} as the key of a dict, which no known writer of"
-                    " checkpoints writes. Export it as safetensors."
+                    f"{self.where} has a key of kind {type(key).__name__} that no known writer of checkpoints writes."
+                    " Export it as safetensors, with tools of those you trust it from."
                 )
             target[key] = value
 
