@@ -1,17 +1,22 @@
 """Which checkpoints of a training run exist, and which of them may be read."""
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
 from relex.errors import CheckpointError, CheckpointIncompleteError, CheckpointMismatchError, StoreError
 from relex.layouts import hf
+from relex.layouts.block_cache import BlockCache
 from relex.layouts.detection import open_complete
-from relex.layouts.files import Directory, open_directory
+from relex.layouts.files import Directory, Kind, open_directory
 from relex.layouts.settled import QUIET_SECONDS
 from relex.layouts.steps import step_directories
 from relex.layouts.weights import Weights
+
+# At once, into a store on the network.
+_LOOKS = 16
 
 
 class State(StrEnum):
@@ -41,9 +46,12 @@ class Checkpoint:
     weights: Weights
 
 
-def open_base(location: str | Path) -> Weights:
-    """Open the model that the training run started from; it must have a config.json."""
-    directory = open_directory(location)
+def open_base(location: str | Path, *, blocks: BlockCache | None = None) -> Weights:
+    """Open the model that the training run started from; it must have a config.json.
+
+    `blocks` is where what is read in bulk from a URL is kept meanwhile.
+    """
+    directory = open_directory(location, blocks=blocks)
     if not directory.exists():
         raise CheckpointIncompleteError(
             f"base {location} is not a directory. Give the directory of the model the run started from."
@@ -55,14 +63,24 @@ def open_base(location: str | Path) -> Weights:
     return hf.open_model(directory, config={})
 
 
-def scan(location: str | Path, base: Weights, *, now: float) -> tuple[StoredCheckpoint, ...]:
-    """Return every step directory of a run by ascending step, with its state at `now` (seconds since the epoch)."""
-    run = open_directory(location)
+def scan(
+    location: str | Path, base: Weights, *, now: float, blocks: BlockCache | None = None
+) -> tuple[StoredCheckpoint, ...]:
+    """Return every step directory of a run by ascending step, with its state at `now` (seconds since the epoch).
+
+    `blocks` is where what is read in bulk from a URL is kept meanwhile.
+    """
+    run = open_directory(location, blocks=blocks)
     if not run.exists():
         raise StoreError(
             f"training run {run} is not a directory. Give the directory the trainer writes its checkpoints to."
         )
-    return tuple(_look(step, directory, run, base, now) for step, directory in step_directories(run).items())
+    steps = step_directories(run).items()
+    if run.kind is Kind.DISK:
+        return tuple(_look(step, directory, run, base, now) for step, directory in steps)
+    # Each takes a few requests that wait for nothing but the network.
+    with ThreadPoolExecutor(_LOOKS) as pool:
+        return tuple(pool.map(lambda item: _look(item[0], item[1], run, base, now), steps))
 
 
 def _look(step: int, directory: Directory, run: Directory, base: Weights, now: float) -> StoredCheckpoint:
