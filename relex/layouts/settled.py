@@ -18,9 +18,11 @@ QUIET_SECONDS = 30.0
 # What trainers write last into a step directory: Trainer and TRL; open-instruct; prime-rl.
 _STATE = "trainer_state.json"
 _MARKERS = (_STATE, ".checkpoint_complete", "STABLE")
+# What torch.distributed.checkpoint writes last, beside the files of a rank; it is among those that are read.
+_METADATA = ".metadata"
 _INCOMPLETE_MARKER = "checkpoint-is-incomplete.txt"
 # What verl writes last, beside its step directories: the number of the latest one.
-_TRACKER = "latest_checkpointed_iteration.txt"
+TRACKER = "latest_checkpointed_iteration.txt"
 _TRACKED = "global_step_"
 
 
@@ -38,6 +40,10 @@ def check_settled(weights: Weights, *, step: int, directory: Directory, run: Dir
         return
     newest = max(file.mtime_ns for file in weights.files)
     if kind is Kind.DISK:
+        for file in weights.files:
+            if file.name == _METADATA:
+                _refuse_older(file, newest, weights.directory)
+                return
         for name in _MARKERS:
             if name in present:
                 if name == _STATE:
@@ -46,7 +52,7 @@ def check_settled(weights: Weights, *, step: int, directory: Directory, run: Dir
                 return
         if directory.name.startswith(_TRACKED):
             siblings = run.files()
-            if _TRACKER in siblings:
+            if TRACKER in siblings:
                 _check_tracker(run, siblings, step=step, newest=newest, directory=directory)
                 return
     age = now - newest / 1e9
@@ -84,16 +90,16 @@ def _refuse_older(marker: FileIdentity, newest: int, directory: Directory) -> No
 def _check_tracker(
     run: Directory, siblings: Mapping[str, FileIdentity], *, step: int, newest: int, directory: Directory
 ) -> None:
-    text = run.read(_TRACKER).decode(errors="replace").strip()
+    text = run.read(TRACKER).decode(errors="replace").strip()
     if not text.isdecimal():
-        raise CheckpointIncompleteError(f"{run}/{_TRACKER} reads {text!r}: the trainer is writing it. Wait.")
+        raise CheckpointIncompleteError(f"{run}/{TRACKER} reads {text!r}: the trainer is writing it. Wait.")
     if int(text) < step:
         raise CheckpointIncompleteError(
-            f"{directory}: {_TRACKER} says the latest finished step is {text}. Wait for the trainer; if it resumed from"
+            f"{directory}: {TRACKER} says the latest finished step is {text}. Wait for the trainer; if it resumed from"
             f" there, step {step} will be written again."
         )
     if int(text) == step:
-        _refuse_older(siblings[_TRACKER], newest, directory)
+        _refuse_older(siblings[TRACKER], newest, directory)
 
 
 @lru_cache(maxsize=4096)  # it grows with the run, and a watcher looks at every checkpoint every few seconds

@@ -1,7 +1,7 @@
 """Runs of two ranks saved by torch's own writers of distributed checkpoints, without processes.
 
-What a rank holds is said by the protocol that torch has for tensors of other libraries; plans, files and `.metadata` come
-from the same calls as in `torch.distributed.checkpoint.save`.
+What a rank holds is said by the protocol that torch has for tensors of other libraries; plans, files and `.metadata`
+come from the same calls as in `torch.distributed.checkpoint.save`.
 """
 
 import os
