@@ -3,7 +3,7 @@
 from typing import Protocol
 
 from relex.errors import CheckpointIncompleteError
-from relex.layouts import dcp_safetensors, hf
+from relex.layouts import dcp, dcp_safetensors, hf, peft, verl_fsdp
 from relex.layouts.files import Directory
 from relex.layouts.foreign import refuse_known
 from relex.layouts.settled import check_settled
@@ -22,7 +22,7 @@ class Layout(Protocol):
         """Open the weights in it; raises CheckpointError when they are not whole."""
 
 
-LAYOUTS: tuple[Layout, ...] = (hf, dcp_safetensors)
+LAYOUTS: tuple[Layout, ...] = (peft, verl_fsdp, hf, dcp_safetensors, dcp)
 
 
 def open_complete(step: int, directory: Directory, *, run: Directory, base: Weights, now: float) -> Weights:
