@@ -104,7 +104,7 @@ def claim_an_exabyte(file: Path, chance: random.Random) -> str:
 
 def link_out(file: Path, chance: random.Random) -> str:
     """Move the file out of the checkpoint and leave a link to it, or to a file of the system."""
-    outside = file.parents[3] / f"outside-{file.name}"
+    outside = _root(file) / f"outside-{file.name}"
     file.rename(outside)
     target = chance.choice([outside, Path("/etc/passwd")])
     file.symlink_to(target)
@@ -113,9 +113,13 @@ def link_out(file: Path, chance: random.Random) -> str:
 
 def payload(file: Path, chance: random.Random) -> str:
     """Replace the file by a pickle that leaves a canary where it is loaded."""
-    command = f"touch {file.parents[3] / CANARY}".encode()
+    command = f"touch {_root(file) / CANARY}".encode()
     file.write_bytes(b"cposix\nsystem\n(V" + command + b"\ntR.")
     return ""
+
+
+def _root(file: Path) -> Path:
+    return next(parent for parent in file.parents if (parent / "base").is_dir())
 
 
 FAULTS: tuple[Callable[[Path, random.Random], str], ...] = (

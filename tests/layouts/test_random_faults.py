@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.layouts import dcp_files
 from tests.layouts.random_faults import check_random_faults, states
 from tests.relex.trajectories import Run, write_run
 
@@ -20,7 +21,15 @@ def write_hf_shards(root: Path) -> Run:
     return write_run(root, states(), shards=3)
 
 
-WRITERS: tuple[Callable[[Path], Run], ...] = (write_hf, write_hf_shards)
+def write_dcp(root: Path) -> Run:
+    return dcp_files.write_dcp_run(root, states())
+
+
+def write_dcp_safetensors(root: Path) -> Run:
+    return dcp_files.write_dcp_safetensors_run(root, states())
+
+
+WRITERS: tuple[Callable[[Path], Run], ...] = (write_hf, write_hf_shards, write_dcp, write_dcp_safetensors)
 
 
 @pytest.mark.parametrize("write", WRITERS)
