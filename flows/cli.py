@@ -48,10 +48,14 @@ Home = Annotated[
 Cache = Annotated[
     Path | None, typer.Option(help="Where what was measured is kept for the next call (default: the user's cache).")
 ]
+CacheSize = Annotated[
+    int, typer.Option(parser=_memory, metavar="SIZE", help="Disk for what is read from a URL, until it has been read.")
+]
 
 CORES = os.cpu_count() or 1
 HOME = Path.home() / ".relex"
 FOUR_GIB = "4GiB"
+EIGHT_GIB = "8GiB"
 
 
 @app.command()
@@ -62,6 +66,7 @@ def inspect(
     memory: Memory = FOUR_GIB,  # type: ignore[assignment]
     threads: Threads = CORES,
     cache: Cache = None,
+    cache_size: CacheSize = EIGHT_GIB,  # type: ignore[assignment]
     as_json: Json = False,
 ) -> None:
     """Show the steps of a training run, the state of each, and how straight the trajectory is.
@@ -70,8 +75,9 @@ def inspect(
     """
     from flows import tables
     from relex.inspection import inspect as look
+    from relex.layouts.block_cache import BlockCache
 
-    with tables.Bars(err) as bars:
+    with tables.Bars(err) as bars, BlockCache(_cache(cache), size=cache_size) as blocks:
         found = look(
             run,
             base,
@@ -79,6 +85,7 @@ def inspect(
             memory=memory,
             threads=threads,
             window=window,
+            blocks=blocks,
             on_progress=lambda done, total: bars("reading", done, total),
         )
     if as_json:
@@ -92,7 +99,7 @@ def extrapolate(
     run: Run,
     base: Base,
     target_step: Annotated[list[int], typer.Option(help="Training step to predict; may be given several times.")],
-    out_directory: Annotated[Path, typer.Option("--out", help="Directory to put step-N directories in.")],
+    destination: Annotated[str, typer.Option("--out", help="Directory or URL to put step-N directories in.")],
     window: Window = None,
     method: Annotated[str, typer.Option(help="Method, as NAME or NAME:parameter=value,….")] = "relex",
     rank: Annotated[int | None, typer.Option(min=1, help="Short for the method's parameter rank.")] = None,
@@ -105,6 +112,7 @@ def extrapolate(
         bool, typer.Option("--allow-inside", help="Allow a target inside the window, to look at the fit itself.")
     ] = False,
     cache: Cache = None,
+    cache_size: CacheSize = EIGHT_GIB,  # type: ignore[assignment]
     as_json: Json = False,
 ) -> None:
     """Predict checkpoints from the observed ones and write them as model directories.
@@ -113,23 +121,27 @@ def extrapolate(
     """
     from flows import tables
     from relex.extrapolation import extrapolate_run
+    from relex.layouts.block_cache import BlockCache
     from relex.predictors import parse_method
 
     if rank is not None:
         method += f"{',' if ':' in method else ':'}rank={rank}"
-    with tables.Bars(err) as bars:
+    kept = _cache(cache)
+    with tables.Bars(err) as bars, BlockCache(kept, size=cache_size) as blocks:
         manifests = extrapolate_run(
             run,
             base,
             targets=list(dict.fromkeys(target_step)),
-            out=out_directory,
+            out=destination,
             window=window,
             method=parse_method(method),
             memory=memory,
             threads=threads,
             dtype=dtype,
             inside="allow" if allow_inside else "refuse",
-            grams=_cache(cache) / "grams",
+            grams=kept / "grams",
+            staging=kept / "staging",
+            blocks=blocks,
             command=sys.argv,
             tell=bars,
         )

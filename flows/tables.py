@@ -4,7 +4,6 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -99,14 +98,14 @@ def show_inspection(console: Console, found: "Inspection") -> None:
     )
 
 
-def show_extrapolation(console: Console, manifests: Mapping[Path, Manifest]) -> None:
+def show_extrapolation(console: Console, manifests: Mapping[str, Manifest]) -> None:
     """Print what was predicted and how far it is from what was seen."""
     table = plain_table("predicted", "‖Δ‖ vs latest", "norm band 90 %", "Σ|c| at most")
-    for directory, found in manifests.items():
+    for location, found in manifests.items():
         item = found.forecast
         latest = item.norm_latest or 1.0
         band = f"{item.norm_band[0] / latest:.2f} – {item.norm_band[1] / latest:.2f}" if item.norm_band else "—"
-        table.add_row(str(directory), f"{item.norm / latest:.2f} x", band, f"{item.amplification:.1f}")
+        table.add_row(location, f"{item.norm / latest:.2f} x", band, f"{item.amplification:.1f}")
     first = next(iter(manifests.values())).forecast
     console.print(
         f"{first.method} from {len(first.steps)} checkpoints, steps {first.steps[0]} to {first.steps[-1]}:"

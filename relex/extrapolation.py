@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Literal
 
@@ -10,11 +11,14 @@ from relex import manifest, sanity
 from relex.errors import TargetError
 from relex.forecast import Forecast, check_target, forecast
 from relex.gram import cached
+from relex.layouts.block_cache import BlockCache
+from relex.layouts.files import is_remote
 from relex.manifest import Manifest
 from relex.materialise import Output, materialise
 from relex.predictors import Method
 from relex.store import observed, open_base, scan
 from relex.trajectory import Trajectory, open_trajectory
+from relex.upload import check_destination, is_uploaded, upload
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -24,11 +28,15 @@ Tell = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Request:
-    """One prediction that is wanted: by which method, at which training step, in which directory."""
+    """One prediction that is wanted: by which method, at which training step, in which directory.
+
+    With a `destination`, a URL, it is sent there, and the directory is gone once it has arrived.
+    """
 
     method: Method
     target_step: int
     directory: Path
+    destination: str = ""
 
 
 def extrapolate(
@@ -54,14 +62,22 @@ def extrapolate(
     forecasts = [
         forecast(trajectory, gram, request.method, target_step=request.target_step, dtype=dtype) for request in requests
     ]
+    missing = [
+        (made, request)
+        for made, request in zip(forecasts, requests, strict=True)
+        if not request.destination or not is_uploaded(request.destination, made.digest)
+    ]
     materialise(
         trajectory,
-        [Output(made, request.directory) for made, request in zip(forecasts, requests, strict=True)],
+        [Output(made, request.directory) for made, request in missing],
         memory=memory,
         threads=threads,
         command=command,
         on_progress=_telling(tell, "writing"),
     )
+    for _, request in missing:
+        if request.destination:
+            upload(request.directory, request.destination)
     return forecasts
 
 
@@ -70,7 +86,7 @@ def extrapolate_run(
     base: str | Path,
     *,
     targets: Sequence[int],
-    out: Path,
+    out: str | Path,
     window: int | None = None,
     method: Method,
     memory: int,
@@ -78,19 +94,25 @@ def extrapolate_run(
     dtype: str | None = None,
     inside: Literal["refuse", "allow"] = "refuse",
     grams: Path,
+    staging: Path,
+    blocks: BlockCache | None = None,
     command: Sequence[str] = (),
     tell: Tell | None = None,
-) -> dict[Path, Manifest]:
-    """Predict the checkpoints of a training run at `targets` into `out`/step-N and return the manifests by directory.
+) -> dict[str, Manifest]:
+    """Predict the checkpoints of a training run at `targets` into `out`/step-N and return the manifests by location.
 
-    Observed are the complete checkpoints at steps up to `window` (None: all). Raises RelexError, also for a target that
-    is not beyond them unless `inside` says "allow".
+    Observed are the complete checkpoints at steps up to `window` (None: all). `staging` is the directory where
+    predictions lie until they are sent, when `out` is a URL; `blocks` is where what is read from a URL is kept
+    meanwhile. Raises RelexError, also for a target that is not beyond them unless `inside` says "allow".
     """
-    opened = open_base(base)
-    trajectory = open_trajectory(opened, observed(scan(run, opened, now=time.time()), run, window=window))
+    if is_remote(out):
+        check_destination(str(out))
+    opened = open_base(base, blocks=blocks)
+    stored = scan(run, opened, now=time.time(), blocks=blocks)
+    trajectory = open_trajectory(opened, observed(stored, run, window=window))
     for target in targets:
         check_target(target, trajectory.steps, inside=inside)
-    requests = [Request(method, target, out / f"step-{target}") for target in targets]
+    requests = [_request(method, target, out, staging) for target in targets]
     extrapolate(
         trajectory,
         requests,
@@ -101,7 +123,16 @@ def extrapolate_run(
         command=command,
         tell=tell,
     )
-    return {request.directory: manifest.read(request.directory) for request in requests}
+    places = [request.destination or str(request.directory) for request in requests]
+    return {place: manifest.read(place) for place in places}
+
+
+def _request(method: Method, target: int, out: str | Path, staging: Path) -> Request:
+    if not is_remote(out):
+        return Request(method, target, Path(out) / f"step-{target}")
+    place = f"{str(out).rstrip('/')}/step-{target}"
+    # Two predictions of one name for two places are two.
+    return Request(method, target, staging / f"{sha256(place.encode()).hexdigest()[:16]}-step-{target}", place)
 
 
 def _telling(tell: Tell | None, what: str) -> Callable[[int, int], None] | None:

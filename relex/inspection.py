@@ -14,6 +14,7 @@ import torch
 
 from relex import sanity, spectrum
 from relex.gram import cached
+from relex.layouts.block_cache import BlockCache
 from relex.layouts.weights import Weights
 from relex.sanity import Finding
 from relex.store import State, observed, open_base, scan
@@ -66,14 +67,16 @@ def inspect(
     memory: int,
     threads: int,
     window: int | None = None,
+    blocks: BlockCache | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Inspection:
     """Look at every step directory, and measure the ready ones up to `window` (None: all).
 
+    `blocks` is where what is read from a URL is kept meanwhile.
     The straightness of the whole weighs every tensor by the size of its deltas. Raises RelexError.
     """
-    opened = open_base(base)
-    stored = scan(run, opened, now=time.time())
+    opened = open_base(base, blocks=blocks)
+    stored = scan(run, opened, now=time.time(), blocks=blocks)
     ready = [item for item in stored if item.state is State.READY and (window is None or item.step <= window)]
     straightness: Straightness | None = None
     by_tensor: dict[str, Straightness] = {}

@@ -12,6 +12,7 @@ from typing import Any
 
 from relex.errors import OutputError
 from relex.forecast import FORMAT, Forecast
+from relex.layouts.files import open_directory
 from relex.trajectory import Trajectory
 
 FILE_NAME = "relex.json"
@@ -69,11 +70,11 @@ def make(
     )
 
 
-def read(directory: Path) -> Manifest:
-    """Read the manifest of a predicted model; raises OutputError when there is none or it does not parse."""
-    path = directory / FILE_NAME
+def read(location: str | Path) -> Manifest:
+    """Read the manifest of a predicted model, here or in a store; raises OutputError when there is none in it."""
+    path = f"{location}/{FILE_NAME}"
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(open_directory(location).read(FILE_NAME))
         if content["format"] != FORMAT:
             raise OutputError(f"{path} has format {content['format']}, this relex reads {FORMAT}. Predict again.")
         return Manifest(
@@ -86,7 +87,7 @@ def read(directory: Path) -> Manifest:
             tuple(content["command"]),
         )
     except FileNotFoundError:
-        raise OutputError(f"{directory} has no {FILE_NAME}: relex did not write it.") from None
+        raise OutputError(f"{location} has no {FILE_NAME}: relex did not write it.") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise OutputError(
             f"{path} is no manifest of relex ({error!r}). Predict again into another directory."
