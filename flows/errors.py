@@ -3,6 +3,7 @@
 FlowError
 ├── ConfigError      relex.yaml is missing, is not YAML, or has a wrong key or value
 ├── WatchError       the training run is watched already
+├── PinError         a checkpoint cannot be pinned
 ├── WindowError      the store is no longer what the window was announced with
 ├── StackError       a server of the local stack does not start, or is not running
 └── DemoError        see flows.demo.errors
@@ -19,6 +20,10 @@ class ConfigError(FlowError):
 
 class WatchError(FlowError):
     """The training run is watched already."""
+
+
+class PinError(FlowError):
+    """A checkpoint cannot be pinned."""
 
 
 class WindowError(FlowError):

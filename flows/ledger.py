@@ -3,15 +3,21 @@
 `tick` compares the store with the ledger and says which events are due. A full window is announced again, with growing
 pauses, until it is claimed: a server delivers events at best effort, and whoever comes second finds the window claimed
 or decided.
+
+A run that is resumed at an earlier step starts a new segment, and one window never holds steps of two. A step belongs
+to an earlier segment exactly when a lower step was written after it.
 """
 
+import contextlib
 import json
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 from uuid import NAMESPACE_URL, UUID, uuid5
 
 from flows.settings import Settings
 from flows.window import claimed, decided, window_key, write_json
+from relex.layouts.files import Directory, Kind
 from relex.layouts.weights import Weights
 from relex.store import State, StoredCheckpoint
 
@@ -33,6 +39,14 @@ class Event:
 
 
 @dataclass(frozen=True)
+class Seen:
+    """An announced checkpoint: the identity of its files, and when they were written (ns since the epoch)."""
+
+    identity: str
+    written: int
+
+
+@dataclass(frozen=True)
 class Sent:
     """How often a window was announced, and when last (seconds since the epoch)."""
 
@@ -42,11 +56,11 @@ class Sent:
 
 @dataclass(frozen=True)
 class Ledger:
-    """Announced checkpoints (step → identity), those that a resumed run left behind, and windows (key → Sent)."""
+    """Announced checkpoints by step, announced windows by key, and the decided window whose pins were released."""
 
-    checkpoints: dict[str, str] = field(default_factory=dict)
-    stale: list[int] = field(default_factory=list)
+    checkpoints: dict[str, Seen] = field(default_factory=dict)
     windows: dict[str, Sent] = field(default_factory=dict)
+    released: dict[str, Seen] = field(default_factory=dict)
 
 
 def resource(settings: Settings) -> str:
@@ -58,21 +72,22 @@ def tick(
     settings: Settings, base: Weights, stored: tuple[StoredCheckpoint, ...], ledger: Ledger, *, now: float
 ) -> tuple[list[Event], Ledger]:
     """Return the events that are due at time `now`, and the ledger as it is once they are sent."""
-    events = []
-    # What another run in the same directory left in the ledger is forgotten; what this one has lost is not.
-    gone = set(lost(settings, stored, ledger))
-    there = {item.step for item in stored}
-    checkpoints = {step: seen for step, seen in ledger.checkpoints.items() if int(step) in there | gone}
-    for item in stored:
-        if item.weights is None or checkpoints.get(str(item.step)) == item.weights.identity:
-            continue
-        checkpoints[str(item.step)] = item.weights.identity
-        payload = {"training_run": settings.training_run, "step": item.step, "path": str(item.directory)}
-        events.append(_event(CHECKPOINT_READY, settings, f"{item.step} {item.weights.identity}", payload))
-    behind = stale(stored, ledger)
+    checkpoints = known(stored, ledger, now=now)
+    events = [
+        _event(
+            CHECKPOINT_READY,
+            settings,
+            f"{item.step} {item.weights.identity}",
+            {"training_run": settings.training_run, "step": item.step, "path": str(item.directory)},
+        )
+        for item in stored
+        if item.weights is not None and ledger.checkpoints.get(str(item.step)) != checkpoints[str(item.step)]
+    ]
+    # What another run or segment left in the ledger is forgotten; what this one has lost is not.
+    gone = set(lost(settings, stored, ledger)) - left_behind(stored, checkpoints)
     windows = dict(ledger.windows)
-    steps = due(settings, stored)
-    if steps and not gone and not set(steps) & set(behind):
+    steps = due(settings, segment(stored, checkpoints))
+    if steps and not gone:
         key = window_key(settings, base, [item for item in stored if item.step in steps])
         sent = windows.get(key, Sent(0, 0.0))
         wait = min(_RESEND_SECONDS * 2 ** max(sent.times - 1, 0), _RESEND_SECONDS_AT_MOST)
@@ -82,11 +97,13 @@ def tick(
             payload = {"training_run": settings.training_run, "key": key, "steps": steps, "attempt": sent.times + 1}
             # The attempt is part of the id: a server ignores an id it has seen.
             events.append(_event(WINDOW_READY, settings, f"{key} {sent.times + 1}", payload))
-    return events, replace(ledger, checkpoints=checkpoints, stale=behind, windows=windows)
+    there = {item.step for item in stored}
+    checkpoints = {step: seen for step, seen in checkpoints.items() if int(step) in there | gone}
+    return events, replace(ledger, checkpoints=checkpoints, windows=windows)
 
 
-def due(settings: Settings, stored: tuple[StoredCheckpoint, ...]) -> list[int]:
-    """Return the steps of the window once it is full, else nothing.
+def due(settings: Settings, stored: Collection[StoredCheckpoint]) -> list[int]:
+    """Return the steps of the window once it is full, else nothing; `stored` is one segment.
 
     Full: a ready checkpoint at or after the window's end, at least two up to it, and none up to it that is not ready.
     """
@@ -97,38 +114,65 @@ def due(settings: Settings, stored: tuple[StoredCheckpoint, ...]) -> list[int]:
     return [item.step for item in inside]
 
 
-def lost(settings: Settings, stored: tuple[StoredCheckpoint, ...], ledger: Ledger) -> list[int]:
+def known(stored: Collection[StoredCheckpoint], ledger: Ledger, *, now: float) -> dict[str, Seen]:
+    """Return the checkpoints of the ledger and, over them, those that are ready at time `now`.
+
+    On a disk the files say when they were written; elsewhere it is when they were first seen.
+    """
+    found = dict(ledger.checkpoints)
+    latest = max((seen.written for seen in found.values()), default=0)
+    for item in stored:
+        before = found.get(str(item.step))
+        if item.weights is None or (before is not None and before.identity == item.weights.identity):
+            continue
+        disk = item.directory.kind is Kind.DISK
+        written = max(file.mtime_ns for file in item.weights.files) if disk else int(now * 1e9)
+        # What was seen to change is newer than all that was there before, whatever its clock says.
+        found[str(item.step)] = Seen(item.weights.identity, written if before is None else max(written, latest + 1))
+    return found
+
+
+def left_behind(stored: Collection[StoredCheckpoint], checkpoints: Mapping[str, Seen]) -> set[int]:
+    """Return the steps that a resumed run left behind: a lower step was written after them.
+
+    `checkpoints` are those that are known; one that is being written counts by the files it has so far.
+    """
+    written = {int(step): seen.written for step, seen in checkpoints.items()}
+    for item in stored:
+        if item.weights is None and item.directory.kind is Kind.DISK:
+            with contextlib.suppress(FileNotFoundError):
+                written[item.step] = max(_times(item.directory), default=written.get(item.step, 0))
+    behind, newest = set(), 0
+    for step in sorted(written):
+        if written[step] < newest:
+            behind.add(step)
+        newest = max(newest, written[step])
+    return behind
+
+
+def segment(stored: Collection[StoredCheckpoint], checkpoints: Mapping[str, Seen]) -> tuple[StoredCheckpoint, ...]:
+    """Return what belongs to the newest segment of the run.
+
+    A step that is not ready does: its first files may be copies with the times of another model's.
+    """
+    behind = left_behind(stored, checkpoints)
+    return tuple(item for item in stored if item.weights is None or item.step not in behind)
+
+
+def lost(settings: Settings, stored: Collection[StoredCheckpoint], ledger: Ledger) -> list[int]:
     """Return the steps of the window that were announced and have been removed while the run went on.
 
     They were pruned by the trainer: the window would silently be another one. A run that was started anew in the same
     directory has none of the announced files and loses nothing.
     """
     there = {item.step for item in stored}
-    kept = [
-        item.step
-        for item in stored
-        if item.weights is not None and ledger.checkpoints.get(str(item.step)) == item.weights.identity
-    ]
+    kept = []
+    for item in stored:
+        seen = ledger.checkpoints.get(str(item.step))
+        if item.weights is not None and seen is not None and seen.identity == item.weights.identity:
+            kept.append(item.step)
     announced = [int(step) for step in ledger.checkpoints if int(step) <= settings.window]
     return sorted(step for step in announced if step not in there and step < max(kept, default=0))
-
-
-def stale(stored: tuple[StoredCheckpoint, ...], ledger: Ledger) -> list[int]:
-    """Return the steps left over from before a resume: announced, unchanged, and after a step that was written again.
-
-    They stay so until they are written again or removed. One trajectory never mixes two segments of a run.
-    """
-    seen = {item.step: item.weights.identity for item in stored if item.weights is not None}
-    known = {int(step): announced for step, announced in ledger.checkpoints.items()}
-    rewritten = [step for step, now in seen.items() if step in known and known[step] != now]
-    after = min(rewritten, default=None)
-    return [
-        item.step
-        for item in stored
-        if item.step in known
-        and seen.get(item.step, known[item.step]) == known[item.step]
-        and (item.step in ledger.stale or (after is not None and item.step > after))
-    ]
 
 
 def read_ledger(settings: Settings) -> Ledger:
@@ -137,13 +181,21 @@ def read_ledger(settings: Settings) -> Ledger:
     if not path.is_file():
         return Ledger()
     content = json.loads(path.read_bytes())
+    checkpoints, released = (
+        {step: Seen(**seen) for step, seen in content[name].items()} for name in ("checkpoints", "released")
+    )
     windows = {key: Sent(**sent) for key, sent in content["windows"].items()}
-    return Ledger(content["checkpoints"], content["stale"], windows)
+    return Ledger(checkpoints, windows, released)
 
 
 def write_ledger(settings: Settings, ledger: Ledger) -> None:
     """Replace the ledger in one piece."""
     write_json(settings.home / "ledger.json", asdict(ledger))
+
+
+def _times(directory: Directory) -> list[int]:
+    inner = [time for name in directory.children() for time in _times(directory.enter(name))]
+    return [file.mtime_ns for file in directory.files().values()] + inner
 
 
 def _event(name: str, settings: Settings, what: str, payload: dict[str, Any]) -> Event:

@@ -5,17 +5,24 @@ from collections.abc import Sequence
 
 from flows.decision import Model
 from flows.errors import WindowError
+from flows.ledger import known, read_ledger, segment
 from flows.settings import Settings
 from flows.window import window_directory, window_key
 from relex.extrapolation import Request, Tell, extrapolate
 from relex.forecast import check_target
+from relex.layouts.block_cache import BlockCache
 from relex.predictors import parse_method
 from relex.store import observed, open_base, scan
 from relex.trajectory import open_trajectory
 
 
 def predict(
-    settings: Settings, steps: Sequence[int], key: str, *, tell: Tell | None = None
+    settings: Settings,
+    steps: Sequence[int],
+    key: str,
+    *,
+    blocks: BlockCache | None = None,
+    tell: Tell | None = None,
 ) -> tuple[list[Model], tuple[str, ...]]:
     """Return the last observed checkpoint and every candidate, and what looks wrong in the window.
 
@@ -23,16 +30,18 @@ def predict(
     may prune it, and its copy has the base's tokenizer and precision like the candidates. Raises WindowError when the
     store no longer holds what the window was announced with, and RelexError.
     """
-    base = open_base(settings.base)
-    stored = scan(settings.checkpoints, base, now=time.time())
+    base = open_base(settings.base, blocks=blocks)
+    now = time.time()
+    stored = scan(settings.store, base, now=now, blocks=blocks)
+    stored = segment(stored, known(stored, read_ledger(settings), now=now))
     inside = [item for item in stored if item.step <= settings.window]
-    now = window_key(settings, base, inside)
-    if now != key:
+    found = window_key(settings, base, inside)
+    if found != key:
         raise WindowError(
-            f"window {key} was announced with steps {list(steps)}, the store and the settings now make it {now} with"
+            f"window {key} was announced with steps {list(steps)}, the store and the settings now make it {found} with"
             f" steps {[item.step for item in inside]}. The watcher announces that one; nothing is left to do here."
         )
-    trajectory = open_trajectory(base, observed(stored, settings.checkpoints, window=settings.window))
+    trajectory = open_trajectory(base, observed(stored, settings.store, window=settings.window))
     directory = window_directory(settings, key) / "models"
     last = trajectory.steps[-1]
     requests = [Request(parse_method("hold"), last, directory / "observed" / f"step-{last}")]

@@ -2,14 +2,17 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator
 
 from flows.errors import ConfigError
 from relex.errors import RelexError
+from relex.layouts.files import is_remote
 from relex.predictors import parse_method
+
+_REMOTE_POLL_SECONDS = 30.0
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$", max_length=60)]
 
@@ -41,12 +44,21 @@ class Settings(BaseModel):
     )
     memory: ByteSize = Field(default=ByteSize(4 << 30), description="Memory for reading and combining, such as 4GiB.")
     threads: int = Field(default=os.cpu_count() or 1, gt=0, description="Threads for reading and combining.")
+    cache: ByteSize = Field(
+        default=ByteSize(8 << 30), description="Disk for what is read from a URL, until it has been read, such as 8GiB."
+    )
     device: str = Field(default="cpu", description="Device for evaluation: cpu, cuda or cuda:N.")
     dtype: str = Field(
         default="auto", description="Precision of evaluation; auto: the model's own, equal for all models."
     )
     batch_size: int = Field(default=64, gt=0, description="Problems evaluated at once.")
-    poll_seconds: float = Field(default=2.0, gt=0, description="How often the watcher looks at the directory.")
+    poll_seconds: float = Field(
+        default=2.0, gt=0, description="How often the watcher looks at the directory; by default 30 s at a URL."
+    )
+    pin: Literal["none", "link", "copy"] = Field(
+        default="none",
+        description="Keep the window's checkpoints from a trainer that deletes them: by hard links, or by copies.",
+    )
 
     @field_validator("methods")
     @classmethod
@@ -67,6 +79,16 @@ class Settings(BaseModel):
     def home(self) -> Path:
         """Where this training run's state lies."""
         return self.state / self.training_run
+
+    @property
+    def pins(self) -> Path:
+        """Where the checkpoints of the window are kept when they are pinned, as the trainer's own tree."""
+        return self.home / "pins"
+
+    @property
+    def store(self) -> str:
+        """Where the window is read from: the pins, or what the trainer writes to."""
+        return self.checkpoints if self.pin == "none" else str(self.pins)
 
 
 def load_settings(path: Path) -> Settings:
@@ -96,11 +118,20 @@ def load_settings(path: Path) -> Settings:
             f"config {path}: selection and gate are both {settings.gate}. What chose a candidate cannot judge it: give"
             " them different problems."
         )
+    if settings.pin != "none" and "://" in settings.checkpoints:
+        raise ConfigError(
+            f"config {path}: pin is {settings.pin} and checkpoints is {settings.checkpoints}, which is no directory of"
+            " this machine. Leave pin out, and let the trainer keep the window's checkpoints."
+        )
     root = path.absolute().parent
     stores = {key: _location(getattr(settings, key), root) for key in ("checkpoints", "base")}
     benchmarks = {key: _benchmark(getattr(settings, key), root) for key in ("selection", "gate")}
     report = [_benchmark(item, root) for item in settings.report]
-    return settings.model_copy(update=stores | benchmarks | {"state": root / settings.state, "report": report})
+    # A store on the network counts what it is asked.
+    slow = any(map(is_remote, stores.values())) and "poll_seconds" not in settings.model_fields_set
+    pace = {"poll_seconds": _REMOTE_POLL_SECONDS} if slow else {}
+    places = stores | benchmarks | {"state": root / settings.state, "report": report}
+    return settings.model_copy(update=places | pace)
 
 
 def _location(text: str, root: Path) -> str:

@@ -1,12 +1,15 @@
 """The watcher of one training run: looks at the store, announces what is due.
 
 `watch` runs a while and ends, so that the server keeps a live, short list of runs; a schedule starts the next one. What
-was announced is in the ledger, so a watcher that is killed and started again announces nothing twice.
+was announced is in the ledger, so a watcher that is killed and started again announces nothing twice. Where the window
+is pinned, a thread of the watcher pins; the next watcher waits until this one ends, so that no step falls between two.
 """
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,62 +20,149 @@ from prefect.events import emit_event
 from prefect.states import Completed
 
 from flows.errors import WatchError
-from flows.ledger import Ledger, due, lost, read_ledger, tick, write_ledger
+from flows.ledger import (
+    Ledger,
+    Seen,
+    due,
+    known,
+    left_behind,
+    lost,
+    read_ledger,
+    segment,
+    tick,
+    write_ledger,
+)
 from flows.lock import held
+from flows.pins import Pins
 from flows.settings import Settings, load_settings
+from flows.window import decided, key_of
+from relex.errors import UnreachableError
 from relex.layouts.files import open_directory
+from relex.layouts.pruning import setting_of, warning
+from relex.layouts.weights import Weights
+from relex.sanity import holes
 from relex.store import State, StoredCheckpoint, open_base, scan
 
 logger = logging.getLogger(__name__)
 
-RUN_SECONDS = 540.0
+# Longer than the schedule's period: the next watcher is there and waits when this one ends.
+RUN_SECONDS = 620.0
 SCHEDULE_SECONDS = 600.0
+_HANDOVER_SECONDS = 40.0
 
 Look = Callable[[float, str], None]
 """Called after every look at the store, with how full the window is in per cent and one line for a reader."""
 
 
-def watch_store(settings: Settings, *, seconds: float, on_look: Look | None = None) -> None:
+def watch_store(settings: Settings, *, seconds: float, on_look: Look | None = None, patience: float = 2.0) -> None:
     """Look at the store every `poll_seconds` for `seconds`, and send what is due.
 
-    Raises WatchError when another watcher of this training run is at work. A store or base that is not there yet is
-    waited for.
+    Raises WatchError when another watcher of this training run is still at work after `patience` seconds, PinError when
+    a checkpoint cannot be pinned. A store or base that is not there yet, or does not answer, is waited for.
     """
     settings.home.mkdir(parents=True, exist_ok=True)
     path = settings.home / "watcher.lock"
-    with held(path, seconds=2.0) as mine:
+    end = time.monotonic() + seconds
+    with held(path, seconds=min(patience, seconds)) as mine:
         if not mine:
             raise WatchError(
                 f"training run {settings.training_run} is watched by another process (it holds {path})."
                 " Stop that one first."
             )
-        end = time.monotonic() + seconds
-        while True:
-            _look(settings, on_look)
-            if time.monotonic() + settings.poll_seconds > end:
-                return
-            time.sleep(settings.poll_seconds)
+        pins = None if settings.pin == "none" else Pins(settings, released=bool(read_ledger(settings).released))
+        told = ""
+        with nullcontext() if pins is None else pins.kept_fresh():
+            while True:
+                try:
+                    warned = _look(settings, pins, on_look)
+                except UnreachableError as error:
+                    # The network comes back, and a repository may be made later.
+                    warned = f"waiting: {error}"
+                    if on_look is not None:
+                        on_look(0.0, f"{settings.training_run}: {warned}")
+                if warned and warned != told:
+                    logger.warning("%s", warned)
+                told = warned
+                if time.monotonic() + settings.poll_seconds > end:
+                    return
+                time.sleep(settings.poll_seconds)
 
 
-def _look(settings: Settings, on_look: Look | None) -> None:
-    base_directory = open_directory(settings.base)
+def _look(settings: Settings, pins: Pins | None, on_look: Look | None) -> str:
+    """Look once; return what the user should be warned of."""
+    base_directory, run = open_directory(settings.base), open_directory(settings.checkpoints)
     there = base_directory.exists() and "config.json" in base_directory.files()
-    if not there or not open_directory(settings.checkpoints).exists():
+    if not there or not run.exists():
         logger.info("waiting for %s and %s", settings.base, settings.checkpoints)
-        return
+        return ""
     now = time.time()
-    base = open_base(settings.base)
-    stored = scan(settings.checkpoints, base, now=now)
-    before = read_ledger(settings)
-    events, ledger = tick(settings, base, stored, before, now=now)
+    base = open_base(base_directory)
+    before = ledger = read_ledger(settings)
+    if pins is None:
+        stored = scan(run, base, now=now)
+    else:
+        if ledger.released:
+            ledger = _after_release(settings, pins, base, ledger, now=now)
+        stored = _pinned(settings, pins, base, now=now, released=bool(ledger.released))
+    events, ledger = tick(settings, base, stored, ledger, now=now)
     for event in events:
         emit_event(event.name, {"prefect.resource.id": event.resource}, payload=event.payload, id=event.id)
         logger.info("%s %s", event.name, event.payload)
+    if pins is not None:
+        ledger = _with_release(settings, base, stored, ledger)
     # After sending: what a crash in between repeats has the same id, and is claimed once.
     if ledger != before:
         write_ledger(settings, ledger)
+    warned = warning(run, window=settings.window) if pins is None else ""
     if on_look is not None:
-        on_look(*describe(settings, stored, ledger))
+        gone = pins.vanished(stored) if pins is not None else ()
+        progress, text = describe(settings, stored, ledger, vanished=gone)
+        on_look(progress, f"{text}; {warned}" if warned else text)
+    if pins is not None:
+        pins.drop(left_behind(stored, ledger.checkpoints))
+    return warned
+
+
+def _pinned(
+    settings: Settings, pins: Pins, base: Weights, *, now: float, released: bool
+) -> tuple[StoredCheckpoint, ...]:
+    """Return the checkpoints of the window as they are pinned (none once released), and the later ones as they are."""
+    if not released:
+        pins.refresh()
+    end = pins.end()
+    kept = scan(settings.pins, base, now=now) if settings.pins.exists() else ()
+    return (*kept, *(item for item in scan(settings.checkpoints, base, now=now) if item.step > end))
+
+
+def _with_release(settings: Settings, base: Weights, stored: tuple[StoredCheckpoint, ...], ledger: Ledger) -> Ledger:
+    """Return the ledger that lets the pins go once the window that is due is decided, else the ledger as it is."""
+    steps = due(settings, segment(stored, ledger.checkpoints))
+    inside = {str(step): ledger.checkpoints[str(step)] for step in steps}
+    if not inside or not decided(settings, _key(settings, base, inside)):
+        return ledger
+    later = {step: seen for step, seen in ledger.checkpoints.items() if int(step) > settings.window}
+    return replace(ledger, checkpoints=later, released=inside)
+
+
+def _after_release(settings: Settings, pins: Pins, base: Weights, ledger: Ledger, *, now: float) -> Ledger:
+    """Let the pins of a decided window go; return a new ledger when another window is to be watched.
+
+    That is so when the settings that decide have changed, and when a resumed run writes into the window again.
+    """
+    newest = max(seen.written for seen in ledger.released.values())
+    live = scan(settings.checkpoints, base, now=now)
+    again = [
+        step
+        for step, seen in known(live, Ledger(), now=now).items()
+        if int(step) <= settings.window and seen.written > newest
+    ]
+    if not again and decided(settings, _key(settings, base, ledger.released)):
+        pins.release()
+        return ledger
+    ledger = replace(ledger, checkpoints=ledger.checkpoints | ledger.released, released={})
+    # Before anything is pinned: what is pinned while it says released, the next watcher deletes.
+    write_ledger(settings, ledger)
+    return ledger
 
 
 @flow(name="watch", retries=0, validate_parameters=False)
@@ -89,31 +179,61 @@ def watch(config: str, seconds: float = RUN_SECONDS) -> RunState[Any]:
             update_progress_artifact(artifact, progress, description=text)
 
     try:
-        watch_store(settings, seconds=seconds, on_look=show)
+        watch_store(settings, seconds=seconds, on_look=show, patience=_HANDOVER_SECONDS)
     except WatchError as error:
         return Completed(message=str(error))
     return Completed(message=shown)
 
 
-def describe(settings: Settings, stored: tuple[StoredCheckpoint, ...], ledger: Ledger) -> tuple[float, str]:
-    """Return how full the window is, in per cent, and one line for a reader."""
-    ready = [item.step for item in stored if item.state is State.READY]
+def describe(
+    settings: Settings,
+    stored: tuple[StoredCheckpoint, ...],
+    ledger: Ledger,
+    *,
+    vanished: Sequence[int] = (),
+) -> tuple[float, str]:
+    """Return how full the window is, in per cent, and one line for a reader.
+
+    `vanished` are the steps that were deleted before they could be pinned whole.
+    """
+    newest = segment(stored, ledger.checkpoints)
+    ready = [item.step for item in newest if item.state is State.READY]
     latest = max(ready, default=0)
     inside = [step for step in ready if step <= settings.window]
     text = f"{settings.training_run}: step {latest} of window {settings.window}, {len(inside)} checkpoints observed"
+    if ledger.released:
+        return 100.0, f"{settings.training_run}: window {settings.window} is decided, its pins are released"
     blocking = next((item for item in stored if item.step <= settings.window and item.state is State.BROKEN), None)
+    left = [item.step for item in stored if item not in newest and item.step <= settings.window]
+    setting = setting_of(stored[0].directory.name) if stored else ""
     if pruned := lost(settings, stored, ledger):
         text += (
-            f"; steps {', '.join(map(str, pruned))} were observed and have been removed: no decision on this window."
-            " Raise the trainer's number of kept checkpoints (save_total_limit) and start the run anew"
+            f"; steps {_listed(pruned)} were observed and have been removed: no decision on this window. Raise"
+            f" {setting}{' or set pin: link,' if settings.pin == 'none' else ''} and start the run anew"
         )
-    elif left := [step for step in ledger.stale if step <= settings.window]:
+    elif vanished:
         text += (
-            f"; steps {', '.join(map(str, left))} were left behind by a run that resumed before them: waiting until"
-            " they are written again. If they will not be, delete them"
+            f"; steps {_listed(vanished)} were removed before they were whole: no decision on this window. Raise"
+            f" {setting} to 2 or more; if they are not wanted, delete them in {settings.pins}"
+        )
+    elif due(settings, newest):
+        text += "; window full"
+    elif left:
+        text += (
+            f"; steps {_listed(left)} were left behind by a run that resumed before them: waiting until it has written"
+            " as far. If nothing was resumed, the files were copied in another order: touch them in the order of steps"
         )
     elif blocking is not None:
         text += f"; blocked by step {blocking.step}: {blocking.reason}"
-    elif due(settings, stored):
-        text += "; window full"
+    missing = holes([0, *inside])
+    if missing:
+        text += "; " + "; ".join(item.text.rstrip(".") for item in missing)
     return min(100.0, 100.0 * latest / settings.window), text
+
+
+def _key(settings: Settings, base: Weights, checkpoints: dict[str, Seen]) -> str:
+    return key_of(settings, base, {int(step): seen.identity for step, seen in checkpoints.items()})
+
+
+def _listed(steps: Sequence[int]) -> str:
+    return ", ".join(map(str, steps))

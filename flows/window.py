@@ -5,7 +5,7 @@ Everything is a small file in the training run's state directory; the decision i
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -20,10 +20,15 @@ from relex.store import StoredCheckpoint
 
 def window_key(settings: Settings, base: Weights, inside: list[StoredCheckpoint]) -> str:
     """Return the name of one decision: a digest of the observed files and of every setting that decides."""
+    return key_of(settings, base, {item.step: item.weights.identity for item in inside if item.weights is not None})
+
+
+def key_of(settings: Settings, base: Weights, checkpoints: Mapping[int, str]) -> str:
+    """Return the same name, told by the identity of each checkpoint's files."""
     deciding = ("training_run", "window", "targets", "methods", "selection", "gate", "report", "margin", "confidence")
     content = {name: getattr(settings, name) for name in (*deciding, "registered_model", "dtype", "batch_size")}
     content["base"] = base.identity
-    content["checkpoints"] = [[item.step, item.weights.identity] for item in inside if item.weights is not None]
+    content["checkpoints"] = [[step, identity] for step, identity in sorted(checkpoints.items())]
     return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -54,7 +54,9 @@ def check_settled(weights: Weights, *, step: int, directory: Directory, run: Dir
             siblings = run.files()
             if TRACKER in siblings:
                 _check_tracker(run, siblings, step=step, newest=newest, directory=directory)
-                return
+                # Else it is written again by a run that was resumed before it: the tracker will say so, or it is old.
+                if newest <= siblings[TRACKER].mtime_ns:
+                    return
     age = now - newest / 1e9
     if age < QUIET_SECONDS:
         what = f"has no {_STATE} and changed" if kind is Kind.DISK else "changed"

@@ -9,7 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from flows.ledger import CHECKPOINT_READY, WINDOW_READY, Event, Ledger, due, read_ledger, tick, write_ledger
+from flows.ledger import (
+    CHECKPOINT_READY,
+    WINDOW_READY,
+    Event,
+    Ledger,
+    due,
+    left_behind,
+    read_ledger,
+    tick,
+    write_ledger,
+)
 from flows.settings import Settings
 from flows.watch import describe
 from flows.window import claim, claimed, decision_path, window_key, write_json
@@ -173,6 +183,10 @@ def test_a_run_started_anew_in_the_same_directory_is_a_new_run(
     assert WINDOW_READY in names(look(settings, ledger, now)[0])
 
 
+def behind(settings: Settings, ledger: Ledger, now: float) -> set[int]:
+    return left_behind(store(settings, now)[1], ledger.checkpoints)
+
+
 def rewrite(settings: Settings, write_checkpoint: WriteCheckpoint, step: int) -> None:
     shutil.rmtree(Path(settings.checkpoints) / f"checkpoint-{step}")
     write_checkpoint(step)
@@ -190,7 +204,7 @@ def test_a_resumed_run_never_mixes_with_what_it_left_behind(
     rewrite(settings, write_checkpoint, 20)
     events, ledger = look(settings, ledger, now)
     assert names(events) == [CHECKPOINT_READY]
-    assert ledger.stale == [30, 40]
+    assert behind(settings, ledger, now) == {30, 40}
     write_ledger(settings, ledger)
     events, ledger = look(settings, read_ledger(settings), now + 2)
     assert events == []
@@ -199,11 +213,11 @@ def test_a_resumed_run_never_mixes_with_what_it_left_behind(
     rewrite(settings, write_checkpoint, 30)
     events, ledger = look(settings, ledger, now + 4)
     assert names(events) == [CHECKPOINT_READY]
-    assert ledger.stale == [40]
+    assert behind(settings, ledger, now) == {40}
     rewrite(settings, write_checkpoint, 40)
     events, ledger = look(settings, ledger, now + 6)
     assert names(events) == [CHECKPOINT_READY, WINDOW_READY]
-    assert ledger.stale == []
+    assert behind(settings, ledger, now) == set()
     assert events[-1].payload["key"] != first
 
 
@@ -217,7 +231,7 @@ def test_what_a_resumed_run_left_behind_may_be_deleted(settings: Settings, write
     for step in (30, 40):
         shutil.rmtree(Path(settings.checkpoints) / f"checkpoint-{step}")
     _, ledger = look(settings, ledger, now)
-    assert ledger.stale == []
+    assert behind(settings, ledger, now) == set()
     write_checkpoint(60)
     events, _ = look(settings, ledger, now)
     assert events[-1].payload["steps"] == [10, 20]

@@ -1,0 +1,133 @@
+"""How many checkpoints the trainer keeps, told from the settings beside them, and whether a window survives it.
+
+Trainer and TRL pickle their arguments into every checkpoint (read here without executing them), NeMo-RL writes its
+whole configuration there, and verl's lies where Hydra was told to put it.
+"""
+
+import io
+import math
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+import yaml
+
+from relex.errors import CheckpointError
+from relex.layouts import pickled
+from relex.layouts.files import Directory, FileIdentity
+from relex.layouts.hf import descend
+from relex.layouts.steps import step_directories
+
+# The settings of a run are a few kilobytes.
+_MOST_BYTES = 1 << 20
+_ARGUMENTS = "training_args.bin"
+_CONFIG = "config.yaml"
+_HYDRA = ".hydra"
+
+# By the first letters of a step directory's name: what its trainer calls the number of checkpoints it keeps.
+_SETTINGS = {
+    "checkpoint-": "save_total_limit",
+    "step_": "checkpointing.keep_top_k",
+    "global_step": "trainer.max_actor_ckpt_to_keep",
+}
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A trainer's setting that makes it delete checkpoints: how many it keeps, and how many steps apart they are.
+
+    `spacing` is None where the file does not say.
+    """
+
+    file: str
+    setting: str
+    kept: int
+    spacing: int | None
+
+
+def setting_of(name: str) -> str:
+    """Return what the trainer that names a step directory so calls the number of checkpoints it keeps."""
+    found = [setting for prefix, setting in _SETTINGS.items() if name.startswith(prefix)]
+    return found[0] if found else "the trainer's number of kept checkpoints"
+
+
+def find_limit(run: Directory) -> Limit | None:
+    """Return the limit that the files of a training run show, None when they show none."""
+    steps = list(step_directories(run).values())
+    for directory in reversed(steps):
+        present = directory.files()
+        if _ARGUMENTS in present:
+            return _read(directory, present[_ARGUMENTS])
+        if _CONFIG in present:
+            return _read(directory, present[_CONFIG])
+    hydra = descend(run, _HYDRA)
+    present = hydra.files() if hydra is not None else {}
+    return _read(hydra, present[_CONFIG]) if hydra is not None and _CONFIG in present else None
+
+
+def warning(run: Directory, *, window: int) -> str:
+    """Return one line when the trainer deletes checkpoints that a window up to step `window` needs, else nothing."""
+    limit = find_limit(run)
+    if limit is None:
+        return ""
+    steps = [0, *step_directories(run)]
+    gaps = [later - earlier for earlier, later in pairwise(steps)]
+    spacing = min([*gaps[1:], limit.spacing] if limit.spacing else gaps, default=window)
+    needed = math.ceil(window / spacing)
+    if limit.kept >= needed:
+        return ""
+    return (
+        f"{limit.file}: {limit.setting} is {limit.kept}, and a window of {window} steps with a checkpoint every"
+        f" {spacing} needs {needed}: the trainer will delete the first of them. Set {limit.setting} to {needed} or"
+        " more, or pin: link in relex.yaml"
+    )
+
+
+@lru_cache(maxsize=1024)  # a watcher asks every few seconds
+def _read(directory: Directory, file: FileIdentity) -> Limit | None:
+    where = f"{directory}/{file.name}"
+    if file.size > _MOST_BYTES:
+        return None
+    try:
+        content = directory.read(file.name)
+        if file.name == _ARGUMENTS:
+            return _trainer(_arguments(content, where), where)
+        return _configured(yaml.safe_load(content), where)
+    except (CheckpointError, OSError, ValueError, LookupError, RecursionError, zipfile.BadZipFile, yaml.YAMLError):
+        # It is being written, or somebody else's file of that name: what it would have said is a hint.
+        return None
+
+
+def _arguments(content: bytes, where: str) -> Mapping[str, Any]:
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+        if archive.getinfo(name).file_size > _MOST_BYTES:
+            return {}
+        made = pickled.load(archive.read(name), where=where, unknown="stub")
+    return made.state if isinstance(made, pickled.Made) and isinstance(made.state, dict) else {}
+
+
+def _trainer(arguments: Mapping[str, Any], where: str) -> Limit | None:
+    return _limit(where, "save_total_limit", arguments.get("save_total_limit"), arguments.get("save_steps"))
+
+
+def _configured(config: Any, where: str) -> Limit | None:
+    nemo, verl = _section(config, "checkpointing"), _section(config, "trainer")
+    kept = 1 if verl.get("remove_previous_ckpt_in_save") is True else verl.get("max_actor_ckpt_to_keep")
+    return _limit(where, "checkpointing.keep_top_k", nemo.get("keep_top_k"), nemo.get("save_period")) or _limit(
+        where, "trainer.max_actor_ckpt_to_keep", kept, verl.get("save_freq")
+    )
+
+
+def _section(config: Any, name: str) -> Mapping[str, Any]:
+    section = config.get(name) if isinstance(config, dict) else None
+    return section if isinstance(section, dict) else {}
+
+
+def _limit(file: str, setting: str, kept: Any, spacing: Any) -> Limit | None:
+    if type(kept) is not int or kept < 1:
+        return None
+    return Limit(file, setting, kept, spacing if type(spacing) is int and spacing > 0 else None)
