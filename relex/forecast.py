@@ -114,7 +114,7 @@ def forecast(
     amplification = 0.0
     for spec in trajectory.tensors:
         if not spec.moves:
-            tensors[spec.name] = TensorForecast("latest")
+            tensors[spec.name] = TensorForecast("base" if spec.unchanged else "latest")
             continue
         index = place[spec.name]
         gram_KK = gram.products[index]

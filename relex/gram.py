@@ -2,7 +2,8 @@
 
 G[i, j] = <theta_i - theta_0, theta_j - theta_0>. Every linear method, window and target follows from G (see
 `predictors`), so the weights are read once. A Gram is saved under a digest of what it was made from, reused by whatever
-needs a part of it, and extended when checkpoints are added.
+needs a part of it, and extended when checkpoints are added. Of adapters the Gram is taken between factors where that is
+less work (see `factor_gram`).
 
 Shape suffixes: T = tensors that move, K = checkpoints.
 """
@@ -25,9 +26,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from relex import factor_gram
 from relex.errors import CheckpointDamagedError, NonFiniteError
 from relex.streaming import Progress, Unit, Workspace, as_bytes, in_order, units, workspaces
-from relex.trajectory import Trajectory
+from relex.trajectory import TensorSpec, Trajectory
 
 # Products are taken in tiles of fixed shape: the bits of G[i, j] then do not depend on how many checkpoints there are,
 # and an extended Gram equals one made afresh. 4 rows by 24 columns is what small-matrix kernels of OpenBLAS like best.
@@ -104,7 +106,8 @@ def measure(
     products = torch.zeros(len(moving), padded, padded, dtype=torch.float64)
     base_norms = torch.zeros(len(moving), dtype=torch.float64)
     hashes = [xxhash.xxh3_128() for _ in range(count + 1)]
-    extra = padded * WIDTH * 8
+    rows = [_read_rows(spec) for spec in trajectory.tensors]
+    extra = padded * WIDTH * 8 + max(factor_gram.memory(spec) for spec in trajectory.tensors)
     spaces = workspaces(trajectory, count, memory=memory, threads=threads, extra=extra)
 
     erased: list[tuple[str, int]] = []
@@ -115,21 +118,31 @@ def measure(
         digests = [xxhash.xxh3_128() for _ in range(count + 1)]
         wide = torch.zeros(padded, WIDTH, dtype=torch.float64)
         zeroed: list[int] = []
-        for block in space.blocks(trajectory, unit, range(count)):
-            for digest, row in zip(digests, (block.base, *block.stored), strict=True):
+        spec = trajectory.tensors[unit.tensor]
+        if spec.relative and unit.start == 0:
+            zeroed += factor_gram.read_parts(trajectory, spec, digests[1:], erased=_erased)
+            if not rows[unit.tensor]:
+                part[:count, :count] = factor_gram.products(trajectory, spec, first=kept)
+        for block in space.blocks(trajectory, unit, range(rows[unit.tensor])):
+            digests[0].update(as_bytes(block.base))
+            for digest, row in zip(digests[1:], [] if spec.relative else block.stored, strict=False):
                 digest.update(as_bytes(row))
-            if not trajectory.tensors[unit.tensor].moves:
+            if not spec.moves:
                 continue
             for place, deltas in space.subtract(block):
-                zeroed += _erased(block.stored[:, place], block.base[place])
-                for piece in torch.split(deltas, WIDTH, dim=1):
+                if not spec.relative:
+                    zeroed += _erased(block.stored[:, place], block.base[place])
+                for piece in torch.split(deltas, WIDTH, dim=1) if rows[unit.tensor] else ():
                     wide[:count, : piece.shape[1]].copy_(piece)
                     _add_products(part.numpy(), wide[:, : piece.shape[1]].numpy(), first=kept)
                 base = block.base[place].double()
                 base_norm += float(base @ base)
         return part, base_norm, [digest.digest() for digest in digests], zeroed
 
-    total = sum(spec.base.nbytes + sum(entry.nbytes for entry in spec.entries) for spec in trajectory.tensors)
+    per_element = [
+        spec.base.dtype.itemsize + spec.dtype.itemsize * rows[i] for i, spec in enumerate(trajectory.tensors)
+    ]
+    total = sum(spec.count * size for spec, size in zip(trajectory.tensors, per_element, strict=True))
     done = 0
     for unit, (part, base_norm, digests, zeroed) in in_order(work, units(trajectory), spaces):
         spec = trajectory.tensors[unit.tensor]
@@ -141,7 +154,7 @@ def measure(
         if spec.moves:
             products[position[unit.tensor]] += part
             base_norms[position[unit.tensor]] += base_norm
-        done += (unit.stop - unit.start) * (spec.base.dtype.itemsize + count * spec.dtype.itemsize)
+        done += (unit.stop - unit.start) * per_element[unit.tensor]
         if on_progress is not None:
             on_progress(done, total)
     trajectory.check_unchanged()
@@ -164,9 +177,14 @@ def measure(
     if known is not None and (gram.base_digest, gram.digests[:kept]) != (known.base_digest, known.digests):
         # Same files by their stat, other bytes: what was known is about something else.
         return measure(trajectory, memory=memory, threads=threads, on_progress=on_progress)
-    _refuse_erased(erased, trajectory)
+    _refuse_erased(erased, gram, trajectory)
     _refuse_non_finite(gram, trajectory)
     return gram
+
+
+def _read_rows(spec: TensorSpec) -> int:
+    """Return of how many checkpoints the elements of a tensor are read, beside the base's."""
+    return 0 if spec.unchanged or factor_gram.pays(spec) else len(spec.entries)
 
 
 def _add_products(total: NDArray[np.float64], deltas: NDArray[np.float64], *, first: int) -> None:
@@ -196,11 +214,16 @@ def _lost(stored_N: Tensor, base_N: Tensor, *, sector: int) -> bool:
     return int(gaps.max()) >= sector or int(gaps[-1]) >= _FEWEST_ZEROS
 
 
-def _refuse_erased(erased: Sequence[tuple[str, int]], trajectory: Trajectory) -> None:
+def _refuse_erased(erased: Sequence[tuple[str, int]], gram: Gram, trajectory: Trajectory) -> None:
+    moved_K = gram.products.diagonal(dim1=-2, dim2=-1).sum(0) != 0
     for name, row in erased:
+        # An adapter that has not been trained yet is half zeros.
+        if trajectory.adapters and not bool(moved_K[row]):
+            continue
         checkpoint = trajectory.checkpoints[row]
+        other = "another checkpoint" if trajectory.adapters else "the base"
         raise CheckpointDamagedError(
-            f"{checkpoint.weights.directory}: a stretch of {name} is all zeros at step {checkpoint.step}, and the base"
+            f"{checkpoint.weights.directory}: a stretch of {name} is all zeros at step {checkpoint.step}, and {other}"
             " has weights there: that part of the file was lost. Copy the checkpoint again, choose a window before it,"
             " or delete the directory."
         )

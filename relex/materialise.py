@@ -129,8 +129,9 @@ def _combine(
                 for i in filling[spec.name]:
                     item, writer = outputs[i].forecast.tensors[spec.name], writers[i]
                     dtype = writer.tensors[spec.name].dtype
-                    chunk = _make(item, needed, block.base[place], block.stored[:, place], deltas).to(dtype)
-                    if item.source == "combined" and not bool(torch.isfinite(chunk).all()):
+                    base, stored = block.base[place], None if spec.relative else block.stored[:, place]
+                    chunk = predicted(item, needed, base, stored=stored, deltas=deltas).to(dtype)
+                    if (item.source == "combined" or spec.relative) and not bool(torch.isfinite(chunk).all()):
                         raise NonFiniteError(
                             f"{spec.name} predicted at step {outputs[i].forecast.target_step} by"
                             f" {outputs[i].forecast.method} leaves the range of {dtype}. Give a nearer target, or a"
@@ -165,12 +166,17 @@ def _whole(block: Block) -> Iterator[tuple[slice, Tensor]]:
     yield slice(0, len(block.base)), block.stored
 
 
-def _make(item: TensorForecast, rows: Sequence[int], base: Tensor, stored: Tensor, deltas: Tensor) -> Tensor:
-    """Return one chunk (N,) of a predicted tensor, before its rounding."""
+def predicted(
+    item: TensorForecast, rows: Sequence[int], base: Tensor, *, stored: Tensor | None, deltas: Tensor
+) -> Tensor:
+    """Return one chunk (N,) of a predicted tensor, before its rounding.
+
+    `stored` and `deltas` (R, N) are of the checkpoints numbered `rows`; `stored` is None where only deltas are stored.
+    """
     if item.source == "base":
         return base
     if item.source == "latest":
-        return stored[-1].contiguous()
+        return stored[-1].contiguous() if stored is not None else deltas[-1] + base.to(deltas.dtype)
     total = torch.zeros_like(base, dtype=deltas.dtype)
     for position, row in enumerate(rows):
         if item.coefficients[row] != 0.0:

@@ -54,11 +54,15 @@ def units(trajectory: Trajectory) -> list[Unit]:
 
 @dataclass(frozen=True)
 class Block:
-    """Part of one unit as it was read: elements `start` on, base (N,) and checkpoints (R, N) in their stored dtypes."""
+    """Part of one unit as it was read: elements `start` on, base (N,) and checkpoints (R, N) in their stored dtypes.
+
+    `relative` when what is stored is already what the checkpoints add to the base.
+    """
 
     start: int
     base: Tensor
     stored: Tensor
+    relative: bool
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ class Workspace:
             for row, target in zip(rows, stored, strict=True):
                 weights = trajectory.checkpoints[row].weights
                 weights.read_into(spec.entries[row], start * size, as_bytes(target))
-            yield Block(start, base.view(spec.base.dtype), stored.view(spec.dtype))
+            yield Block(start, base.view(spec.base.dtype), stored.view(spec.dtype), spec.relative)
 
     def subtract(self, block: Block) -> Iterator[tuple[slice, Tensor]]:
         """Yield, chunk by chunk, (the chunk's place in the block, deltas (R, n)), overwritten by the next.
@@ -94,9 +98,12 @@ class Workspace:
         round_base = torch.finfo(coarse).eps > torch.finfo(fine).eps
         for first in range(0, len(block.base), CHUNK):
             place = slice(first, min(first + CHUNK, len(block.base)))
-            base = block.base[place].to(coarse) if round_base else block.base[place]
             deltas = self.deltas.view(work)[: len(block.stored), : place.stop - first]
-            yield place, deltas.copy_(block.stored[:, place]).sub_(base.to(work))
+            deltas.copy_(block.stored[:, place])
+            if not block.relative:
+                base = block.base[place].to(coarse) if round_base else block.base[place]
+                deltas.sub_(base.to(work))
+            yield place, deltas
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
@@ -115,14 +122,17 @@ def workspaces(trajectory: Trajectory, rows: int, *, memory: int, threads: int, 
     item = max(max(spec.base.dtype.itemsize, spec.dtype.itemsize) for spec in specs)
     fixed = rows * CHUNK * (8 if wide else 4) + extra
     per_chunk = (1 + rows) * CHUNK * item
-    least = fixed + per_chunk
+    # What reading an adapter takes is there once a checkpoint, whatever the number of threads.
+    shared = sum(checkpoint.weights.scratch for checkpoint in trajectory.checkpoints)
+    least = shared + fixed + per_chunk
     if memory < least:
         mib = 1 << 20
         raise MemoryBudgetError(
             f"--memory {memory // mib} MiB is below the {-(-least // mib)} MiB that one pass over {rows} checkpoints"
             f" needs. Give at least {-(-least // mib)}MiB."
         )
-    threads = max(1, min(threads, memory // least))
+    memory -= shared
+    threads = max(1, min(threads, memory // (fixed + per_chunk)))
     chunks = (memory // threads - fixed) // per_chunk
     chunks = max(1, min(chunks, MAX_READ_BYTES // (CHUNK * item), UNIT // CHUNK))
     width = chunks * CHUNK

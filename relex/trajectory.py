@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from relex.errors import CheckpointMismatchError, StoreError
+from relex.layouts.factors import AdapterWeights, LowRank, Unchanged
 from relex.layouts.weights import TensorEntry, Weights, embedding_name
 from relex.store import Checkpoint, check_same_tensors
 
@@ -42,6 +43,21 @@ class TensorSpec:
         """Whether arithmetic is done on it: integers and booleans are copied."""
         return self.dtype.is_floating_point
 
+    @property
+    def unchanged(self) -> bool:
+        """Whether no checkpoint stores it: an adapter that leaves it as the base has it."""
+        return isinstance(self.entries[0], Unchanged)
+
+    @property
+    def relative(self) -> bool:
+        """Whether the checkpoints store what is added to the base, in fp32, and not the tensor itself."""
+        return isinstance(self.entries[0], LowRank)
+
+    @property
+    def adapted(self) -> tuple[LowRank, ...]:
+        """The factors of what is added to the base, a checkpoint each; () when the tensor is stored otherwise."""
+        return tuple(entry for entry in self.entries if isinstance(entry, LowRank))
+
 
 @dataclass(frozen=True)
 class Trajectory:
@@ -55,6 +71,12 @@ class Trajectory:
     def steps(self) -> tuple[int, ...]:
         """The training steps, increasing."""
         return tuple(checkpoint.step for checkpoint in self.checkpoints)
+
+    @property
+    def adapters(self) -> tuple[AdapterWeights, ...]:
+        """The weights of the checkpoints when they are adapters; () when they are whole models."""
+        weights = (checkpoint.weights for checkpoint in self.checkpoints)
+        return tuple(item for item in weights if isinstance(item, AdapterWeights))
 
     def check_unchanged(self) -> None:
         """Compare every file with what it was when the trajectory was opened; raises CheckpointChangedError."""
@@ -70,6 +92,7 @@ def open_trajectory(base: Weights, checkpoints: Sequence[Checkpoint]) -> Traject
     for weights in (base, *(checkpoint.weights for checkpoint in checkpoints)):
         check_same_tensors(weights, base)
         _check_tied_head(weights)
+    _check_one_kind(checkpoints)
     tensors = []
     for name, entry in base.tensors.items():
         entries = tuple(checkpoint.weights.tensors[name] for checkpoint in checkpoints)
@@ -79,8 +102,32 @@ def open_trajectory(base: Weights, checkpoints: Sequence[Checkpoint]) -> Traject
                     f"{checkpoint.weights.directory}: {name} is {other.dtype}, at step {steps[0]} it is"
                     f" {entries[0].dtype}. One trajectory has one precision: leave out the checkpoints saved otherwise."
                 )
+            if type(other) is not type(entries[0]):
+                raise CheckpointMismatchError(
+                    f"{checkpoint.weights.directory}: {name} is {_kept_as(other)} in this adapter and"
+                    f" {_kept_as(entries[0])} in that of step {steps[0]}. One trajectory adapts the same modules: leave"
+                    " out the checkpoints of other settings."
+                )
         tensors.append(TensorSpec(entry, entries))
     return Trajectory(base, tuple(checkpoints), tuple(tensors))
+
+
+def _check_one_kind(checkpoints: Sequence[Checkpoint]) -> None:
+    first = checkpoints[0]
+    for other in checkpoints:
+        if isinstance(other.weights, AdapterWeights) is not isinstance(first.weights, AdapterWeights):
+            whole, adapter = (first, other) if isinstance(other.weights, AdapterWeights) else (other, first)
+            raise CheckpointMismatchError(
+                f"the checkpoint of step {adapter.step} is an adapter ({adapter.weights.directory}) and that of step"
+                f" {whole.step} a whole model ({whole.weights.directory}). One trajectory has one kind: leave out the"
+                " others."
+            )
+
+
+def _kept_as(entry: TensorEntry) -> str:
+    if isinstance(entry, LowRank):
+        return "adapted"
+    return "left alone" if isinstance(entry, Unchanged) else "saved whole"
 
 
 def _check_tied_head(weights: Weights) -> None:

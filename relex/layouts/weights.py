@@ -64,6 +64,11 @@ class Weights:
         """Hex digest of which files these are (name, size, mtime, version), without reading them."""
         return sha256(json.dumps([asdict(file) for file in self.files]).encode()).hexdigest()
 
+    @property
+    def scratch(self) -> int:
+        """Bytes of memory that reading takes beyond the buffer it fills."""
+        return 0
+
     def read_into(self, entry: TensorEntry, start: int, buffer: memoryview) -> None:
         """Fill `buffer` with the bytes of `entry` from byte `start` of the tensor; a file that got shorter raises."""
         for piece in entry.pieces:
