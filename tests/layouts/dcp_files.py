@@ -68,7 +68,7 @@ def write_dcp_run(root: Path, states: Mapping[int, State]) -> Run:
             moments = {name: {"exp_avg": tensor.float() * 0.5} for name, tensor in state.items()}
             app = {"model": dict(state), "optimizers": {"state": moments}, "progress": {"step": step, "tokens": 1e6}}
             save({"app": app}, FileSystemWriter(path, single_file_per_rank=True))
-            _quiet_tree(run.run / f"step_{step}")
+            quiet_tree(run.run / f"step_{step}")
     return run
 
 
@@ -79,7 +79,7 @@ def write_dcp_safetensors_run(root: Path, states: Mapping[int, State]) -> Run:
         if step:
             path = run.run / f"step_{step}" / "policy" / "weights" / "model"
             save(state, HuggingFaceStorageWriter(str(path), save_distributed=True))
-            _quiet_tree(run.run / f"step_{step}")
+            quiet_tree(run.run / f"step_{step}")
     return run
 
 
@@ -113,6 +113,6 @@ def _shard(tensor: Tensor, axis: int, rank: int, world: int) -> Shard:
     return shard
 
 
-def _quiet_tree(path: Path) -> None:
+def quiet_tree(path: Path) -> None:
     for directory, _, _ in os.walk(path):
         quiet(Path(directory))
