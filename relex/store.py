@@ -46,12 +46,12 @@ class Checkpoint:
     weights: Weights
 
 
-def open_base(location: str | Path, *, blocks: BlockCache | None = None) -> Weights:
+def open_base(location: str | Path | Directory, *, blocks: BlockCache | None = None) -> Weights:
     """Open the model that the training run started from; it must have a config.json.
 
     `blocks` is where what is read in bulk from a URL is kept meanwhile.
     """
-    directory = open_directory(location, blocks=blocks)
+    directory = open_directory(location, blocks=blocks) if isinstance(location, (str, Path)) else location
     if not directory.exists():
         raise CheckpointIncompleteError(
             f"base {location} is not a directory. Give the directory of the model the run started from."
@@ -64,13 +64,13 @@ def open_base(location: str | Path, *, blocks: BlockCache | None = None) -> Weig
 
 
 def scan(
-    location: str | Path, base: Weights, *, now: float, blocks: BlockCache | None = None
+    location: str | Path | Directory, base: Weights, *, now: float, blocks: BlockCache | None = None
 ) -> tuple[StoredCheckpoint, ...]:
     """Return every step directory of a run by ascending step, with its state at `now` (seconds since the epoch).
 
     `blocks` is where what is read in bulk from a URL is kept meanwhile.
     """
-    run = open_directory(location, blocks=blocks)
+    run = open_directory(location, blocks=blocks) if isinstance(location, (str, Path)) else location
     if not run.exists():
         raise StoreError(
             f"training run {run} is not a directory. Give the directory the trainer writes its checkpoints to."
