@@ -125,38 +125,38 @@ def known(stored: Collection[StoredCheckpoint], ledger: Ledger, *, now: float) -
         before = found.get(str(item.step))
         if item.weights is None or (before is not None and before.identity == item.weights.identity):
             continue
-        disk = item.directory.kind is Kind.DISK
-        written = max(file.mtime_ns for file in item.weights.files) if disk else int(now * 1e9)
-        # What was seen to change is newer than all that was there before, whatever its clock says.
-        found[str(item.step)] = Seen(item.weights.identity, written if before is None else max(written, latest + 1))
+        written = _written(item, default=int(now * 1e9))
+        if before is not None and before.written != written:
+            # What was seen to change is newer than all that was there before, whatever its clock says.
+            written = max(written, latest + 1)
+        found[str(item.step)] = Seen(item.weights.identity, written)
     return found
 
 
 def left_behind(stored: Collection[StoredCheckpoint], checkpoints: Mapping[str, Seen]) -> set[int]:
     """Return the steps that a resumed run left behind: a lower step was written after them.
 
-    `checkpoints` are those that are known; one that is being written counts by the files it has so far.
+    `checkpoints` are those that are known. One that is not ready counts as well, on a disk: by the newest of its files
+    for the steps after it, and by any change to it for itself, since first files may be copies with times of their own.
     """
-    written = {int(step): seen.written for step, seen in checkpoints.items()}
+    written = {int(step): (seen.written, seen.written) for step, seen in checkpoints.items()}
     for item in stored:
         if item.weights is None and item.directory.kind is Kind.DISK:
             with contextlib.suppress(FileNotFoundError):
-                written[item.step] = max(_times(item.directory), default=written.get(item.step, 0))
+                files = max(_times(item.directory), default=0)
+                written[item.step] = (files, max(files, int(item.directory.last_change() * 1e9)))
     behind, newest = set(), 0
-    for step in sorted(written):
-        if written[step] < newest:
+    for step, (files, changed) in sorted(written.items()):
+        if changed < newest:
             behind.add(step)
-        newest = max(newest, written[step])
+        newest = max(newest, files)
     return behind
 
 
 def segment(stored: Collection[StoredCheckpoint], checkpoints: Mapping[str, Seen]) -> tuple[StoredCheckpoint, ...]:
-    """Return what belongs to the newest segment of the run.
-
-    A step that is not ready does: its first files may be copies with the times of another model's.
-    """
+    """Return what belongs to the newest segment of the run."""
     behind = left_behind(stored, checkpoints)
-    return tuple(item for item in stored if item.weights is None or item.step not in behind)
+    return tuple(item for item in stored if item.step not in behind)
 
 
 def lost(settings: Settings, stored: Collection[StoredCheckpoint], ledger: Ledger) -> list[int]:
@@ -169,7 +169,9 @@ def lost(settings: Settings, stored: Collection[StoredCheckpoint], ledger: Ledge
     kept = []
     for item in stored:
         seen = ledger.checkpoints.get(str(item.step))
-        if item.weights is not None and seen is not None and seen.identity == item.weights.identity:
+        # A copy of what was announced was written when that was.
+        same = seen is not None and item.weights is not None and item.weights.identity == seen.identity
+        if same or (seen is not None and _written(item, default=-1) == seen.written):
             kept.append(item.step)
     announced = [int(step) for step in ledger.checkpoints if int(step) <= settings.window]
     return sorted(step for step in announced if step not in there and step < max(kept, default=0))
@@ -191,6 +193,12 @@ def read_ledger(settings: Settings) -> Ledger:
 def write_ledger(settings: Settings, ledger: Ledger) -> None:
     """Replace the ledger in one piece."""
     write_json(settings.home / "ledger.json", asdict(ledger))
+
+
+def _written(item: StoredCheckpoint, *, default: int) -> int:
+    if item.weights is None or item.directory.kind is not Kind.DISK:
+        return default
+    return max(file.mtime_ns for file in item.weights.files)
 
 
 def _times(directory: Directory) -> list[int]:

@@ -26,7 +26,7 @@ from relex.store import State, StoredCheckpoint
 
 # How often the trainer's directory is looked at for something new.
 REFRESH_SECONDS = 0.1
-# The time of a directory is as coarse as its file system's clock: one that changed so lately may change unseen.
+# Times are as coarse as the file system's clock: what changed so lately may be changing.
 _RACY_SECONDS = 2.0
 _LEFT_OUT = re.compile(
     r"optim.*|.*_optim_states\.pt|scheduler\.pt|scaler\.pt|rng_state.*|extra_state.*|critic|data\.pt|dataloader.*"
@@ -127,12 +127,22 @@ class Pins:
             for place in changed | (pinned.keys() - files.keys()):
                 (self._root / name / place).unlink()
                 del pinned[place]
-        # A marker is written last, and pinned last.
-        for place in sorted(files.keys() - pinned.keys(), key=lambda place: (files[place].st_mtime_ns, place)):
-            if not self._pin(self._live / name / place, self._root / name / place):
-                return
-        if time.time() - max((changed for _, changed in directories.values()), default=0) / 1e9 > _RACY_SECONDS:
+        complete = self._pin_files(name, {place: files[place] for place in files.keys() - pinned.keys()})
+        for directory, (_, time_ns) in directories.items():
+            target = self._root / name / directory.relative_to(self._live / name)
+            if target.is_dir():
+                # Not when it was pinned: an unfinished checkpoint is as old as it is.
+                os.utime(target, ns=(time_ns, time_ns))
+        newest = max((time_ns for _, time_ns in directories.values()), default=0)
+        if complete and time.time() - newest / 1e9 > _RACY_SECONDS:
             self._looked[name] = directories
+
+    def _pin_files(self, name: str, files: dict[str, os.stat_result]) -> bool:
+        # A marker is written last, and pinned last.
+        for place in sorted(files, key=lambda place: (files[place].st_mtime_ns, place)):
+            if not self._pin(self._live / name / place, self._root / name / place):
+                return False
+        return True
 
     def _same(self, live: os.stat_result, pinned: os.stat_result) -> bool:
         if self._mode == "link":
@@ -164,7 +174,8 @@ class Pins:
         before = _size(source)
         directory = LocalDirectory(source.parent)
         if not source.is_symlink():
-            if self._growing.get(source) != before:
+            lately = time.time() - before[1] / 1e9 < _RACY_SECONDS
+            if lately and self._growing.get(source) != before:
                 self._growing[source] = before
                 return False
             # A hole is a part that has not arrived: in a copy it would be zeros.
