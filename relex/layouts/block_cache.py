@@ -89,6 +89,7 @@ class BlockCache:
 
         `file` is any key that names one version of one file of `size` bytes. Raises what `fetch` raises.
         """
+        buffer = buffer[: max(0, size - position)]
         total = 0
         while total < len(buffer):
             start = position + total
