@@ -100,12 +100,18 @@ def show_inspection(console: Console, found: "Inspection") -> None:
 
 def show_extrapolation(console: Console, manifests: Mapping[str, Manifest]) -> None:
     """Print what was predicted and how far it is from what was seen."""
-    table = plain_table("predicted", "‖Δ‖ vs latest", "norm band 90 %", "Σ|c| at most")
+    columns = ["predicted", "‖Δ‖ vs latest", "norm band 90 %", "Σ|c| at most"]
+    if any(found.adapter is not None for found in manifests.values()):
+        columns += ["rank at most", "error at most"]
+    table = plain_table(*columns)
     for location, found in manifests.items():
         item = found.forecast
         latest = item.norm_latest or 1.0
         band = f"{item.norm_band[0] / latest:.2f} – {item.norm_band[1] / latest:.2f}" if item.norm_band else "—"
-        table.add_row(location, f"{item.norm / latest:.2f} x", band, f"{item.amplification:.1f}")
+        row = [location, f"{item.norm / latest:.2f} x", band, f"{item.amplification:.1f}"]
+        if found.adapter is not None:
+            row += [str(found.adapter.rank), f"{found.adapter.error:.1e}"]
+        table.add_row(*row)
     first = next(iter(manifests.values())).forecast
     console.print(
         f"{first.method} from {len(first.steps)} checkpoints, steps {first.steps[0]} to {first.steps[-1]}:"

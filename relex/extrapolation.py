@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from relex import manifest, sanity
+from relex.adapter import adapter_digest, check_adapters, write_adapter
 from relex.errors import TargetError
 from relex.forecast import Forecast, check_target, forecast
 from relex.gram import cached
@@ -21,6 +22,8 @@ from relex.trajectory import Trajectory, open_trajectory
 from relex.upload import check_destination, is_uploaded, upload
 
 DTYPES = ("float32", "float16", "bfloat16")
+
+Form = Literal["model", "adapter"]
 
 Tell = Callable[[str, int, int], None]
 """Called with (what is being done, how much of it is done, how much there is)."""
@@ -47,16 +50,24 @@ def extrapolate(
     memory: int,
     threads: int,
     dtype: str | None = None,
+    form: Form = "model",
     command: Sequence[str] = (),
     tell: Tell | None = None,
 ) -> list[Forecast]:
     """Write every requested model that is not there yet and return the forecasts, in the order of the requests.
 
     `grams` is the directory of measured Grams, `memory` a budget in bytes, `dtype` the precision of the result (None:
-    the base's), `command` what the manifest says asked for it. Raises RelexError; then no new output is left behind.
+    the base's), `form` whether it is a whole model or, of a run of adapters, an adapter, `command` what the manifest
+    says asked for it. Raises RelexError; then no new output is left behind.
     """
     if dtype is not None and dtype not in DTYPES:
         raise TargetError(f"dtype {dtype!r} is not known; known are {', '.join(DTYPES)}.")
+    if form == "adapter":
+        check_adapters(trajectory)
+        if dtype is not None:
+            raise TargetError(
+                f"--dtype {dtype} says how a whole model is stored, and an adapter is not. Give one of the two."
+            )
     gram = cached(trajectory, grams, memory=memory, threads=threads, on_progress=_telling(tell, "reading"))
     sanity.refuse_duplicates(gram)
     forecasts = [
@@ -65,16 +76,24 @@ def extrapolate(
     missing = [
         (made, request)
         for made, request in zip(forecasts, requests, strict=True)
-        if not request.destination or not is_uploaded(request.destination, made.digest)
+        if not request.destination
+        or not is_uploaded(request.destination, adapter_digest(made) if form == "adapter" else made.digest)
     ]
-    materialise(
-        trajectory,
-        [Output(made, request.directory) for made, request in missing],
-        memory=memory,
-        threads=threads,
-        command=command,
-        on_progress=_telling(tell, "writing"),
-    )
+    writing = _telling(tell, "writing")
+    if form == "adapter":
+        for made, request in missing:
+            write_adapter(
+                trajectory,
+                made,
+                request.directory,
+                memory=memory,
+                threads=threads,
+                command=command,
+                on_progress=writing,
+            )
+    else:
+        outputs = [Output(made, request.directory) for made, request in missing]
+        materialise(trajectory, outputs, memory=memory, threads=threads, command=command, on_progress=writing)
     for _, request in missing:
         if request.destination:
             upload(request.directory, request.destination)
@@ -92,6 +111,7 @@ def extrapolate_run(
     memory: int,
     threads: int,
     dtype: str | None = None,
+    form: Form = "model",
     inside: Literal["refuse", "allow"] = "refuse",
     grams: Path,
     staging: Path,
@@ -120,6 +140,7 @@ def extrapolate_run(
         memory=memory,
         threads=threads,
         dtype=dtype,
+        form=form,
         command=command,
         tell=tell,
     )

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from relex.layouts.factors import Factor, LowRank
+from relex.layouts.factors import AdapterWeights, Factor, LowRank
 from relex.layouts.weights import TensorEntry
 from relex.streaming import CHUNK, as_bytes
 from relex.trajectory import TensorSpec, Trajectory
@@ -23,11 +23,25 @@ from relex.trajectory import TensorSpec, Trajectory
 TILE = 1 << 10
 
 
+Side = Callable[[LowRank], Factor]
+"""Gives one of the two factors."""
+
+
 class Hash(Protocol):
     """What takes bytes in."""
 
     def update(self, data: bytes | memoryview, /) -> None:
         """Go on with `data`."""
+
+
+def left_side(entry: LowRank) -> Factor:
+    """Return the factor along the rows."""
+    return entry.left
+
+
+def right_side(entry: LowRank) -> Factor:
+    """Return the factor along the columns."""
+    return entry.right
 
 
 def pays(spec: TensorSpec) -> bool:
@@ -50,7 +64,7 @@ def memory(spec: TensorSpec) -> int:
 def products(trajectory: Trajectory, spec: TensorSpec, *, first: int) -> Tensor:
     """Return the lower triangle of the (K, K) fp64 Gram of one tensor, from row `first` on."""
     entries = spec.adapted
-    both = [sides(trajectory, entries, side, first=first) for side in (_left, _right)]
+    both = [_sides(trajectory.adapters, entries, side, first=first) for side in (left_side, right_side)]
     starts = _starts(entries)
     gram_KK = torch.zeros(len(entries), len(entries), dtype=torch.float64)
     for i in range(first, len(entries)):
@@ -60,29 +74,13 @@ def products(trajectory: Trajectory, spec: TensorSpec, *, first: int) -> Tensor:
     return gram_KK
 
 
-def sides(
-    trajectory: Trajectory, entries: Sequence[LowRank], side: Callable[[LowRank], Factor], *, first: int
-) -> Tensor:
-    """Return the lower block triangle of the (S, S) fp64 products of all checkpoints' factors of one side."""
-    starts = _starts(entries)
-    total_SS = torch.zeros(starts[-1], starts[-1], dtype=torch.float64)
-    for stacked_SP in tiles(trajectory, entries, side):
-        for i in range(first, len(entries)):
-            rows = slice(starts[i], starts[i + 1])
-            total_SS[rows, : rows.stop] += stacked_SP[rows] @ stacked_SP[: rows.stop].T
-    return total_SS
-
-
-def tiles(trajectory: Trajectory, entries: Sequence[LowRank], side: Callable[[LowRank], Factor]) -> Iterator[Tensor]:
+def tiles(weights: Sequence[AdapterWeights], entries: Sequence[LowRank], side: Side) -> Iterator[Tensor]:
     """Yield the factors of one side, all checkpoints' below each other, (S, P) in fp64, in tiles of P positions."""
     length = side(entries[0]).length
     for start in range(0, length, TILE):
         stop = min(start + TILE, length)
         yield torch.cat(
-            [
-                weights.factor(side(entry), start, stop).T.double()
-                for weights, entry in zip(trajectory.adapters, entries, strict=True)
-            ]
+            [one.factor(side(entry), start, stop).T.double() for one, entry in zip(weights, entries, strict=True)]
         )
 
 
@@ -115,6 +113,17 @@ def read_parts(
     return lost
 
 
+def _sides(weights: Sequence[AdapterWeights], entries: Sequence[LowRank], side: Side, *, first: int) -> Tensor:
+    """Return the lower block triangle of the (S, S) fp64 products of all checkpoints' factors of one side."""
+    starts = _starts(entries)
+    total_SS = torch.zeros(starts[-1], starts[-1], dtype=torch.float64)
+    for stacked_SP in tiles(weights, entries, side):
+        for i in range(first, len(entries)):
+            rows = slice(starts[i], starts[i + 1])
+            total_SS[rows, : rows.stop] += stacked_SP[rows] @ stacked_SP[: rows.stop].T
+    return total_SS
+
+
 def _flat(trajectory: Trajectory, parts: Sequence[TensorEntry]) -> Iterator[list[Tensor]]:
     """Yield one part of all checkpoints, flat as it is stored, CHUNK elements at a time."""
     for start in range(0, max(math.prod(part.shape) for part in parts), CHUNK):
@@ -136,14 +145,6 @@ def _zeros(stored_KN: Tensor, erased: Callable[[Tensor, Tensor], list[int]]) -> 
         elif row + 1 < len(stored_KN) and erased(stored_KN[row : row + 1], after_KN[row + 1]):
             before.append(row)
     return since, before
-
-
-def _left(entry: LowRank) -> Factor:
-    return entry.left
-
-
-def _right(entry: LowRank) -> Factor:
-    return entry.right
 
 
 def _ranks(spec: TensorSpec) -> int:

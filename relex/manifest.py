@@ -33,11 +33,29 @@ class FileRecord:
 
 
 @dataclass(frozen=True)
+class AdapterRecord:
+    """What an adapter holds of its prediction, by adapted module: its rank, and the relative Frobenius error."""
+
+    ranks: Mapping[str, int]
+    errors: Mapping[str, float]
+
+    @property
+    def rank(self) -> int:
+        """The largest rank."""
+        return max(self.ranks.values())
+
+    @property
+    def error(self) -> float:
+        """The largest error."""
+        return max(self.errors.values())
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What was predicted, from what, by what, and every file that came of it.
 
     `digest` names the prediction (equal inputs, equal digest); `checkpoints` are the observed ones' directories in step
-    order.
+    order; `adapter` is there when it was written as one.
     """
 
     digest: str
@@ -47,6 +65,7 @@ class Manifest:
     files: Mapping[str, FileRecord]
     versions: Mapping[str, str]
     command: tuple[str, ...]
+    adapter: AdapterRecord | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON types; the forecast's method, target and window stand at the top for a reader's eye."""
@@ -54,6 +73,8 @@ class Manifest:
         head |= {"target_step": self.forecast.target_step, "window": self.forecast.steps}
         rest = {"base": self.base, "checkpoints": self.checkpoints, "versions": self.versions, "command": self.command}
         files = {name: asdict(record) for name, record in self.files.items()}
+        if self.adapter is not None:
+            rest["adapter"] = {"rank": self.adapter.rank, "error": self.adapter.error} | asdict(self.adapter)
         return head | rest | {"files": files, "forecast": self.forecast.to_json()}
 
 
@@ -77,6 +98,7 @@ def read(location: str | Path) -> Manifest:
         content = json.loads(open_directory(location).read(FILE_NAME))
         if content["format"] != FORMAT:
             raise OutputError(f"{path} has format {content['format']}, this relex reads {FORMAT}. Predict again.")
+        adapter = content.get("adapter")
         return Manifest(
             content["digest"],
             Forecast.from_json(content["forecast"]),
@@ -85,6 +107,7 @@ def read(location: str | Path) -> Manifest:
             {name: FileRecord(**record) for name, record in content["files"].items()},
             content["versions"],
             tuple(content["command"]),
+            AdapterRecord(adapter["ranks"], adapter["errors"]) if adapter is not None else None,
         )
     except FileNotFoundError:
         raise OutputError(f"{location} has no {FILE_NAME}: relex did not write it.") from None

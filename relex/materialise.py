@@ -2,30 +2,30 @@
 
 Per chunk: the deltas once, then for each prediction the sum over its checkpoints in step order, in fp32, on the base,
 rounded once. The sum is taken checkpoint by checkpoint rather than as a matrix product, whose order of additions
-depends on its shape: so the bytes of a prediction do not depend on what else is asked for at once.
+depends on its shape: so the bytes of a prediction do not depend on what else is asked for at once (see `combine`).
 """
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from relex import manifest
+from relex.adapter import write_adapter
+from relex.combine import chunks, needed_rows, predicted
 from relex.errors import NonFiniteError, OutputError, RelexError
-from relex.forecast import Forecast, TensorForecast
+from relex.forecast import Forecast
 from relex.layouts.detection import open_any
 from relex.layouts.files import open_directory
 from relex.manifest import FileRecord
 from relex.store import Checkpoint, open_base
 from relex.streaming import (
     CHUNK,
-    Block,
     Progress,
     Unit,
     Workspace,
@@ -110,7 +110,7 @@ def _combine(
             {
                 row
                 for i in filling[spec.name]
-                for row in _rows(outputs[i].forecast.tensors[spec.name], len(spec.entries))
+                for row in needed_rows(outputs[i].forecast.tensors[spec.name], len(spec.entries))
             }
         )
         for index, spec in enumerate(tensors)
@@ -125,7 +125,7 @@ def _combine(
         spec = tensors[unit.tensor]
         needed = rows[unit.tensor]
         for block in space.blocks(trajectory, unit, needed):
-            for place, deltas in space.subtract(block) if spec.moves else _whole(block):
+            for place, deltas in chunks(space, block, spec):
                 for i in filling[spec.name]:
                     item, writer = outputs[i].forecast.tensors[spec.name], writers[i]
                     dtype = writer.tensors[spec.name].dtype
@@ -156,34 +156,6 @@ def _combine(
             on_progress(done, total)
 
 
-def _rows(item: TensorForecast, count: int) -> list[int]:
-    if item.source == "latest":
-        return [count - 1]
-    return [row for row, value in enumerate(item.coefficients) if value != 0.0]
-
-
-def _whole(block: Block) -> Iterator[tuple[slice, Tensor]]:
-    yield slice(0, len(block.base)), block.stored
-
-
-def predicted(
-    item: TensorForecast, rows: Sequence[int], base: Tensor, *, stored: Tensor | None, deltas: Tensor
-) -> Tensor:
-    """Return one chunk (N,) of a predicted tensor, before its rounding.
-
-    `stored` and `deltas` (R, N) are of the checkpoints numbered `rows`; `stored` is None where only deltas are stored.
-    """
-    if item.source == "base":
-        return base
-    if item.source == "latest":
-        return stored[-1].contiguous() if stored is not None else deltas[-1] + base.to(deltas.dtype)
-    total = torch.zeros_like(base, dtype=deltas.dtype)
-    for position, row in enumerate(rows):
-        if item.coefficients[row] != 0.0:
-            total.add_(deltas[position], alpha=item.coefficients[row])
-    return total.add_(base.to(total.dtype))
-
-
 def _output_tensors(trajectory: Trajectory, forecast: Forecast) -> list[OutputTensor]:
     override = None if forecast.dtype == "base" else getattr(torch, forecast.dtype)
     return [_output_tensor(spec, override) for spec in trajectory.tensors]
@@ -209,7 +181,10 @@ def rebuild(directory: Path, out: Path, *, memory: int, threads: int) -> None:
         for step, location in zip(old.forecast.steps, old.checkpoints, strict=True)
     ]
     trajectory = open_trajectory(base, checkpoints)
-    materialise(trajectory, [Output(old.forecast, out)], memory=memory, threads=threads, command=old.command)
+    if old.adapter is not None:
+        write_adapter(trajectory, old.forecast, out, memory=memory, threads=threads, command=old.command)
+    else:
+        materialise(trajectory, [Output(old.forecast, out)], memory=memory, threads=threads, command=old.command)
     new = manifest.read(out)
     for name in sorted(old.files.keys() | new.files.keys()):
         was, now = old.files.get(name), new.files.get(name)

@@ -11,6 +11,7 @@ from relex import manifest
 from relex.errors import OutputError
 from relex.layouts.hf import INDEX_FILE, SINGLE_FILE
 from relex.layouts.object_store import open_store
+from relex.layouts.peft import WEIGHTS_FILE as ADAPTER_FILE
 
 CLAIM = "relex.upload"
 
@@ -57,7 +58,7 @@ def upload(directory: Path, location: str) -> None:
     made = manifest.read(directory)
     store = open_store(location)
     store.send(made.digest.encode(), CLAIM)
-    last = INDEX_FILE if INDEX_FILE in made.files else SINGLE_FILE
+    last = next(name for name in (INDEX_FILE, SINGLE_FILE, ADAPTER_FILE) if name in made.files)
     for name in (*sorted(made.files.keys() - {last}), manifest.FILE_NAME, last):
         store.send(directory / name, name)
     present = store.list()

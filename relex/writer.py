@@ -21,6 +21,7 @@ from relex.errors import OutputError
 from relex.layouts.files import Directory
 from relex.layouts.header import DTYPE_NAMES
 from relex.layouts.hf import INDEX_FILE, SINGLE_FILE
+from relex.layouts.peft import WEIGHTS_FILE as ADAPTER_FILE
 from relex.layouts.weights import Weights
 from relex.manifest import FILE_NAME, FileRecord, read
 
@@ -104,7 +105,7 @@ class ModelWriter:
         """Add the other files and the manifest made from all files' records, then let the directory appear."""
         files = dict(side_files)
         shards = sorted({tensor.shard for tensor in self.tensors.values()})
-        if shards != [SINGLE_FILE]:
+        if shards not in ([SINGLE_FILE], [ADAPTER_FILE]):
             total = sum(tensor.nbytes for tensor in self.tensors.values())
             weight_map = {name: self.tensors[name].shard for name in sorted(self.tensors)}
             files[INDEX_FILE] = _json({"metadata": {"total_size": total}, "weight_map": weight_map})
