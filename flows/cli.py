@@ -108,6 +108,9 @@ def extrapolate(
     dtype: Annotated[
         str | None, typer.Option(help="Precision of the output: float32, float16 or bfloat16 (default: the base's).")
     ] = None,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Of a run of LoRA adapters: write adapters instead of whole models.")
+    ] = False,
     allow_inside: Annotated[
         bool, typer.Option("--allow-inside", help="Allow a target inside the window, to look at the fit itself.")
     ] = False,
@@ -138,6 +141,7 @@ def extrapolate(
             memory=memory,
             threads=threads,
             dtype=dtype,
+            form="adapter" if adapter else "model",
             inside="allow" if allow_inside else "refuse",
             grams=kept / "grams",
             staging=kept / "staging",
