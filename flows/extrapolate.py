@@ -24,14 +24,23 @@ from flows.publish import ProgressArtifact, curves, draw, metrics, show
 from flows.score import reports, score
 from flows.settings import Settings, load_settings
 from flows.window import claim, decided, decision_path, window_directory, write_json
+from relex.download import local_model
 from relex.errors import CheckpointDamagedError, DuplicateError, NonFiniteError, TargetError
+from relex.layouts.block_cache import BlockCache
 
 
 def predict_models(config: str, steps: list[int], key: str) -> tuple[list[Model], tuple[str, ...]]:
     """Write the candidates of one window and the last observed checkpoint."""
     settings = load_settings(Path(config))
     progress = ProgressArtifact(f"predict-{settings.training_run}", "predict")
-    return predict(settings, steps, key, tell=progress)
+    with BlockCache(settings.home, size=int(settings.cache)) as blocks:
+        return predict(settings, steps, key, blocks=blocks, tell=progress)
+
+
+def fetch_base(config: str) -> Model:
+    """Return the base as a directory of this machine; one in a store is copied once."""
+    settings = load_settings(Path(config))
+    return Model("base", 0, str(local_model(settings.base, settings.home / "base")))
 
 
 def score_model(config: str, model: Model, benchmarks: list[str]) -> list[Score]:
@@ -112,6 +121,7 @@ def find_champion(config: str, tracking_uri: str) -> list[Model]:
 # Retried is what a second attempt can mend: a child killed for memory, a checkpoint that was being replaced, a server
 # away.
 predict_task = task(name="predict", retries=2, retry_delay_seconds=5, cache_policy=NO_CACHE)(predict_models)
+base_task = task(name="base", retries=2, retry_delay_seconds=5, cache_policy=NO_CACHE)(fetch_base)
 score_task = task(
     name="score",
     task_run_name="score {model.role} {model.step}",
@@ -153,9 +163,8 @@ def decide(config: str, settings: Settings, steps: list[int], key: str, tracking
     """Predict, score, choose and gate."""
     models, warnings = predict_task(config, steps, key)
     observed = models[0]
-    base = Model("base", 0, settings.base)
     selection: list[Score] = []
-    report: list[Score] = list(score_task(config, base, settings.report)) if settings.report else []
+    report: list[Score] = list(score_task(config, base_task(config), settings.report)) if settings.report else []
     for model in models:
         first, *rest = score_task(config, model, [settings.selection, *settings.report])
         selection.append(first)
