@@ -1,4 +1,4 @@
-"""One process of small training runs that save as verl does: `python gloo_verl.py ROOT RANK WORLD`.
+"""Small training runs of four processes that save as verl does: `python gloo_verl.py ROOT`.
 
 ROOT gets base (the model at step 0) and, for every way to shard in KINDS, KIND/run/global_step_N/actor as verl's
 checkpoint manager saves it and KIND/full/checkpoint-N, the same weights gathered.
@@ -25,6 +25,7 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from torch.multiprocessing.spawn import start_processes
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
@@ -133,8 +134,8 @@ def separate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in state.items()}
 
 
-def main(root: Path, rank: int, world: int) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{root}/store", rank=rank, world_size=world)
+def run(rank: int, root: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{root}/store", rank=rank, world_size=WORLD)
     if rank == 0:
         write_model(root / "base", separate(build().state_dict()), config=CONFIG.to_dict())
     for name, kind in KINDS.items():
@@ -143,4 +144,5 @@ def main(root: Path, rank: int, world: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    # Forked: to import everything takes longer than all the rest.
+    start_processes(run, (Path(sys.argv[1]),), nprocs=WORLD, start_method="fork")  # type: ignore[no-untyped-call]

@@ -77,7 +77,7 @@ def quiet_step(step: Path) -> None:
 
 
 def _held(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
-    if tensor.dim() == 0 or not tensor.is_floating_point():
+    if isinstance(tensor, DTensor) or tensor.dim() == 0 or not tensor.is_floating_point():
         return tensor
     chunk = -(-len(tensor) // mesh.size())
     rows = tensor[chunk * mesh.get_rank() : chunk * (mesh.get_rank() + 1)].clone()
