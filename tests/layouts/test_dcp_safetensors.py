@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,15 @@ def _say(file: Path, text: str) -> None:
     """Write one shard anew with another account of where its parts lie."""
     save_file(load_file(file), file, metadata={"DCP_SHARDING_INFO": text})
     quiet(file.parent)
+
+
+def _place_head(file: Path, change: Callable[[list[int]], object]) -> None:
+    """Say of a shard's part of the output head that it begins at what `change` makes of its origin."""
+    with safe_open(file, framework="pt") as handle:
+        said = json.loads(handle.metadata()["DCP_SHARDING_INFO"])
+    head = said["lm_head.weight"]
+    head["saved_offsets"] = change(head["saved_offsets"])
+    _say(file, json.dumps(said))
 
 
 def _save(path: Path, state: dict[str, Tensor], *, world: int) -> None:
@@ -119,22 +129,23 @@ def test_a_shard_in_another_precision_is_left_over(run: Run, tmp_path: Path) -> 
         _open(run)
 
 
-@pytest.mark.parametrize(
-    "said",
-    ["{", "[]", "{}", '{"lm_head.weight": {"saved_offsets": [0]}}', '{"lm_head.weight": {"saved_offsets": [0, "0"]}}'],
-)
+@pytest.mark.parametrize("said", ["{", "[]", "{}", '{"lm_head.weight": {}}', "[" * 100_000])
 def test_a_shard_that_does_not_say_where_its_parts_lie_is_refused(run: Run, said: str) -> None:
     _say(_place(run) / shard(1), said)
     with pytest.raises(CheckpointMismatchError, match=r"does not say where in the whole tensors its parts lie"):
         _open(run)
 
 
+@pytest.mark.parametrize("origin", [7, [0], [0, 0, 0], [0, "0"], [0, 0.0], [0, None], None])
+def test_a_part_without_a_place_of_its_own_is_refused(run: Run, origin: object) -> None:
+    _place_head(_place(run) / shard(1), lambda _: origin)
+    with pytest.raises(CheckpointMismatchError, match=r"lm_head\.weight of shape \[12, 8\] begins at"):
+        _open(run)
+
+
 @pytest.mark.parametrize("first", [-1, 1, 1 << 60])
 def test_a_part_that_is_said_to_lie_elsewhere_is_refused(run: Run, first: int) -> None:
-    with safe_open(_place(run) / shard(2), framework="pt") as handle:
-        said = json.loads(handle.metadata()["DCP_SHARDING_INFO"])
-    said["lm_head.weight"]["saved_offsets"][0] = first
-    _say(_place(run) / shard(2), json.dumps(said))
+    _place_head(_place(run) / shard(2), lambda origin: [first, *origin[1:]])
     with pytest.raises((CheckpointIncompleteError, CheckpointMismatchError), match=r"lm_head\.weight"):
         _open(run)
 
