@@ -161,15 +161,20 @@ def embedding_name(tensors: Mapping[str, TensorEntry]) -> str | None:
 
 
 def _overlap(pieces: Sequence[Piece]) -> bool:
+    """Whether two of the pieces, which are in the order of their origins, have an element in common."""
     # Of empty pieces there is one for each rank beyond the rows.
     filled = [piece for piece in pieces if math.prod(piece.shape)]
-    return any(
-        all(
-            max(a, b) < min(a + m, b + n)
-            for a, m, b, n in zip(one.origin, one.shape, other.origin, other.shape, strict=True)
-        )
-        for one, other in itertools.combinations(filled, 2)
-    )
+    for index, one in enumerate(filled):
+        for other in itertools.islice(filled, index + 1, None):
+            # Of hundreds of ranks only neighbours need to be compared.
+            if other.origin and other.origin[0] >= one.origin[0] + one.shape[0]:
+                break
+            if all(
+                max(a, b) < min(a + m, b + n)
+                for a, m, b, n in zip(one.origin, one.shape, other.origin, other.shape, strict=True)
+            ):
+                return True
+    return False
 
 
 def _runs(entry: TensorEntry, piece: Piece, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
