@@ -7,7 +7,7 @@ and the header of each storage are read.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -64,16 +64,23 @@ class _Storage:
     size: int
 
 
-def read_torch_file(directory: Directory, file: FileIdentity, *, start: int = 0, stop: int | None = None) -> Any:
+def read_torch_file(
+    directory: Directory,
+    file: FileIdentity,
+    *,
+    start: int = 0,
+    stop: int | None = None,
+    unknown: Literal["refuse", "stub"] = "refuse",
+) -> Any:
     """Return what was saved in bytes `start` to `stop` of a file (None: to its end), its tensors as `LocalTensor`.
 
-    The rest is as `pickled.load` returns it. Raises CheckpointIncompleteError when the archive is not whole,
-    CheckpointMismatchError when it holds what is not read here.
+    The rest is as `pickled.load` returns it, which says what `unknown` does. Raises CheckpointIncompleteError when the
+    archive is not whole, CheckpointMismatchError when it holds what is not read here.
     """
     stop = file.size if stop is None else stop
     where = f"{directory}/{file.name}" + (f" (bytes {start} to {stop})" if stop - start != file.size else "")
     try:
-        return _read(_open(directory, file, start, stop), where)
+        return _read(_open(directory, file, start, stop), where, unknown)
     except (OSError, ValueError) as error:
         raise CheckpointIncompleteError(
             f"{where} is not a whole file of torch.save: {shown(str(error).rstrip('.'))}. If the trainer is still"
@@ -97,7 +104,7 @@ def _open(directory: Directory, file: FileIdentity, start: int, stop: int) -> Ar
     return open_archive(directory, file.name, start=start, stop=stop)
 
 
-def _read(archive: Archive, where: str) -> Any:
+def _read(archive: Archive, where: str, unknown: Literal["refuse", "stub"]) -> Any:
     names = [name for name in archive.records if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(names) != 1:
         raise ValueError(f"it has {len(names)} records data.pkl")
@@ -112,7 +119,11 @@ def _read(archive: Archive, where: str) -> Any:
         if name.startswith(f"{root}data/")
     }
     return load(
-        archive.content(names[0]), where=where, builders=_builders(where), persistent_load=_storage_of(storages, where)
+        archive.content(names[0]),
+        where=where,
+        builders=_builders(where),
+        persistent_load=_storage_of(storages, where),
+        unknown=unknown,
     )
 
 

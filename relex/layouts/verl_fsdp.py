@@ -19,7 +19,7 @@ from relex.layouts.weights import Piece, TensorEntry, Weights, make_weights, til
 NAME = "verl_fsdp"
 
 _PLACES = ("", "actor")
-_RANK_FILE = re.compile(r"model_world_size_([1-9]\d*)_rank_(0|[1-9]\d*)\.pt")
+_RANK_FILE = re.compile(r"model_world_size_([1-9][0-9]*)_rank_(0|[1-9][0-9]*)\.pt")
 # What verl writes beside them, with the number of ranks.
 _SETTINGS = "fsdp_config.json"
 _ADAPTER = "lora_adapter"

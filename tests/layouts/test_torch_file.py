@@ -7,12 +7,13 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import TrainingArguments
 
 from relex.errors import CheckpointError, CheckpointIncompleteError, CheckpointMismatchError
 from relex.layouts.files import LocalDirectory
@@ -64,9 +65,9 @@ def save(path: Path, content: Any) -> bytes:
     return (path / NAME).read_bytes()
 
 
-def read(path: Path, **place: int) -> Any:
+def read(path: Path, *, start: int = 0, stop: int | None = None, unknown: Literal["refuse", "stub"] = "refuse") -> Any:
     directory = LocalDirectory(path)
-    return read_torch_file(directory, directory.identity(NAME), **place)
+    return read_torch_file(directory, directory.identity(NAME), start=start, stop=stop, unknown=unknown)
 
 
 def raw(tensor: Tensor) -> bytes:
@@ -101,6 +102,15 @@ def test_a_file_inside_a_file_is_read_by_its_range(tmp_path: Path) -> None:
 def test_what_is_no_tensor_comes_back_as_it_was(tmp_path: Path) -> None:
     save(tmp_path, {"epoch": 3, "rng": [1.5, None, ("a",)]})
     assert read(tmp_path) == {"epoch": 3, "rng": [1.5, None, ("a",)]}
+
+
+def test_the_settings_of_a_trainer_are_read_when_asked_for(tmp_path: Path) -> None:
+    save(tmp_path, TrainingArguments(output_dir=str(tmp_path), save_total_limit=2, save_strategy="steps"))
+    with pytest.raises(CheckpointMismatchError, match="TrainingArguments"):
+        read(tmp_path)
+    found = read(tmp_path, unknown="stub")
+    assert found.state["save_total_limit"] == 2
+    assert found.state["save_strategy"].arguments == ("steps",)
 
 
 def test_a_file_of_many_gigabytes_is_read_in_a_few_reads(tmp_path: Path) -> None:
