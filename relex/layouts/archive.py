@@ -74,15 +74,14 @@ def open_archive(directory: Directory, name: str, *, start: int, stop: int) -> A
 
 @dataclass
 class _Window:
-    """Bytes `start` to `stop` of a file, as a file; what was read last is kept."""
+    """Bytes `start` to `stop` of a file, as a file; the two blocks that were read last are kept with their places."""
 
     directory: Directory
     name: str
     start: int
     stop: int
     position: int = 0
-    kept_from: int = 0
-    kept: bytes = b""
+    blocks: tuple[tuple[int, bytes], ...] = ()
 
     @property
     def size(self) -> int:
@@ -112,14 +111,18 @@ class _Window:
         """Return `count` bytes from `position` on; raises ValueError when the file ends before."""
         if count > _MOST_BYTES:
             raise ValueError(f"{count} bytes at byte {position} are said to be its directory or a pickle")
-        if not self.kept_from <= position <= position + count <= self.kept_from + len(self.kept):
-            stop = min(self.size, position + max(count, _BLOCK_BYTES))
-            # What is wanted at the end is followed by what lies in front of it.
-            self.kept_from = min(position, max(0, stop - _BLOCK_BYTES))
-            self.kept = self.directory.read(self.name, self.start + self.kept_from, self.start + stop)
-        found = self.kept[position - self.kept_from : position - self.kept_from + count]
+        for first, block in self.blocks:
+            if first <= position and position + count <= first + len(block):
+                return block[position - first : position - first + count]
+        stop = min(self.size, position + max(count, _BLOCK_BYTES))
+        # What is wanted at the end is followed by what lies in front of it.
+        first = min(position, max(0, stop - _BLOCK_BYTES))
+        block = self.directory.read(self.name, self.start + first, self.start + stop)
+        # Of a large archive one has the first records and one the directory and the last.
+        self.blocks = (*self.blocks[-1:], (first, block))
+        found = block[position - first : position - first + count]
         if len(found) < count:
-            raise ValueError(f"it ends at byte {self.kept_from + len(self.kept)}, before byte {position + count}")
+            raise ValueError(f"it ends at byte {first + len(block)}, before byte {position + count}")
         return found
 
 
