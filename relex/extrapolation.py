@@ -2,8 +2,8 @@
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +19,7 @@ from relex.materialise import Output, materialise
 from relex.predictors import Method
 from relex.store import observed, open_base, scan
 from relex.trajectory import Trajectory, open_trajectory
-from relex.upload import check_destination, is_uploaded, upload
+from relex.upload import check_destination, discard_other, is_uploaded, staged, upload
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -33,7 +33,7 @@ Tell = Callable[[str, int, int], None]
 class Request:
     """One prediction that is wanted: by which method, at which training step, in which directory.
 
-    With a `destination`, a URL, it is sent there, and the directory is gone once it has arrived.
+    With a `destination`, a URL, it is sent there.
     """
 
     method: Method
@@ -73,12 +73,14 @@ def extrapolate(
     forecasts = [
         forecast(trajectory, gram, request.method, target_step=request.target_step, dtype=dtype) for request in requests
     ]
-    missing = [
-        (made, request)
-        for made, request in zip(forecasts, requests, strict=True)
-        if not request.destination
-        or not is_uploaded(request.destination, adapter_digest(made) if form == "adapter" else made.digest)
-    ]
+    missing = []
+    for made, request in zip(forecasts, requests, strict=True):
+        digest = adapter_digest(made) if form == "adapter" else made.digest
+        if request.destination and is_uploaded(request.destination, digest):
+            continue
+        if request.destination:
+            discard_other(request.directory, digest)
+        missing.append((made, request))
     writing = _telling(tell, "writing")
     if form == "adapter":
         for made, request in missing:
@@ -132,28 +134,26 @@ def extrapolate_run(
     trajectory = open_trajectory(opened, observed(stored, run, window=window))
     for target in targets:
         check_target(target, trajectory.steps, inside=inside)
-    requests = [_request(method, target, out, staging) for target in targets]
-    extrapolate(
-        trajectory,
-        requests,
-        grams=grams,
-        memory=memory,
-        threads=threads,
-        dtype=dtype,
-        form=form,
-        command=command,
-        tell=tell,
-    )
-    places = [request.destination or str(request.directory) for request in requests]
+    places = [f"{str(out).rstrip('/')}/step-{target}" for target in targets]
+    with ExitStack() as stack:
+        requests = [
+            Request(method, target, stack.enter_context(staged(place, staging)), place)
+            if is_remote(out)
+            else Request(method, target, Path(place))
+            for target, place in zip(targets, places, strict=True)
+        ]
+        extrapolate(
+            trajectory,
+            requests,
+            grams=grams,
+            memory=memory,
+            threads=threads,
+            dtype=dtype,
+            form=form,
+            command=command,
+            tell=tell,
+        )
     return {place: manifest.read(place) for place in places}
-
-
-def _request(method: Method, target: int, out: str | Path, staging: Path) -> Request:
-    if not is_remote(out):
-        return Request(method, target, Path(out) / f"step-{target}")
-    place = f"{str(out).rstrip('/')}/step-{target}"
-    # Two predictions of one name for two places are two.
-    return Request(method, target, staging / f"{sha256(place.encode()).hexdigest()[:16]}-step-{target}", place)
 
 
 def _telling(tell: Tell | None, what: str) -> Callable[[int, int], None] | None:

@@ -165,11 +165,11 @@ def open_writer(out: Path, digest: str, tensors: Sequence[OutputTensor]) -> Mode
     partial = out.parent / f"{prefix}{digest[:16]}.partial"
     for leftover in out.parent.glob(f"{prefix}*.partial"):
         # What another prediction of this name left behind when it was killed; a live one holds its lock.
-        if leftover != partial and (lock := _try_lock(leftover)) is not None:
+        if leftover != partial and (lock := try_lock(leftover)) is not None:
             shutil.rmtree(leftover)
             os.close(lock)
     partial.mkdir(exist_ok=True)
-    lock = _try_lock(partial)
+    lock = try_lock(partial)
     if lock is None:
         raise OutputError(f"output {out} is being written by another process. Wait for it, or give another --out.")
     for file in partial.glob("*.tmp"):
@@ -185,8 +185,11 @@ def side_files(base: Weights, latest: Weights) -> dict[str, bytes]:
     return {name: directory.read(name) for name, directory in sorted(found.items())}
 
 
-def _try_lock(directory: Path) -> int | None:
-    """Lock the directory itself: the lock goes with its process, moves with a rename and leaves no file."""
+def try_lock(directory: Path) -> int | None:
+    """Lock the directory itself and return the lock, None when another process has it.
+
+    It goes with its process, moves with a rename and leaves no file.
+    """
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

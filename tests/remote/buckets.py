@@ -1,6 +1,7 @@
 """Training runs in a real S3 server on the loopback interface, that have been quiet for a minute."""
 
 import itertools
+import logging
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -82,6 +83,7 @@ def write_s3_run(buckets: Buckets, run: Run) -> RemoteRun:
 
 def start() -> tuple[ThreadedMotoServer, Buckets]:
     """Start an S3 server in this process; the caller stops it."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()

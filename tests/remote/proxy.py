@@ -41,7 +41,8 @@ def proxy(target: str, faults: Faults) -> Iterator[str]:
             time.sleep(faults.delay)
             status = faults.refuse(self.command, self.path, number)
             if status is not None:
-                self._answer(status, [], b"<Error><Code>SlowDown</Code><Message>no</Message></Error>")
+                code = "SlowDown" if status == 503 else "InvalidRequest"
+                self._answer(status, [], f"<Error><Code>{code}</Code><Message>no</Message></Error>".encode())
                 return
             upstream = http.client.HTTPConnection(host)
             try:
