@@ -21,7 +21,7 @@ from relex.errors import NonFiniteError, RelexError, TargetError
 from relex.factor_gram import left_side, right_side
 from relex.forecast import Forecast
 from relex.layouts.factors import AdapterWeights, Factor, LowRank
-from relex.layouts.peft import CONFIG_FILE, PREFIX, WEIGHTS_FILE
+from relex.layouts.peft import CONFIG_FILE, HEAD, PREFIX, WEIGHTS_FILE
 from relex.layouts.weights import embedding_name
 from relex.manifest import AdapterRecord, FileRecord
 from relex.streaming import CHUNK, Progress, Unit, Workspace, as_bytes, in_order, units, workspaces
@@ -95,7 +95,7 @@ def write_adapter(
     def write(space: Workspace, unit: Unit) -> None:
         spec = trajectory.tensors[unit.tensor]
         if spec.relative:
-            _write_factors(writer, spec, cuts[spec.name])
+            _write_factors(writer, trajectory, spec, found=cuts[spec.name])
         else:
             _write_whole(writer, trajectory, forecast, space=space, unit=unit)
 
@@ -147,9 +147,9 @@ def _outputs(trajectory: Trajectory, cuts: Mapping[str, Cut]) -> list[OutputTens
         if spec.relative:
             rank, entry = cuts[spec.name].rank, spec.adapted[-1]
             for factor in (entry.left, entry.right):
-                shape = (rank, factor.length) if factor.transposed else (factor.length, rank)
-                size = rank * factor.length * 4
-                found.append(OutputTensor(_factor_key(entry, factor), torch.float32, shape, size, WEIGHTS_FILE))
+                for key, transposed in _factor_keys(trajectory, entry, factor):
+                    shape = (rank, factor.length) if transposed else (factor.length, rank)
+                    found.append(OutputTensor(key, torch.float32, shape, rank * factor.length * 4, WEIGHTS_FILE))
         elif _whole(spec):
             size = spec.count * spec.dtype.itemsize
             found += [
@@ -159,10 +159,16 @@ def _outputs(trajectory: Trajectory, cuts: Mapping[str, Cut]) -> list[OutputTens
     return found
 
 
-def _factor_key(entry: LowRank, factor: Factor) -> str:
-    side = "A" if factor.transposed else "B"
+def _factor_keys(trajectory: Trajectory, entry: LowRank, factor: Factor) -> list[tuple[str, bool]]:
+    """Return under which names one factor is stored, and whether transposed."""
+    side, other = ("A", "B") if factor.transposed else ("B", "A")
     part = f"lora_embedding_{side}" if entry.embedding else f"lora_{side}.weight"
-    return f"{PREFIX}{entry.name.removesuffix('.weight')}.{part}"
+    keys = [(f"{PREFIX}{entry.name.removesuffix('.weight')}.{part}", factor.transposed)]
+    latest = trajectory.adapters[-1]
+    # An embedding and a head that are adapted together share their factors, crosswise.
+    if entry.embedding and latest.settings.get("ensure_weight_tying") and HEAD not in latest.tensors:
+        keys.append((f"{PREFIX}{HEAD.removesuffix('weight')}lora_{other}.weight", not factor.transposed))
+    return keys
 
 
 def _whole_keys(trajectory: Trajectory, spec: TensorSpec) -> list[str]:
@@ -174,17 +180,18 @@ def _whole_keys(trajectory: Trajectory, spec: TensorSpec) -> list[str]:
     return [PREFIX + key for key in keys]
 
 
-def _write_factors(writer: ModelWriter, spec: TensorSpec, found: Cut) -> None:
+def _write_factors(writer: ModelWriter, trajectory: Trajectory, spec: TensorSpec, *, found: Cut) -> None:
     entry = spec.adapted[-1]
     for side in (left_side, right_side):
         factor = side(entry)
-        key = _factor_key(entry, factor)
+        keys = _factor_keys(trajectory, entry, factor)
         for start, tile_PR in cut.mixed(found, side, length=factor.length):
-            if factor.transposed:
-                for row, values in enumerate(tile_PR.T.contiguous()):
-                    writer.write(key, (row * factor.length + start) * 4, as_bytes(values))
-            else:
-                writer.write(key, start * found.rank * 4, as_bytes(tile_PR.contiguous().view(-1)))
+            for key, transposed in keys:
+                if transposed:
+                    for row, values in enumerate(tile_PR.T.contiguous()):
+                        writer.write(key, (row * factor.length + start) * 4, as_bytes(values))
+                else:
+                    writer.write(key, start * found.rank * 4, as_bytes(tile_PR.contiguous().view(-1)))
 
 
 def _write_whole(

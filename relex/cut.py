@@ -81,6 +81,7 @@ def mixed(found: Cut, side: Side, *, length: int) -> Iterator[tuple[int, Tensor]
     if not found.entries:
         for start in range(0, length, TILE):
             yield start, torch.zeros(min(TILE, length - start), found.rank)
+        return
     mix_SR = found.left_SR if side is left_side else found.right_SR
     for number, stacked_SP in enumerate(tiles(found.weights, found.entries, side)):
         yield number * TILE, (stacked_SP.T @ mix_SR).float()

@@ -177,7 +177,7 @@ def measure(
     if known is not None and (gram.base_digest, gram.digests[:kept]) != (known.base_digest, known.digests):
         # Same files by their stat, other bytes: what was known is about something else.
         return measure(trajectory, memory=memory, threads=threads, on_progress=on_progress)
-    _refuse_erased(erased, gram, trajectory)
+    _refuse_erased(erased, trajectory)
     _refuse_non_finite(gram, trajectory)
     return gram
 
@@ -214,12 +214,8 @@ def _lost(stored_N: Tensor, base_N: Tensor, *, sector: int) -> bool:
     return int(gaps.max()) >= sector or int(gaps[-1]) >= _FEWEST_ZEROS
 
 
-def _refuse_erased(erased: Sequence[tuple[str, int]], gram: Gram, trajectory: Trajectory) -> None:
-    moved_K = gram.products.diagonal(dim1=-2, dim2=-1).sum(0) != 0
+def _refuse_erased(erased: Sequence[tuple[str, int]], trajectory: Trajectory) -> None:
     for name, row in erased:
-        # An adapter that has not been trained yet is half zeros.
-        if trajectory.adapters and not bool(moved_K[row]):
-            continue
         checkpoint = trajectory.checkpoints[row]
         other = "another checkpoint" if trajectory.adapters else "the base"
         raise CheckpointDamagedError(

@@ -27,7 +27,7 @@ CONFIG_FILE = "adapter_config.json"
 PREFIX = "base_model.model."
 
 _PLACES = ("", "actor/lora_adapter", "lora_adapter")
-_HEAD = "lm_head.weight"
+HEAD = "lm_head.weight"
 _MERGE = "Let the trainer save merged models (peft's merge_and_unload)"
 
 # What a configuration may say: what is read here, and what does not change the meaning of what is stored.
@@ -62,7 +62,7 @@ class _Opened:
     @property
     def embedding(self) -> str:
         """The embedding that is the output head too, "" when the two are not tied."""
-        return "" if _HEAD in self.base.tensors else embedding_name(self.base.tensors) or ""
+        return "" if HEAD in self.base.tensors else embedding_name(self.base.tensors) or ""
 
 
 def find(step: Directory) -> Directory | None:
@@ -98,7 +98,7 @@ def open_weights(directory: Directory, *, base: Weights) -> AdapterWeights:
     }
     adapted = _adapted(opened)
     replaced, keys = _replaced(opened)
-    alias = replaced.pop(_HEAD, None) if opened.embedding else None
+    alias = replaced.pop(HEAD, None) if opened.embedding else None
     _check_tied(opened, adapted, alias)
     tensors |= adapted | replaced
     files = (present[CONFIG_FILE], present[WEIGHTS_FILE])
@@ -137,7 +137,7 @@ def _adapted(opened: _Opened) -> dict[str, TensorEntry]:
         # A tied head is given the embedding's own factors.
         f"{module}.weight": _low_rank(opened, module, parts)
         for module, parts in modules.items()
-        if not (tied and opened.embedding and f"{module}.weight" == _HEAD)
+        if not (tied and opened.embedding and f"{module}.weight" == HEAD)
     }
 
 
@@ -150,7 +150,7 @@ def _low_rank(opened: _Opened, module: str, parts: Mapping[str, TensorEntry]) ->
             f"{directory}/{WEIGHTS_FILE} holds of {module} only {', '.join(f'lora_{part}' for part in sorted(parts))},"
             f" with use_dora {json.dumps(bool(wanted))}. Save the adapter again."
         )
-    if name == _HEAD and opened.embedding:
+    if name == HEAD and opened.embedding:
         raise _tied(opened, "lm_head", opened.embedding)
     if name not in opened.base.tensors:
         raise CheckpointMismatchError(
@@ -206,7 +206,7 @@ def _replaced(opened: _Opened) -> tuple[dict[str, TensorEntry], dict[str, str]]:
         if _LORA.fullmatch(key):
             continue
         name = key.replace(".base_layer.", ".")
-        like = opened.base.tensors.get(opened.embedding if name == _HEAD and opened.embedding else name)
+        like = opened.base.tensors.get(opened.embedding if name == HEAD and opened.embedding else name)
         shape = like.shape if like is not None else None
         if shape != item.shape:
             has = f"has it with shape {list(shape)}" if shape is not None else "does not have"
@@ -229,7 +229,7 @@ def _check_tied(opened: _Opened, adapted: Mapping[str, TensorEntry], head: Tenso
     saved = opened.settings.get("modules_to_save") or []
     trained = opened.embedding in adapted or any(re.match(rf"(.*\.)?{name}$", module) for name in saved)
     if trained and head is None and not opened.settings.get("ensure_weight_tying"):
-        raise _tied(opened, module, _HEAD)
+        raise _tied(opened, module, HEAD)
 
 
 def _tied(opened: _Opened, changed: str, left: str) -> CheckpointMismatchError:

@@ -89,8 +89,21 @@ def load_base(path: Path) -> PreTrainedModel:
 def merge(base: Path, adapter: Path) -> PreTrainedModel:
     """Return what peft makes of a base, in fp32, and an adapter."""
     with _seeded(0):
-        merged: PreTrainedModel = PeftModel.from_pretrained(load_base(base), str(adapter)).merge_and_unload()
+        merged: PreTrainedModel = load_adapter(base, adapter).merge_and_unload()
     return merged
+
+
+def load_adapter(base: Path, adapter: Path) -> PeftModel:
+    """Load an adapter onto its base in fp32; a key that is missing is an error."""
+    with _seeded(0):
+        return PeftModel.from_pretrained(load_base(base), str(adapter))
+
+
+def logits(model: torch.nn.Module) -> Tensor:
+    """Return what a model makes of seven tokens."""
+    with torch.no_grad(), _seeded(0):
+        found: Tensor = model(torch.arange(7)[None]).logits
+    return found
 
 
 def settings(adapter: Path, **changes: Any) -> None:
@@ -152,5 +165,7 @@ def _seeded(seed: int) -> Iterator[None]:
     """Make peft's own randomness repeatable, and its advice about tied weights silent."""
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        # An adapter must be whole all the same.
+        warnings.filterwarnings("error", message="Found missing adapter keys")
         torch.manual_seed(seed)
         yield
