@@ -1,10 +1,12 @@
 import random
 import sys
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 import s3fs
+import torch
 
 from relex import store
 from relex.errors import CheckpointChangedError, StoreError, UnreachableError
@@ -13,6 +15,7 @@ from relex.layouts.files import Kind, open_directory
 from relex.materialise import rebuild
 from relex.store import State, StoredCheckpoint
 from relex.trajectory import Trajectory, open_trajectory
+from tests.layouts import dcp_files, peft_files, verl_files
 from tests.relex.trajectories import MIB, STEPS, Run, content, drift, measure, predict, write, write_run
 from tests.remote.buckets import Buckets, RemoteRun, write_s3_run
 from tests.remote.proxy import Faults, proxy
@@ -180,6 +183,27 @@ def test_another_protocol_of_fsspec_is_read_by_the_same_code(local: Run) -> None
         assert store.open_base("memory://somewhere/base").tensors.keys() == store.open_base(local.base).tensors.keys()
     finally:
         memory.rm("somewhere", recursive=True)
+
+
+FLOATS = {
+    step: {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
+    for step, state in drift(stored=torch.float32).items()
+}
+WRITERS: Mapping[str, Callable[[Path], Run]] = {
+    "verl_fsdp": lambda root: verl_files.write_run(root, FLOATS),
+    "dcp": lambda root: dcp_files.write_dcp_run(root, FLOATS),
+    "dcp_safetensors": lambda root: dcp_files.write_dcp_safetensors_run(root, FLOATS),
+    "peft": peft_files.write_run,
+}
+
+
+@pytest.mark.parametrize("layout", WRITERS)
+def test_every_layout_is_read_from_a_bucket(buckets: Buckets, tmp_path: Path, layout: str) -> None:
+    run = WRITERS[layout](tmp_path)
+    with BlockCache(tmp_path / "cache", size=64 * MIB) as blocks:
+        theirs = _open(write_s3_run(buckets, run), blocks)
+        assert {checkpoint.weights.layout for checkpoint in theirs.checkpoints} == {layout}
+        assert measure(theirs).digests == measure(run.open()).digests
 
 
 def test_a_sharded_run_reads_the_same(buckets: Buckets, tmp_path: Path) -> None:
