@@ -5,7 +5,8 @@ pauses, until it is claimed: a server delivers events at best effort, and whoeve
 or decided.
 
 A run that is resumed at an earlier step starts a new segment, and one window never holds steps of two. A step belongs
-to an earlier segment exactly when a lower step was written after it.
+to an earlier segment when a lower step was written after it. (Not to be told is an old step that a resumed run passes
+without writing it again, as with other save steps: everything about it is as if the run had gone on from there.)
 """
 
 import contextlib

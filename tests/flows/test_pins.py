@@ -1,34 +1,28 @@
-"""Pinning what a trainer deletes, and histories of trainers and watchers that crash and resume."""
+"""Pinning what a trainer deletes."""
 
-import logging
-import os
 import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given
-from hypothesis import settings as hypothesis_settings
-from hypothesis import strategies as st
 from prefect.events.clients import NullEventsClient
 from prefect.events.worker import EventsWorker
-from safetensors.torch import load_file, save
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from safetensors.torch import load_file
 
 from flows.errors import ConfigError, PinError
-from flows.ledger import WINDOW_READY, Ledger, left_behind, read_ledger, tick, write_ledger
+from flows.ledger import read_ledger
 from flows.pins import Pins
 from flows.predict import predict
 from flows.settings import Settings, load_settings
-from flows.watch import _look, describe, watch_store
+from flows.watch import _look, watch_store
 from flows.window import decision_path, write_json
-from relex.layouts.files import LocalDirectory
-from relex.store import State, StoredCheckpoint, open_base, scan
+from relex.store import State, open_base, scan
 from tests.flows.conftest import WriteCheckpoint, make_old
 
 Pin = Literal["link", "copy"]
@@ -38,7 +32,8 @@ Pin = Literal["link", "copy"]
 def no_server() -> Iterator[None]:
     """Events go nowhere, instead of to a server that would be started for them."""
     EventsWorker.set_client_override(NullEventsClient)
-    yield
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:1/api"}):
+        yield
     EventsWorker.set_client_override(None)
 
 
