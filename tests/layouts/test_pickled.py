@@ -164,6 +164,8 @@ HOSTILE = {
     "marks without an end": b"\x80\x02" + b"(" * DEEP + b".",
     "large integers as keys": b"\x80\x02}\x8a\x09" + (1 << 66).to_bytes(9, "little") + b"Ns.",
     "a long string as a key": b"\x80\x02}X" + (1 << 20).to_bytes(4, "little") + b"x" * (1 << 20) + b"Ns.",
+    "a size of 65 dimensions": b"\x80\x02ctorch\nSize\n(" + b"K\x01" * 65 + b"t\x85R.",
+    "a pair of one": b"\x80\x02K\x01\x86.",
     "an empty stack": b"\x80\x02R.",
     "a call of a number": b"\x80\x02K\x01)R.",
     "items of a number": b"\x80\x02K\x01K\x02a.",
