@@ -1,6 +1,7 @@
-"""Fingerprint: a model directory that may be loaded, named by the content of the files that affect its answers."""
+"""Fingerprint: a model that may be loaded, named by the content of the files that affect its answers."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,20 +27,41 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
-class Fingerprint:
-    """Identity of a model: sha256 (hex) of its weights, configuration and tokenizer; the dtype it is stored in."""
+class LogitsExtrapolation:
+    """Two model directories that answer as one, by next-token logits z_start + alpha (z_end - z_start).
 
-    path: Path
+    Between checkpoints of steps s_start and s_end, alpha = (s - s_start) / (s_end - s_start) stands for step s
+    (arXiv 2601.04537). No directory holds such a model: it can be scored and compared, never registered.
+    """
+
+    start: Path
+    end: Path
+    alpha: float
+
+    def __str__(self) -> str:
+        return f"logits of {self.end} from {self.start} at alpha {self.alpha}"
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Identity of a model: sha256 (hex) of its weights, configuration and tokenizer; the dtype it is stored in.
+
+    Paths in `model` are absolute. For a pair the sha256 is of both digests and alpha.
+    """
+
+    model: Path | LogitsExtrapolation
     digest: str
     dtype: str | None
 
 
-def fingerprint(model: Path) -> Fingerprint:
-    """Return the fingerprint of a Hugging Face model directory; files beside the model do not enter it.
+def fingerprint(model: Path | LogitsExtrapolation) -> Fingerprint:
+    """Return the fingerprint of a Hugging Face model directory or a pair; files beside a model do not enter it.
 
     Refuses with ModelError what is no such directory, weights that are not safetensors or of which a shard is missing,
-    and models that bring their own code.
+    models that bring their own code, and an alpha that is no finite number.
     """
+    if isinstance(model, LogitsExtrapolation):
+        return _fingerprint_pair(model)
     model = model.absolute()
     if not model.is_dir():
         raise ModelError(f"{model} is not a directory: pass a Hugging Face model directory.")
@@ -55,7 +77,19 @@ def fingerprint(model: Path) -> Fingerprint:
     names = [*CONFIGURATION, *TOKENIZER, *_weight_names(model)]
     digests = {name: digest_file(model / name) for name in names if (model / name).is_file()}
     dtype = config.get("dtype") or config.get("torch_dtype")
-    return Fingerprint(path=model, digest=digest_value(digests), dtype=dtype)
+    return Fingerprint(model=model, digest=digest_value(digests), dtype=dtype)
+
+
+def _fingerprint_pair(pair: LogitsExtrapolation) -> Fingerprint:
+    if not math.isfinite(pair.alpha):
+        raise ModelError(f"alpha is {pair.alpha} and must be a finite number: {pair.end} alone is 1.")
+    start, end = fingerprint(pair.start), fingerprint(pair.end)
+    # A float, since JSON tells 1 from 1.0.
+    model = LogitsExtrapolation(pair.start.absolute(), pair.end.absolute(), float(pair.alpha))
+    digest = digest_value({"start": start.digest, "end": end.digest, "alpha": model.alpha})
+    # Two dtypes are none that models run in: evaluate refuses them with both names until it is told one.
+    dtype = end.dtype if end.dtype == start.dtype else f"{end.dtype} and {start.dtype}"
+    return Fingerprint(model=model, digest=digest, dtype=dtype)
 
 
 def _weight_names(model: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""Harness: scores a model directory on benchmarks, in a child process of its own, resuming what was interrupted."""
+"""Harness: scores a model on benchmarks, in a child process of its own, resuming what was interrupted."""
 
 import collections
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 from evaluation import errors
 from evaluation.benchmark import Benchmark, resolve_benchmark
 from evaluation.errors import BenchmarkError, DeviceError, EvaluationError, ModelError, WorkerError
-from evaluation.fingerprint import Fingerprint, fingerprint
+from evaluation.fingerprint import Fingerprint, LogitsExtrapolation, fingerprint
 from evaluation.job import Assignment, Job
 from evaluation.report import Report, Setting
 
@@ -34,7 +34,7 @@ class Progress:
 
 
 def evaluate(
-    model: Path,
+    model: Path | LogitsExtrapolation,
     benchmarks: Sequence[str | Path],
     *,
     cache: Path,
@@ -46,10 +46,11 @@ def evaluate(
 ) -> list[Report]:
     """Return one report a benchmark, in their order, scoring in one child process whatever `cache` does not hold yet.
 
-    A benchmark is a shipped name or the path of an lm-eval task YAML. Reports are keyed by the content of model and
-    benchmark and by the settings, so asking again costs nothing; after a kill at any moment the same call goes on from
-    the last finished batch and ends in the same report. dtype "auto" is the dtype the model is stored in; `limit`
-    scores the first problems only. Raises EvaluationError, see evaluation.errors.
+    A model is a directory, or two that answer as one. A benchmark is a shipped name or the path of an lm-eval task
+    YAML. Reports are keyed by the content of model and benchmark and by the settings, so asking again costs nothing;
+    after a kill at any moment the same call goes on from the last finished batch and ends in the same report. dtype
+    "auto" is the dtype the model is stored in; `limit` scores the first problems only. Raises EvaluationError, see
+    evaluation.errors.
     """
     subject = fingerprint(model)
     resolved = [resolve_benchmark(benchmark) for benchmark in benchmarks]
@@ -58,7 +59,7 @@ def evaluate(
     missing = tuple(assignment for assignment in assignments if not assignment.report_path.exists())
     if missing:
         job = Job(
-            model=str(subject.path),
+            model=subject.model,
             device=device,
             dtype=str(settings["dtype"]),
             batch_size=batch_size,
@@ -67,7 +68,7 @@ def evaluate(
         )
         _run_worker(job, on_progress)
     # The content decides, but the path in a report from the cache may be that of a copy.
-    return [replace(Report.read(assignment.report_path), model=str(subject.path)) for assignment in assignments]
+    return [replace(Report.read(assignment.report_path), model=str(subject.model)) for assignment in assignments]
 
 
 def _settings(
@@ -76,10 +77,10 @@ def _settings(
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise DeviceError(f"device is {device} and must be cpu, cuda or cuda:N.")
     if dtype == "auto" and subject.dtype is None:
-        raise ModelError(f"{subject.path / 'config.json'} states no dtype: pass dtype, one of {', '.join(DTYPES)}.")
+        raise ModelError(f"{subject.model}: config.json states no dtype: pass dtype, one of {', '.join(DTYPES)}.")
     chosen = subject.dtype if dtype == "auto" else dtype
     if chosen not in DTYPES:
-        raise ModelError(f"dtype of {subject.path} is {chosen} and must be one of {', '.join(DTYPES)}: pass dtype.")
+        raise ModelError(f"dtype of {subject.model} is {chosen} and must be one of {', '.join(DTYPES)}: pass dtype.")
     for name, value in (("batch_size", batch_size), ("limit", 1 if limit is None else limit)):
         if value < 1:
             raise BenchmarkError(f"{name} is {value} and must be at least 1.")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Self
 
 from evaluation.digest import digest_value
+from evaluation.fingerprint import LogitsExtrapolation
 from evaluation.report import Setting
 
 
@@ -41,9 +42,9 @@ class Assignment:
 
 @dataclass(frozen=True)
 class Job:
-    """One model and the benchmarks to score it on, in order."""
+    """One model, a directory or a pair, and the benchmarks to score it on, in order."""
 
-    model: str
+    model: Path | LogitsExtrapolation
     device: str
     dtype: str
     batch_size: int
@@ -52,10 +53,17 @@ class Job:
 
     def to_line(self) -> bytes:
         """Return the job as one line of JSON."""
-        return json.dumps(dataclasses.asdict(self)).encode() + b"\n"
+        return json.dumps(dataclasses.asdict(self), default=str).encode() + b"\n"
 
     @classmethod
     def from_line(cls, line: bytes) -> Self:
         """Return the job that `to_line` wrote."""
         fields = json.loads(line)
-        return cls(assignments=tuple(Assignment(**each) for each in fields.pop("assignments")), **fields)
+        model = fields.pop("model")
+        return cls(
+            Path(model)
+            if isinstance(model, str)
+            else LogitsExtrapolation(Path(model["start"]), Path(model["end"]), model["alpha"]),
+            assignments=tuple(Assignment(**each) for each in fields.pop("assignments")),
+            **fields,
+        )

@@ -28,12 +28,9 @@ class JournalledLM(HFLM):  # type: ignore[misc]  # lm_eval carries no types
 
     def __init__(self, path: Path, *, device: str, dtype: str, batch_size: int) -> None:
         """Load the model directory; ModelError when its weights do not fill exactly the architecture it names."""
-        model, tokenizer = _load(path, dtype)
+        model, tokenizer = load(path, dtype)
         super().__init__(pretrained=model.to(device), tokenizer=tokenizer, batch_size=batch_size, backend="causal")
-        # The checkpoint's sampling settings must not leak into a benchmark's; where to stop is the model's own affair.
-        stops = model.generation_config.eos_token_id
-        self._stops = sorted({self.tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None})
-        model.generation_config = GenerationConfig(eos_token_id=self._stops or None)  # type: ignore[no-untyped-call]
+        self._stop_at(stop_tokens(model, tokenizer))
         self.truncated: list[bool] = []
 
     def keep(self, journal: Journal, on_chunk: Callable[[int, int], None]) -> None:
@@ -58,6 +55,11 @@ class JournalledLM(HFLM):  # type: ignore[misc]  # lm_eval carries no types
         """Return the log-likelihood of each request's whole text."""
         answer = partial(super().loglikelihood_rolling, disable_tqdm=True)
         return self._answer("loglikelihood_rolling", requests, answer)
+
+    def _stop_at(self, stops: set[int]) -> None:
+        # The checkpoint's sampling settings must not leak into a benchmark's; where to stop is the model's own affair.
+        self._stops = sorted(stops)
+        self.model.generation_config = GenerationConfig(eos_token_id=self._stops or None)  # type: ignore[no-untyped-call]
 
     def _answer(self, kind: str, requests: list[Instance], answer: Callable[[list[Instance]], list[Any]]) -> list[Any]:
         answers: list[Any] = []
@@ -117,7 +119,14 @@ def _token_limit(request: Instance) -> int:
     return int(normalize_gen_kwargs(request.args[1])["max_gen_toks"])
 
 
-def _load(path: Path, dtype: str) -> tuple[Any, Any]:
+def stop_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """Return the tokens that end an answer of a loaded model: all of its generation config's and its tokenizer's."""
+    stops = model.generation_config.eos_token_id
+    return {tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
+
+
+def load(path: Path, dtype: str) -> tuple[Any, Any]:
+    """Return model and tokenizer; ModelError when the weights do not fill exactly the architecture."""
     causal: Any = AutoModelForCausalLM  # transformers does not type output_loading_info
     try:
         model, info = causal.from_pretrained(

@@ -15,12 +15,12 @@ import threading
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from filelock import FileLock
 
 from evaluation.errors import BenchmarkError, DeviceError, EvaluationError
+from evaluation.fingerprint import LogitsExtrapolation
 from evaluation.job import Assignment, Job
 from evaluation.journal import Journal
 from evaluation.problems import problem_id
@@ -68,7 +68,7 @@ def run(job: Job, send: Send) -> None:
         for assignment, task in zip(pending, tasks, strict=True):
             with Journal(assignment.journal_path) as journal:
                 lm.keep(journal, partial(_report_progress, send, assignment.benchmark))
-                report = score(lm, task, assignment=assignment, model=job.model, limit=job.limit, journal=journal)
+                report = score(lm, task, assignment=assignment, model=str(job.model), limit=job.limit, journal=journal)
             report.write(assignment.report_path)
 
 
@@ -126,9 +126,13 @@ def load_task(assignment: Assignment) -> Any:  # lm_eval's Task
 
 
 def _load_lm(job: Job) -> "JournalledLM":
+    if isinstance(job.model, LogitsExtrapolation):
+        from evaluation.logits import LogitsExtrapolationLM
+
+        return LogitsExtrapolationLM(job.model, device=job.device, dtype=job.dtype, batch_size=job.batch_size)
     from evaluation.lm import JournalledLM
 
-    return JournalledLM(Path(job.model), device=job.device, dtype=job.dtype, batch_size=job.batch_size)
+    return JournalledLM(job.model, device=job.device, dtype=job.dtype, batch_size=job.batch_size)
 
 
 def _refuse_absent_device(device: str) -> None:

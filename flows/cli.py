@@ -159,6 +159,18 @@ def extrapolate(
 def evaluate(
     model: Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="A model directory.")],
     benchmark: Annotated[list[str], typer.Option(help="Benchmark: a shipped name or a YAML file; may be repeated.")],
+    logits_from: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="EARLIER_DIR", help="Score two models as one: logits go from this one's to MODEL_DIR's and beyond."
+        ),
+    ] = None,
+    alpha: Annotated[
+        float | None,
+        typer.Option(
+            help="How far: 1 is MODEL_DIR; for a target step, (target - earlier's) / (MODEL_DIR's - earlier's)."
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="Precision to run in; auto: the model's own.")] = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Problems at once.")] = 64,
@@ -169,13 +181,18 @@ def evaluate(
     """Score a model on benchmarks; what was scored before is not paid for again.
 
     Example: relex evaluate predicted/step-500 --benchmark my-benchmark.yaml
+    Logits Extrapolation: relex evaluate runs/qwen/checkpoint-75 --logits-from models/qwen-base --alpha 4 --benchmark …
     """
+    from evaluation.fingerprint import LogitsExtrapolation
     from evaluation.harness import evaluate as score
     from flows import tables
 
+    if (logits_from is None) != (alpha is None):
+        raise typer.BadParameter("--logits-from and --alpha are given together or not at all")
+    pair = None if logits_from is None or alpha is None else LogitsExtrapolation(logits_from, model, alpha)
     with tables.Bars(err) as bars:
         reports = score(
-            model,
+            pair or model,
             benchmark,
             cache=_cache(cache) / "evaluations",
             device=device,

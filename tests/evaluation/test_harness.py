@@ -170,7 +170,7 @@ def long_job(model: Path, long_benchmark: Path, tmp_path: Path) -> Job:
         cache=str(tmp_path),
     )
     assignment.directory.mkdir()
-    return Job(str(model), device="cpu", dtype="float32", batch_size=1, limit=None, assignments=(assignment,))
+    return Job(model, device="cpu", dtype="float32", batch_size=1, limit=None, assignments=(assignment,))
 
 
 def test_a_worker_whose_input_ends_exits_without_the_help_of_the_kernel(long_job: Job) -> None:
