@@ -108,28 +108,26 @@ def forecast(
     r_squared_T = spectrum.r_squared(gram.products, steps_K)
     latest_K = torch.zeros(len(steps_K), dtype=torch.float64)
     latest_K[-1] = 1.0
-    coefficients_TK = torch.zeros(len(gram.names), len(steps_K), dtype=torch.float64)
-    place = {name: index for index, name in enumerate(gram.names)}
-    tensors: dict[str, TensorForecast] = {}
-    amplification = 0.0
-    for spec in trajectory.tensors:
-        if not spec.moves:
-            tensors[spec.name] = TensorForecast("base" if spec.unchanged else "latest")
+    specs = {spec.name: spec for spec in trajectory.tensors}
+    moved_T = gram.products.diagonal(dim1=-2, dim2=-1).any(-1).tolist()
+    # A tensor that never moved stays as it is: what a method makes of its zero Gram is of no account.
+    predicted = [
+        index
+        for index, name in enumerate(gram.names)
+        if moved_T[index] and method.predictor.moves(name, len(specs[name].base.shape))
+    ]
+    coefficients_TK = latest_K * torch.tensor(moved_T, dtype=torch.float64)[:, None]
+    if predicted:
+        coefficients_TK[predicted] = method.predictor.coefficients(gram.products[predicted], steps_K, target_step)
+    tensors = {spec.name: TensorForecast("base" if spec.unchanged else "latest") for spec in trajectory.tensors}
+    for index, name in enumerate(gram.names):
+        if not moved_T[index]:
+            tensors[name] = TensorForecast("base")
             continue
-        index = place[spec.name]
-        gram_KK = gram.products[index]
-        if not bool(gram_KK.diagonal().any()):
-            tensors[spec.name] = TensorForecast("base")
-            continue
-        coefficients_K = latest_K
-        if method.predictor.moves(spec.name, len(spec.base.shape)):
-            coefficients_K = method.predictor.coefficients(gram_KK, steps_K, target_step)
-        coefficients_TK[index] = coefficients_K
         # The latest checkpoint is copied, not recomputed: base + (latest - base) can differ in the last bit.
-        source: Source = "latest" if torch.equal(coefficients_K, latest_K) else "combined"
-        coefficients = tuple(coefficients_K.tolist()) if source == "combined" else ()
-        amplification = max(amplification, float(coefficients_K.abs().sum()))
-        tensors[spec.name] = TensorForecast(source, coefficients, float(energy_T[index]), float(r_squared_T[index]))
+        source: Source = "latest" if torch.equal(coefficients_TK[index], latest_K) else "combined"
+        coefficients = tuple(coefficients_TK[index].tolist()) if source == "combined" else ()
+        tensors[name] = TensorForecast(source, coefficients, float(energy_T[index]), float(r_squared_T[index]))
     return Forecast(
         method=method.spec,
         description=method.describe(),
@@ -139,7 +137,7 @@ def forecast(
         digests=gram.digests,
         dtype=dtype or "base",
         tensors=tensors,
-        amplification=amplification,
+        amplification=float(coefficients_TK.abs().sum(-1).max()) if gram.names else 0.0,
         norm=float(spectrum.norm(gram.products, coefficients_TK)),
         norm_latest=float(spectrum.norm(gram.products, latest_K.expand_as(coefficients_TK))),
         norm_band=spectrum.norm_band(gram.products, steps_K, target_step),

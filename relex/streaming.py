@@ -165,7 +165,7 @@ def in_order(
             free.put(space)
 
     pending: deque[tuple[Unit, Future[Result]]] = deque()
-    with _single_threaded_libraries(), ThreadPoolExecutor(len(spaces), thread_name_prefix="relex") as pool:
+    with single_threaded(), ThreadPoolExecutor(len(spaces), thread_name_prefix="relex") as pool:
         try:
             for piece in pieces:
                 pending.append((piece, pool.submit(run, piece)))
@@ -180,7 +180,8 @@ def in_order(
 
 
 @contextlib.contextmanager
-def _single_threaded_libraries() -> Iterator[None]:
+def single_threaded() -> Iterator[None]:
+    """Turn the threads of torch and of BLAS off: on small work they cost more than they bring."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

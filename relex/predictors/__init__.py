@@ -1,4 +1,5 @@
-"""Methods by name: each turns the Gram of one tensor, the steps and a target into K coefficients and reads no weights.
+"""Methods by name: each turns the Grams of tensors, the steps and a target into K coefficients a tensor and reads no
+weights.
 
 A family is one module; a method is a row of METHODS: a family with some parameters fixed and some left to the user.
 """
@@ -15,6 +16,7 @@ from relex.errors import TargetError
 from relex.predictors.coordinates import Coordinates
 from relex.predictors.low_rank import LowRankLinear
 from relex.predictors.mean import Mean
+from relex.predictors.neural import Neural
 from relex.predictors.raw import RawLinear
 from relex.predictors.secant import Secant
 
@@ -22,8 +24,11 @@ from relex.predictors.secant import Secant
 class Predictor(Protocol):
     """What a family is."""
 
-    def coefficients(self, gram_KK: Tensor, steps_K: Tensor, target_step: float) -> Tensor:
-        """Return the fp64 (K,) coefficients c: the prediction is theta_0 + sum_k c_k delta_k."""
+    def coefficients(self, gram_TKK: Tensor, steps_K: Tensor, target_step: float) -> Tensor:
+        """Return the fp64 (T, K) coefficients c: tensor t is predicted as theta_0 + sum_k c_tk delta_k.
+
+        The steps increase, with any spacing. A single Gram (K, K) gives (K,).
+        """
 
     def moves(self, name: str, dimensions: int) -> bool:
         """Say whether this tensor is predicted; if not, it is copied from the latest checkpoint."""
@@ -62,6 +67,9 @@ METHODS: Mapping[str, Row] = {
         "sinusoid through the rank-r coordinates",
         partial(Coordinates, curve="sinusoid"),
         {"rank": int, "last": int, "refit": int},
+    ),
+    "neural": Row(
+        "Transformer on the rank-r coordinates of all tensors", Neural, {"rank": int, "epochs": int, "seed": int}
     ),
     "raw": Row("least-squares line through every parameter", RawLinear, {}),
     "weight-extrapolation": Row(

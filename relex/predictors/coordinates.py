@@ -3,7 +3,7 @@
 The deltas are D = U diag(sigma) Vᵀ, the coordinates C = U diag(sigma). Whatever a temporal model predicts for them at
 the target, c_hat, is sum_k c_k delta_k with c = U diag(1 / sigma) c_hat. Polynomial and sinusoid are what the RELEX
 paper (arXiv 2605.21468) compares its line with; here the abscissa is the real training step, not the row number.
-Shape suffixes: K = checkpoints, R = rank, M = points a curve is fitted to.
+Shape suffixes: T = tensors, K = checkpoints, R = rank.
 """
 
 from dataclasses import dataclass
@@ -51,8 +51,8 @@ class Coordinates:
             if value < least:
                 raise TargetError(f"{name} is {value}; give at least {least}.")
 
-    def coefficients(self, gram_KK: Tensor, steps_K: Tensor, target_step: float) -> Tensor:
-        """Return the fp64 (K,) coefficient of each checkpoint's delta; steps increase, with any spacing."""
+    def coefficients(self, gram_TKK: Tensor, steps_K: Tensor, target_step: float) -> Tensor:
+        """Return the fp64 (T, K) coefficient of each checkpoint's delta; steps increase, with any spacing."""
         count = len(steps_K)
         points = self.last or count
         needed = self.degree + 1 if self.curve == "polynomial" else 4
@@ -61,6 +61,11 @@ class Coordinates:
                 f"a {self._described} on {points} checkpoints at rank {self.rank} needs at least {needed} of them and"
                 f" no more than the window's {count}. Widen the window, or choose others."
             )
+        if gram_TKK.dim() == 3:
+            return torch.stack([self._of_one(gram_KK, steps_K, target_step) for gram_KK in gram_TKK])
+        return self._of_one(gram_TKK, steps_K, target_step)
+
+    def _of_one(self, gram_KK: Tensor, steps_K: Tensor, target_step: float) -> Tensor:
         values_K, vectors_KK = torch.linalg.eigh(gram_KK)
         sigma_R = values_K[-self.rank :].clamp(min=0.0).sqrt()
         basis_KR = vectors_KK[:, -self.rank :]

@@ -3,7 +3,7 @@
 Fits a straight line in the training step to each leading singular coordinate of the deltas and reads it at the target.
 Multiplied out, delta(target) = sum_k c_k delta_k with c = U Uᵀ h: U the top eigenvectors of the Gram matrix, h the
 least-squares line at the target. Pinned to the latest checkpoint, only the slope is projected and damped:
-c = e_K + damping (target - s_K) U Uᵀ g. Shape suffixes: K = checkpoints, R = rank.
+c = e_K + damping (target - s_K) U Uᵀ g. Shape suffixes: T = tensors, K = checkpoints, R = rank.
 """
 
 from dataclasses import dataclass
@@ -32,21 +32,21 @@ class LowRankLinear:
                 f"damping {self.damping} needs anchor=latest: rebuilt from the base there is no jump to damp."
             )
 
-    def coefficients(self, gram_KK: Tensor, steps_K: Tensor, target_step: float) -> Tensor:
-        """Return the fp64 (K,) coefficient of each checkpoint's delta; steps increase, with any spacing."""
+    def coefficients(self, gram_TKK: Tensor, steps_K: Tensor, target_step: float) -> Tensor:
+        """Return the fp64 (T, K) coefficient of each checkpoint's delta; steps increase, with any spacing."""
         if self.rank > len(steps_K):
             raise TargetError(
                 f"rank {self.rank} needs as many checkpoints, and the window has {len(steps_K)}. Give a lower rank."
             )
         # A tensor that never moved has a zero Gram and any eigenvectors: harmless, the deltas they combine are zero.
-        _, vectors_KK = torch.linalg.eigh(gram_KK)
-        basis_KR = vectors_KK[:, -self.rank :]
+        _, vectors_TKK = torch.linalg.eigh(gram_TKK)
+        basis_TKR = vectors_TKK[..., -self.rank :]
         if self.anchor == "base":
-            return torch.mv(basis_KR, torch.mv(basis_KR.T, line_at(steps_K, target_step)))
+            return torch.matmul(basis_TKR, torch.matmul(basis_TKR.mT, line_at(steps_K, target_step)[:, None]))[..., 0]
         jump = self.damping * (target_step - steps_K[-1])
-        coefficients_K = jump * torch.mv(basis_KR, torch.mv(basis_KR.T, slope(steps_K)))
-        coefficients_K[-1] += 1.0
-        return coefficients_K
+        coefficients_TK = jump * torch.matmul(basis_TKR, torch.matmul(basis_TKR.mT, slope(steps_K)[:, None]))[..., 0]
+        coefficients_TK[..., -1] += 1.0
+        return coefficients_TK
 
     def moves(self, name: str, dimensions: int) -> bool:
         """Every tensor is extrapolated, norms and biases too, as published."""

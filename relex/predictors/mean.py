@@ -14,15 +14,15 @@ class Mean:
 
     last: int = 1
 
-    def coefficients(self, gram_KK: Tensor, steps_K: Tensor, target_step: float) -> Tensor:
-        """Return the fp64 (K,) coefficients; neither the Gram nor the target is looked at."""
+    def coefficients(self, gram_TKK: Tensor, steps_K: Tensor, target_step: float) -> Tensor:
+        """Return the fp64 (T, K) coefficients; neither the Gram nor the target is looked at."""
         if not 1 <= self.last <= len(steps_K):
             raise TargetError(
                 f"last is {self.last}, and the window has {len(steps_K)} checkpoints. Give 1 to {len(steps_K)}."
             )
         coefficients_K = torch.zeros(len(steps_K), dtype=torch.float64)
         coefficients_K[-self.last :] = 1.0 / self.last
-        return coefficients_K
+        return coefficients_K.expand(gram_TKK.shape[:-1])
 
     def moves(self, name: str, dimensions: int) -> bool:
         """Every tensor is averaged."""

@@ -27,8 +27,8 @@ class Secant:
     beta: float | None = None
     norms: Literal["move", "copy"] = "move"
 
-    def coefficients(self, gram_KK: Tensor, steps_K: Tensor, target_step: float) -> Tensor:
-        """Return the fp64 (K,) coefficients, zero but for the two checkpoints; the Gram is not looked at."""
+    def coefficients(self, gram_TKK: Tensor, steps_K: Tensor, target_step: float) -> Tensor:
+        """Return the fp64 (T, K) coefficients, zero but for the two checkpoints; the Gram is not looked at."""
         steps = [int(step) for step in steps_K]
         last = steps[-1] if self.end == "latest" else steps[0]
         if self.start != 0 and self.start not in steps:
@@ -45,7 +45,7 @@ class Secant:
         coefficients_K[steps.index(last)] = beta
         if self.start != 0:
             coefficients_K[steps.index(self.start)] += 1.0 - beta
-        return coefficients_K
+        return coefficients_K.expand(gram_TKK.shape[:-1])
 
     def moves(self, name: str, dimensions: int) -> bool:
         """Weight Extrapolation copies normalisation tensors (1-D, by name) from the latest checkpoint."""
