@@ -56,7 +56,7 @@ def tensors() -> dict[str, Tensor]:
         "without a storage class": torch.arange(9).to(torch.uint16)[1:],
         "scalar": torch.tensor(3.5),
         "empty": torch.empty(0, 5),
-        "column of one": torch.randn(5, 1, generator=generator)[:, :1],
+        "column of one": torch.randn(1, 5, generator=generator).t(),
     }
 
 
@@ -164,6 +164,13 @@ def test_truncations_and_trailing_bytes_are_refused(tmp_path: Path) -> None:
             read(tmp_path)
     (tmp_path / NAME).write_bytes(b"\0" + content)
     with pytest.raises(CheckpointIncompleteError, match="first record"):
+        read(tmp_path)
+
+
+def test_a_pickle_whose_checksum_is_another_one_is_refused(tmp_path: Path) -> None:
+    content = save(tmp_path, {"model.w": torch.randn(3)})
+    (tmp_path / NAME).write_bytes(content.replace(b"model.w", b"model.v"))
+    with pytest.raises(CheckpointIncompleteError, match=r"checksum of its record weights/data\.pkl"):
         read(tmp_path)
 
 
