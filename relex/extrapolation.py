@@ -70,9 +70,13 @@ def extrapolate(
             )
     gram = cached(trajectory, grams, memory=memory, threads=threads, on_progress=_telling(tell, "reading"))
     sanity.refuse_duplicates(gram)
-    forecasts = [
-        forecast(trajectory, gram, request.method, target_step=request.target_step, dtype=dtype) for request in requests
-    ]
+    forecasts: list[Forecast] = []
+    for request in requests:
+        if tell is not None:
+            tell("fitting", len(forecasts), len(requests))
+        forecasts.append(forecast(trajectory, gram, request.method, target_step=request.target_step, dtype=dtype))
+    if tell is not None:
+        tell("fitting", len(requests), len(requests))
     missing = []
     for made, request in zip(forecasts, requests, strict=True):
         digest = adapter_digest(made) if form == "adapter" else made.digest

@@ -18,6 +18,7 @@ from relex.predictors.low_rank import LowRankLinear
 from relex.predictors.mean import Mean
 from relex.predictors.neural import Neural
 from relex.predictors.raw import RawLinear
+from relex.predictors.reconstruct import Reconstruct
 from relex.predictors.secant import Secant
 
 
@@ -78,6 +79,7 @@ METHODS: Mapping[str, Row] = {
     "expo": Row("latest delta times 1 + alpha, whatever the target", _expo, {"alpha": float}),
     "first-update": Row("first delta times alpha, whatever the target", _first_update, {"alpha": float}),
     "mean": Row("average of the last checkpoints", Mean, {"last": int}),
+    "reconstruct": Row("an observed checkpoint within the rank-r directions, no fit", Reconstruct, {"rank": int}),
     "hold": Row("the latest checkpoint itself: the baseline to beat", Mean, {}),
 }
 

@@ -79,7 +79,8 @@ def same(left: Tensor, right: Tensor) -> bool:
 
 
 def test_every_method_is_in_the_table() -> None:
-    assert {spec.partition(":")[0] for spec in TABLE} == METHODS.keys()
+    # What reconstructs predicts nothing: see test_analysis.
+    assert {spec.partition(":")[0] for spec in TABLE} == METHODS.keys() - {"reconstruct"}
 
 
 @pytest.mark.parametrize(("spec", "traits"), TABLE.items())

@@ -1,0 +1,94 @@
+"""How straight single weights move: R² of a sample of them on the training step (arXiv 2601.04537).
+
+Of every tensor 0.1 % of the entries, at least 50, are drawn; those that hardly move, or take few values, tell nothing
+and are dropped. Shape suffixes: K = checkpoints, N = entries.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from relex.streaming import UNIT, Progress, Unit, Workspace, in_order, units, workspaces
+from relex.trajectory import Trajectory
+
+SHARE, LEAST = 1e-3, 50
+RANGE, DISTINCT = 1e-4, 4
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Of one tensor: how many entries were drawn, and R² (fp64, in 0..1) of each that moves enough."""
+
+    drawn: int
+    r_squared: NDArray[np.float64]
+
+
+def weight_r_squared(
+    trajectory: Trajectory, *, seed: int, memory: int, threads: int, on_progress: Progress | None = None
+) -> dict[str, Sample]:
+    """Read the trajectory once, within `memory` bytes, and return a sample of every tensor that may move, by name.
+
+    Equal seeds draw equal entries, whatever the memory and the threads. Raises MemoryBudgetError and
+    CheckpointChangedError.
+    """
+    count = len(trajectory.checkpoints)
+    steps_K = torch.tensor(trajectory.steps, dtype=torch.float64)
+    drawn: Mapping[int, NDArray[np.int64]] = {
+        index: _draw(spec.count, seed=(seed, index))
+        for index, spec in enumerate(trajectory.tensors)
+        if spec.moves and not spec.unchanged
+    }
+    # A unit's drawn entries of all checkpoints, a few times over.
+    extra = 4 * 8 * (count + 1) * max(LEAST, math.ceil(2 * SHARE * UNIT))
+    spaces = workspaces(trajectory, count, memory=memory, threads=threads, extra=extra)
+
+    def work(space: Workspace, unit: Unit) -> NDArray[np.float64]:
+        return torch.cat([r_squared(values_KN, steps_K) for values_KN in _values(space, unit)]).numpy()
+
+    def _values(space: Workspace, unit: Unit) -> Iterator[Tensor]:
+        spec, chosen = trajectory.tensors[unit.tensor], drawn[unit.tensor]
+        yield torch.zeros(count, 0, dtype=torch.float64)
+        for block in space.blocks(trajectory, unit, range(count)):
+            first, last = np.searchsorted(chosen, [block.start, block.start + len(block.base)])
+            places = torch.from_numpy(chosen[first:last] - block.start)
+            values_KN = block.stored[:, places].double()
+            yield values_KN + block.base[places].double() if spec.relative else values_KN
+
+    found: dict[int, list[NDArray[np.float64]]] = {index: [] for index in drawn}
+    pieces = [unit for unit in units(trajectory) if unit.tensor in drawn]
+    for done, (unit, part) in enumerate(in_order(work, pieces, spaces), start=1):
+        found[unit.tensor].append(part)
+        if on_progress is not None:
+            on_progress(done, len(pieces))
+    trajectory.check_unchanged()
+    return {
+        trajectory.tensors[index].name: Sample(len(drawn[index]), np.concatenate(parts))
+        for index, parts in found.items()
+    }
+
+
+def r_squared(values_KN: Tensor, steps_K: Tensor) -> Tensor:
+    """Return R² of each column on the step, fp64; columns of a range up to RANGE, or of few values, are left out."""
+    spread_N = values_KN.amax(0) - values_KN.amin(0)
+    distinct_N = (values_KN.sort(dim=0).values.diff(dim=0) != 0).sum(0) + 1
+    values_KN = values_KN[:, (spread_N > RANGE) & (distinct_N >= DISTINCT)]
+    return squared_correlation(values_KN, steps_K)
+
+
+def squared_correlation(values_KN: Tensor, steps_K: Tensor) -> Tensor:
+    """Return R² of the line in the step through each column, fp64 (N,); nan where a column is constant."""
+    centred_KN = values_KN - values_KN.mean(0)
+    steps_K = steps_K - steps_K.mean()
+    return (steps_K @ centred_KN).square() / (steps_K.square().sum() * centred_KN.square().sum(0))
+
+
+def _draw(count: int, *, seed: tuple[int, int]) -> NDArray[np.int64]:
+    size = min(count, max(LEAST, math.ceil(SHARE * count)))
+    # Of a large tensor this draws by hashing: no permutation of all its entries is laid out.
+    chosen = np.random.default_rng(seed).choice(count, size, replace=False, shuffle=False)
+    return np.sort(chosen).astype(np.int64)
