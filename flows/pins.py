@@ -67,9 +67,11 @@ class Pins:
             worker.result()
 
     def refresh(self) -> None:
-        """Pin what is new, files of directories that did not change included; raises PinError where it cannot."""
+        """Pin what is new, now; raises PinError where that is impossible."""
         self._active = True
-        self._looked.clear()
+        if self._mode == "copy":
+            # A file may be written again in place, which its directory does not show. A link shows it by itself.
+            self._looked.clear()
         self._refresh()
 
     def release(self) -> None:
@@ -99,7 +101,10 @@ class Pins:
 
     def end(self) -> int:
         """Return the last step that is read from the pins: the first at or after the window's end."""
-        steps = _steps(self._live).keys() | _steps(self._root).keys()
+        return self._last(_steps(self._live))
+
+    def _last(self, live: Collection[int]) -> int:
+        steps = {*live, *_steps(self._root)}
         return min((step for step in steps if step >= self._window), default=self._window)
 
     def _refresh(self) -> None:
@@ -108,9 +113,10 @@ class Pins:
                 return
             # What the tracker vouches for was there before it was read, and is pinned before it is.
             tracker = _read(self._live / TRACKER)
-            end = self.end()
-            for step, name in _steps(self._live).items():
-                if step <= end:
+            live = _steps(self._live)
+            last = self._last(live)
+            for step, name in live.items():
+                if step <= last:
                     self._refresh_step(name)
             if tracker is not None and tracker != _read(self._root / TRACKER):
                 self._write_tracker(*tracker)

@@ -61,7 +61,7 @@ def tree(root: Path) -> dict[str, bytes]:
 
 def test_what_the_trainer_deletes_is_kept_byte_for_byte(pinned: Settings, write_checkpoint: WriteCheckpoint) -> None:
     pins = Pins(pinned)
-    expected = {}
+    expected: dict[str, bytes] = {}
     for step in (0, 10, 25, 40, 75):
         write_checkpoint(step)
         if step:

@@ -65,8 +65,8 @@ class Trainer:
     def _save(self, step: int) -> Iterator[None]:
         directory = self._directory(step)
         if directory.exists() and self.random.random() < 0.5:
-            for file in sorted(directory.iterdir(), key=lambda _: self.random.random()):
-                file.unlink()
+            for old in sorted(directory.iterdir(), key=lambda _: self.random.random()):
+                old.unlink()
                 yield
             directory.rmdir()
             yield

@@ -1,6 +1,7 @@
 """A trainer's setting that would eat the window, told from the files it really writes."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from relex.layouts.files import LocalDirectory
 from relex.layouts.pruning import Limit, find_limit, warning
 
 
-def say(run: Path, step: int, **arguments: int) -> None:
+def say(run: Path, step: int, **arguments: Any) -> None:
     """Write what Trainer writes beside a checkpoint's weights."""
     directory = run / f"checkpoint-{step}"
     directory.mkdir()
