@@ -112,6 +112,8 @@ class BlockCache:
                     return os.preadv(self._descriptor, [part[:count]], block.slot * BLOCK + offset) if count else 0
             finally:
                 self._leave(file, index, block, len(part))
+        with self._lock:
+            self._served += len(part)
         content = fetch(start, start + len(part))
         part[: len(content)] = content
         return len(content)

@@ -91,6 +91,17 @@ def test_a_cache_smaller_than_one_row_of_blocks_fetches_little_more_than_was_ask
     assert network.brought() < 1.5 * sum(SIZES)
 
 
+def test_blocks_of_which_the_rest_is_never_asked_for_make_room_in_the_end(network: Network, tmp_path: Path) -> None:
+    with BlockCache(tmp_path, size=10 * BLOCK) as cache:
+        for number in range(0, 60, 3):
+            _read(cache, network, 0, number * BLOCK, 1)
+        network.asked.clear()
+        for start in range(0, SIZES[2], 16):
+            _read(cache, network, 2, start, 16)
+    # Four reads a block: one request each at first, and then one for all four.
+    assert 60 < len(network.asked) < 160
+
+
 def test_the_disk_holds_no_more_than_the_bound_and_nothing_with_a_name(network: Network, tmp_path: Path) -> None:
     directory = tmp_path / "made"
     with BlockCache(directory, size=5 * BLOCK) as cache:
@@ -112,6 +123,9 @@ def test_a_file_that_is_shorter_than_it_was_ends_early(network: Network, tmp_pat
     with BlockCache(tmp_path, size=100 * BLOCK) as cache:
         assert _read(cache, network, 0, 80, 60) == network.files[0][80:100]
         assert _read(cache, network, 0, 200, 10) == b""
+        # Other blocks lie behind it by now.
+        _read(cache, network, 2, 0, 5 * BLOCK)
+        assert _read(cache, network, 0, 80, 60) == network.files[0][80:100]
 
 
 def test_what_a_fetch_raises_is_raised_and_the_next_read_asks_again(network: Network, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from relex import store
 from relex.errors import CheckpointChangedError, StoreError, UnreachableError
+from relex.layouts import object_store
 from relex.layouts.block_cache import BlockCache
 from relex.layouts.files import Kind, open_directory
 from relex.materialise import rebuild
@@ -93,6 +95,13 @@ def test_a_prefix_is_not_its_longer_neighbour(buckets: Buckets, remote: RemoteRu
     buckets.put(f"{remote.run}-2/checkpoint-80/config.json", b"{}")
     assert tuple(_scan(remote)) == STEPS
     assert not open_directory(remote.run[:-1]).exists()
+    assert not open_directory(f"{remote.run}/checkpoint-10/{MODEL}").exists()
+
+
+def test_a_listing_and_a_look_agree_on_an_object_though_one_knows_fractions_of_a_second() -> None:
+    listed = {"size": 3, "ETag": "x", "LastModified": datetime(2026, 11, 20, 12, 0, 0, 250_000, tzinfo=UTC)}
+    looked = listed | {"LastModified": datetime(2026, 11, 20, 12, tzinfo=UTC)}
+    assert object_store._identity("a/b", listed) == object_store._identity("a/b", looked)
 
 
 DAMAGES = {
