@@ -1,5 +1,6 @@
 """Pinning what a trainer deletes."""
 
+import os
 import shutil
 import tempfile
 import threading
@@ -151,6 +152,58 @@ def test_a_step_that_is_written_again_takes_its_old_pins_with_it(
     (live(pinned, 10) / "config.json").write_text('{"new": 1}')
     twice(pins)
     assert tree(pinned.pins) == {"checkpoint-10/config.json": b'{"new": 1}'}
+
+
+def test_a_new_file_with_the_times_of_the_old_one_is_another_file(
+    settings: Settings, write_checkpoint: WriteCheckpoint
+) -> None:
+    own = settings.model_copy(update={"pin": "link"})
+    pins = Pins(own)
+    write_checkpoint(10)
+    pins.refresh()
+    file = live(own, 10) / "model.safetensors"
+    before = file.stat()
+    new = file.with_name("new")
+    new.write_bytes(b"y" * before.st_size)
+    os.utime(new, ns=(before.st_atime_ns, before.st_mtime_ns))
+    new.rename(file)
+    pins.refresh()
+    assert (own.pins / "checkpoint-10" / file.name).read_bytes() == b"y" * before.st_size
+
+
+def test_a_file_that_grows_is_copied_when_it_has_stopped(settings: Settings) -> None:
+    own = settings.model_copy(update={"pin": "copy"})
+    live(own, 10).mkdir(parents=True)
+    pins = Pins(own)
+    with (live(own, 10) / "model.safetensors").open("wb") as file:
+        for _ in range(3):
+            file.write(b"x" * 100)
+            file.flush()
+            pins.refresh()
+            assert tree(own.pins) == {}
+    pins.refresh()
+    assert tree(own.pins) == {"checkpoint-10/model.safetensors": b"x" * 300}
+
+
+def test_pins_of_an_older_segment_go_once_the_trainer_has_none_of_them(
+    pinned: Settings, write_checkpoint: WriteCheckpoint
+) -> None:
+    pins = Pins(pinned)
+    for step in (0, 10, 20, 30, 40):
+        write_checkpoint(step)
+    twice(pins)
+    for step in (10, 20, 30):
+        shutil.rmtree(live(pinned, step))
+    time.sleep(0.01)
+    write_checkpoint(20)
+    twice(pins)
+    said = look(pinned, pins)
+    assert "steps 30, 40 were left behind by a run that resumed before them" in said
+    # The trainer still has 40, and may write it again.
+    assert {path.name for path in pinned.pins.iterdir()} == {f"checkpoint-{step}" for step in (10, 20, 40)}
+    shutil.rmtree(live(pinned, 40))
+    look(pinned, pins)
+    assert {path.name for path in pinned.pins.iterdir()} == {f"checkpoint-{step}" for step in (10, 20)}
 
 
 def test_a_hole_is_not_copied_as_zeros(settings: Settings) -> None:
