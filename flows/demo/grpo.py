@@ -21,7 +21,6 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from flows.demo import task
 
-PROMPTS = 32
 GENERATIONS = 8
 
 _log = logging.getLogger(__name__)
@@ -57,11 +56,19 @@ class SortingTrainer(GRPOTrainer):
 
 
 def train(
-    base: Path, out: Path, *, steps: int, save_steps: int, seed: int, learning_rate: float, stored_dtype: StoredDtype
+    base: Path,
+    out: Path,
+    *,
+    steps: int,
+    save_steps: int,
+    seed: int,
+    prompts: int,
+    learning_rate: float,
+    stored_dtype: StoredDtype,
 ) -> None:
     """Train the model in `base` on the exact-match reward and write `out/checkpoint-N` every `save_steps` steps.
 
-    A step is 32 fresh training problems with 8 sampled answers each. The last step is always saved.
+    A step is `prompts` fresh training problems with 8 sampled answers each. The last step is always saved.
     """
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     trainer = SortingTrainer(
@@ -69,12 +76,12 @@ def train(
         model=model,
         processing_class=AutoTokenizer.from_pretrained(base),
         reward_funcs=_rewards,
-        train_dataset=Dataset.from_list(task.problems("train", steps * PROMPTS, seed=seed)),
+        train_dataset=Dataset.from_list(task.problems("train", steps * prompts, seed=seed)),
         args=GRPOConfig(
             output_dir=str(out),
             seed=seed,
             max_steps=steps,
-            per_device_train_batch_size=PROMPTS * GENERATIONS,
+            per_device_train_batch_size=prompts * GENERATIONS,
             num_generations=GENERATIONS,
             max_completion_length=task.DIGITS + 1,
             learning_rate=learning_rate,

@@ -54,6 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=count, default=360, help="training steps (default 360)")
     parser.add_argument("--save-steps", type=count, default=1, help="steps between checkpoints (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the problems and of the sampling (default 0)")
+    parser.add_argument("--prompts", type=count, default=32, help="problems a step; fewer are noisier (default 32)")
     parser.add_argument("--learning-rate", type=float, default=4e-6, help="constant (default 4e-6)")
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16"], default="float32", help="of the stored weights (default float32)"
@@ -71,6 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
             steps=chosen.steps,
             save_steps=chosen.save_steps,
             seed=chosen.seed,
+            prompts=chosen.prompts,
             learning_rate=chosen.learning_rate,
             stored_dtype=chosen.dtype,
         )
