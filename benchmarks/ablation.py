@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -88,7 +89,7 @@ def accuracy(model_directory: Path, tokenizer_directory: Path) -> float:
         batch = problems[start : start + 250]
         prompts = tokenizer([row["prompt"] for row in batch], return_tensors="pt")
         with torch.inference_mode():
-            answers: torch.Tensor = model.generate(**prompts, max_new_tokens=task.DIGITS + 1, do_sample=False)  # type: ignore[misc]
+            answers: Any = model.generate(**prompts, max_new_tokens=task.DIGITS + 1, do_sample=False)  # type: ignore[misc]
         texts = tokenizer.batch_decode(answers[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
         right += sum(task.reward(text, row["answer"]) for text, row in zip(texts, batch, strict=True))
     return right / PROBLEMS
