@@ -4,9 +4,7 @@ Trainer and TRL pickle their arguments into every checkpoint (read here without 
 whole configuration there, and verl's lies where Hydra was told to put it.
 """
 
-import io
 import math
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,10 +14,11 @@ from typing import Any
 import yaml
 
 from relex.errors import CheckpointError
-from relex.layouts import pickled
 from relex.layouts.files import Directory, FileIdentity
 from relex.layouts.hf import descend
+from relex.layouts.pickled import Made
 from relex.layouts.steps import step_directories
+from relex.layouts.torch_file import read_torch_file
 
 # The settings of a run are a few kilobytes.
 _MOST_BYTES = 1 << 20
@@ -92,22 +91,14 @@ def _read(directory: Directory, file: FileIdentity) -> Limit | None:
     if file.size > _MOST_BYTES:
         return None
     try:
-        content = directory.read(file.name)
         if file.name == _ARGUMENTS:
-            return _trainer(_arguments(content, where), where)
-        return _configured(yaml.safe_load(content), where)
-    except (CheckpointError, OSError, ValueError, LookupError, RecursionError, zipfile.BadZipFile, yaml.YAMLError):
+            made = read_torch_file(directory, file, unknown="stub")
+            arguments = made.state if isinstance(made, Made) else None
+            return _trainer(arguments, where) if isinstance(arguments, dict) else None
+        return _configured(yaml.safe_load(directory.read(file.name)), where)
+    except (CheckpointError, OSError, ValueError, RecursionError, yaml.YAMLError):
         # It is being written, or somebody else's file of that name: what it would have said is a hint.
         return None
-
-
-def _arguments(content: bytes, where: str) -> Mapping[str, Any]:
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
-        if archive.getinfo(name).file_size > _MOST_BYTES:
-            return {}
-        made = pickled.load(archive.read(name), where=where, unknown="stub")
-    return made.state if isinstance(made, pickled.Made) and isinstance(made.state, dict) else {}
 
 
 def _trainer(arguments: Mapping[str, Any], where: str) -> Limit | None:
