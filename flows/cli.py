@@ -156,6 +156,120 @@ def extrapolate(
 
 
 @app.command()
+def compare(
+    run: Run,
+    base: Base,
+    benchmark: Annotated[list[str], typer.Option(help="Benchmark: a shipped name or a YAML file; may be repeated.")],
+    target_step: Annotated[list[int], typer.Option(help="Training step to predict; may be given several times.")],
+    window: Window = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="Method, as NAME or NAME:parameter=value,…; may be repeated (default: relex)."),
+    ] = None,
+    directory: Annotated[Path, typer.Option("--out", help="Directory for models, table and figure.")] = Path("compare"),
+    logits: Annotated[
+        bool, typer.Option("--logits", help="Add Logits Extrapolation, of base and last observed.")
+    ] = False,
+    reconstruct: Annotated[
+        bool, typer.Option("--reconstruct", help="Add observed steps, projected and as the fit reads them.")
+    ] = False,
+    memory: Memory = FOUR_GIB,  # type: ignore[assignment]
+    threads: Threads = CORES,
+    device: Annotated[str, typer.Option(help="Device for evaluation: cpu, cuda or cuda:N.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="Precision of evaluation; auto: the model's own.")] = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="Problems at once.")] = 64,
+    limit: Annotated[int | None, typer.Option(min=1, help="Score only the first problems.")] = None,
+    cache: Cache = None,
+    cache_size: CacheSize = EIGHT_GIB,  # type: ignore[assignment]
+    as_json: Json = False,
+) -> None:
+    """Compare methods at the same observed steps: accuracy, nearness to the real later checkpoints, cost.
+
+    Example: relex compare runs/qwen --base models/qwen-base --benchmark my-benchmark.yaml --window 75
+    --target-step 200 --target-step 500 --method relex --method raw --method expo
+    """
+    from flows import tables
+    from flows.compare import Plan, Scoring
+    from flows.compare import compare as run_all
+    from relex.layouts.block_cache import BlockCache
+    from relex.predictors import parse_method
+
+    kept = _cache(cache)
+    methods = {found.spec: found for found in map(parse_method, method or ["relex"])}
+    targets = tuple(sorted(set(target_step)))
+    plan = Plan(tuple(methods.values()), targets, window=window, logits=logits, reconstruct=reconstruct)
+    names = tuple(dict.fromkeys(benchmark))
+    scoring = Scoring(names, device=device, dtype=dtype, batch_size=batch_size, limit=limit)
+    with tables.Bars(err) as bars, BlockCache(kept, size=cache_size) as blocks:
+        found = run_all(
+            run,
+            base,
+            plan,
+            scoring,
+            out=directory,
+            memory=memory,
+            threads=threads,
+            cache=kept,
+            blocks=blocks,
+            tell=bars,
+        )
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        tables.show_comparison(out, found, directory)
+
+
+@app.command()
+def analyze(
+    run: Run,
+    base: Base,
+    window: Window = None,
+    directory: Annotated[Path, typer.Option("--out", help="Directory for numbers and figures.")] = Path("analysis"),
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sample of weights.")] = 0,
+    responses: Annotated[
+        Path | None,
+        typer.Option(help='JSONL of {"prompt", "response"}: also how their log-probabilities move, token by token.'),
+    ] = None,
+    memory: Memory = FOUR_GIB,  # type: ignore[assignment]
+    threads: Threads = CORES,
+    device: Annotated[str, typer.Option(help="Device for log-probabilities: cpu, cuda or cuda:N.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="Precision of log-probabilities; auto: the model's own.")] = "auto",
+    cache: Cache = None,
+    cache_size: CacheSize = EIGHT_GIB,  # type: ignore[assignment]
+    as_json: Json = False,
+) -> None:
+    """Analyze how a run moves: energy and R² by layer and module, coordinates, single weights, log-probabilities.
+
+    Example: relex analyze runs/qwen --base models/qwen-base --out analysis
+    """
+    from flows import tables
+    from flows.analyze import analyze as look
+    from relex.layouts.block_cache import BlockCache
+
+    kept = _cache(cache)
+    with tables.Bars(err) as bars, BlockCache(kept, size=cache_size) as blocks:
+        found = look(
+            run,
+            base,
+            out=directory,
+            window=window,
+            seed=seed,
+            responses=responses,
+            device=device,
+            dtype=dtype,
+            memory=memory,
+            threads=threads,
+            cache=kept,
+            blocks=blocks,
+            tell=bars,
+        )
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        tables.show_analysis(out, found, directory)
+
+
+@app.command()
 def evaluate(
     model: Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="A model directory.")],
     benchmark: Annotated[list[str], typer.Option(help="Benchmark: a shipped name or a YAML file; may be repeated.")],
@@ -233,6 +347,45 @@ def watch(
         return
     with err.status("looking") as status:
         watch_store(settings, seconds=seconds, on_look=lambda _, text: status.update(text))
+
+
+@app.command()
+def reground(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML of a re-grounding.")],
+    on_stack: Annotated[
+        bool, typer.Option("--stack", help="Show it on the pages of the running stack, as a flow run of this process.")
+    ] = False,
+    home: Home = HOME,
+    as_json: Json = False,
+) -> None:
+    """Alternate real steps, by your own trainer, with jumps; each is judged, and the next steps start from the better.
+
+    Killed at any moment, the same command goes on where it was.
+    Example: relex reground reground.yaml
+    """
+    import signal
+
+    from flows import tables
+    from flows.reground_page import show
+    from flows.reground_settings import load_reground_settings
+    from flows.regrounding import reground as run_cycles
+
+    # Asked to end, it ends its trainer first, as when interrupted at the terminal.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    settings = load_reground_settings(config)
+    if on_stack:
+        from flows import stack
+
+        os.environ.update(stack.environment(stack.running(home)))
+        from flows.reground import reground as run_flow
+
+        run_flow(str(config))
+    with tables.Bars(err) as bars:
+        found = run_cycles(settings, tell=bars)
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        show(out, found)
 
 
 @app.command()

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -18,6 +19,8 @@ from relex.store import State
 if TYPE_CHECKING:
     from deploy.registry import RegisteredModelVersion
     from evaluation.report import Report
+    from flows.analyze import Analyzed
+    from flows.comparison import Comparison
     from flows.stack import Service
     from relex.inspection import Inspection
 
@@ -135,6 +138,35 @@ def show_reports(console: Console, reports: Sequence["Report"]) -> None:
             rates,
         )
     console.print(table)
+
+
+def show_comparison(console: Console, found: "Comparison", directory: Path) -> None:
+    """Print every model that was compared, by step."""
+    from flows.comparison import cells, headings
+
+    table = plain_table(*headings(found), title="; ".join(f"{row.benchmark}: {row.n} problems" for row in found.scored))
+    for row in found.rows:
+        table.add_row(*cells(row))
+    console.print(found.summary)
+    print_warnings(console, found.warnings)
+    console.print(table)
+    _print_line(console, f"more, and a figure: {directory / 'compare.md'}")
+
+
+def show_analysis(console: Console, found: "Analyzed", directory: Path) -> None:
+    """Print how straight a run is by module type."""
+    from flows.analyze import HEADINGS, cells, described
+
+    analysis = found.analysis
+    table = plain_table(*HEADINGS)
+    for part in (*analysis.modules, analysis.whole):
+        table.add_row(*cells(part))
+    console.print(table)
+    print_warnings(console, analysis.warnings)
+    console.print(described("weights", analysis.whole.weights), highlight=False)
+    if found.tokens is not None:
+        console.print(described("token log-probabilities", found.tokens), highlight=False)
+    _print_line(console, f"more, and figures: {directory / 'analysis.md'}")
 
 
 def show_services(console: Console, services: Sequence["Service"]) -> None:

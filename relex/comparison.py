@@ -20,7 +20,7 @@ class Distance:
 
     `error` is the norm of the difference and `norm_ratio` that of the predicted delta, both over the norm of the real
     delta; `cosine` is between the two deltas. `skill` is 1 - error² / error² of holding the last observed checkpoint:
-    above 0 is better than waiting; None where the real checkpoint is that one.
+    above 0 is better than waiting; None where the real checkpoint was observed.
     """
 
     error: float
@@ -51,7 +51,7 @@ def distance(gram: Gram, prediction: Forecast, step: int) -> Distance | None:
         error=missed**0.5 / real,
         cosine=_product(gram, predicted_TM, real_TM) / (norm * real) if norm > 0 else 0.0,
         norm_ratio=norm / real,
-        skill=1.0 - missed / waited if waited > 0 else None,
+        skill=1.0 - missed / waited if step > prediction.steps[-1] and waited > 0 else None,
     )
 
 

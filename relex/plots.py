@@ -1,10 +1,22 @@
 """Figures a person would look at."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from relex.analysis import BINS, Analysis, Moments
+
+# A cell of a heatmap carries its number up to so many rows: of more it cannot be read.
+_ROWS_WITH_NUMBERS = 64
+# Below this part of the colour scale black numbers cannot be read.
+_MIDDLE = 0.6
 
 
 @dataclass(frozen=True)
@@ -85,4 +97,90 @@ def accuracy_by_step(
     axes.set_title(f"{title}\n{benchmark}", fontsize=10)
     axes.grid(visible=True, alpha=0.3)
     axes.legend(fontsize=8, loc="best")
+    figure.savefig(path, metadata={"Software": None})
+
+
+def layer_heatmaps(path: Path, analysis: Analysis) -> None:
+    """Draw rank-1 energy and R² of its coordinate by layer and module type; grey is what does not move or exist.
+
+    What lies outside the layers has a row of its own. Writes a PNG.
+    """
+    columns = [part.module for part in analysis.modules]
+    layers = sorted({part.layer for part in analysis.cells if part.layer is not None})
+    rows: list[int | None] = [*layers, None] if any(part.layer is None for part in analysis.cells) else list(layers)
+    size = (2 * (0.42 * len(columns) + 1.6), 0.26 * len(rows) + 2.4)
+    figure = Figure(figsize=size, dpi=110, layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    titles = ("rank-1 energy", "R² of the leading coordinate on the step")
+    for axes, title, read in zip(panels, titles, (attrgetter("energy"), attrgetter("r_squared")), strict=True):
+        values = np.full((len(rows), len(columns)), np.nan)
+        for part in analysis.cells:
+            number = read(part)
+            values[rows.index(part.layer), columns.index(part.module)] = np.nan if number is None else number
+        _heatmap(figure, axes, values)
+        axes.set_title(title, fontsize=10)
+        axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right", fontsize=8)
+        axes.set_yticks(range(len(rows)), ["none" if row is None else str(row) for row in rows], fontsize=8)
+    panels[0].set_ylabel("layer")
+    figure.suptitle(f"{analysis.run}: steps {analysis.steps[0]} to {analysis.steps[-1]}", fontsize=10)
+    figure.savefig(path, metadata={"Software": None})
+
+
+def _heatmap(figure: Figure, axes: Axes, values: NDArray[np.float64]) -> None:
+    known = values[np.isfinite(values)]
+    # Down to the tenth below the lowest: noise does not fill the scale, and a bad tensor still stands out.
+    low = min(math.floor(10 * float(known.min())) / 10, 0.9) if len(known) else 0.0
+    axes.set_facecolor("0.9")
+    image = axes.imshow(values, vmin=low, vmax=1.0, cmap="viridis", aspect="auto", interpolation="none")
+    figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02)
+    if len(values) > _ROWS_WITH_NUMBERS:
+        return
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            text = f"{value:.3f}".removeprefix("0")
+            dark = value < _MIDDLE * (1.0 - low) + low
+            axes.text(column, row, text, ha="center", va="center", fontsize=6, color="white" if dark else "black")
+
+
+def coordinate_curves(path: Path, analysis: Analysis) -> None:
+    """Draw the leading coordinates of the whole model by training step; writes a PNG.
+
+    Beside them is how far the leading one of each module type is from steady motion away from the base.
+    """
+    figure = Figure(figsize=(12.0, 4.5), dpi=110, layout="constrained")
+    whole, modules = figure.subplots(1, 2)
+    for number, (row, share) in enumerate(zip(analysis.coordinates, analysis.energies, strict=True), start=1):
+        whole.plot(
+            analysis.steps, row, marker=".", markersize=3, linewidth=1.0, label=f"{number}: {share:.1%} of energy"
+        )
+    whole.set_title("leading coordinates of the whole model", fontsize=10)
+    whole.set_ylabel("share of the latest delta's norm")
+    for number, (module, row) in enumerate(analysis.module_coordinates.items()):
+        style = ("-", "--", ":")[number // 10 % 3]
+        ahead = [value - step / analysis.steps[-1] for value, step in zip(row, analysis.steps, strict=True)]
+        modules.plot(analysis.steps, ahead, linestyle=style, color=f"C{number % 10}", linewidth=1.0, label=module)
+    modules.set_title("leading coordinate of each module type: ahead of steady motion", fontsize=10)
+    modules.set_ylabel("share of its last value")
+    for axes in (whole, modules):
+        axes.axhline(0.0, color="0.6", linewidth=0.6)
+        axes.set_xlabel("training step")
+        axes.grid(visible=True, alpha=0.3)
+        axes.legend(fontsize=7, loc="best", ncols=1 + (axes is modules))
+    figure.suptitle(f"{analysis.run}: steps {analysis.steps[0]} to {analysis.steps[-1]}", fontsize=10)
+    figure.savefig(path, metadata={"Software": None})
+
+
+def r_squared_histograms(path: Path, moments: Mapping[str, Moments]) -> None:
+    """Draw R² on the step of many single values, a panel each kind, as shares of those that change; a PNG."""
+    figure = Figure(figsize=(6.0 * len(moments), 4.0), dpi=110, layout="constrained")
+    edges = np.linspace(0.0, 1.0, BINS + 1)
+    for axes, (what, item) in zip(figure.subplots(1, len(moments), squeeze=False)[0], moments.items(), strict=True):
+        axes.stairs(np.array(item.counts) / max(item.kept, 1), edges, fill=True, alpha=0.7)
+        if item.quartiles is not None:
+            axes.axvline(item.quartiles[1], color="black", linestyle="--", label=f"median {item.quartiles[1]:.3f}")
+            axes.legend(fontsize=8, loc="upper left")
+        axes.set_title(f"{what}: {item.kept} of {item.drawn} change enough", fontsize=10)
+        axes.set_xlabel("R² on the training step")
+        axes.set_ylabel("share of them")
+        axes.set_xlim(0.0, 1.0)
     figure.savefig(path, metadata={"Software": None})
