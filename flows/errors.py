@@ -5,6 +5,8 @@ FlowError
 ├── WatchError       the training run is watched already
 ├── PinError         a checkpoint cannot be pinned
 ├── WindowError      the store is no longer what the window was announced with
+├── RegroundError    the cycles of a re-grounding are at work elsewhere, or were begun with other settings
+├── TrainerError     the user's trainer failed, or left no checkpoints to predict from
 ├── StackError       a server of the local stack does not start, or is not running
 └── DemoError        see flows.demo.errors
 """
@@ -28,6 +30,14 @@ class PinError(FlowError):
 
 class WindowError(FlowError):
     """The store is no longer what the window was announced with."""
+
+
+class RegroundError(FlowError):
+    """The cycles of a re-grounding are at work in another process, or were begun with other settings."""
+
+
+class TrainerError(FlowError):
+    """The user's trainer failed, or left no checkpoints to predict from."""
 
 
 class StackError(FlowError):

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator
@@ -14,6 +14,7 @@ from relex.predictors import parse_method
 
 _REMOTE_POLL_SECONDS = 30.0
 
+Config = TypeVar("Config", bound=BaseModel)
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$", max_length=60)]
 
 
@@ -93,22 +94,7 @@ class Settings(BaseModel):
 
 def load_settings(path: Path) -> Settings:
     """Read and check `relex.yaml`; raises ConfigError with every wrong key in one line."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"config {path} cannot be read: {error.strerror}. Give the path of a relex.yaml.") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config {path} is not YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"config {path} holds a {type(content).__name__}, not keys and values.")
-    try:
-        settings = Settings.model_validate(content)
-    except ValidationError as error:
-        wrong = "; ".join(
-            f"{'.'.join(map(str, item['loc'])) or 'file'}: {item['msg']} (given {item['input']!r})"
-            for item in error.errors()
-        )
-        raise ConfigError(f"config {path}: {wrong}. The keys are {', '.join(Settings.model_fields)}.") from error
+    settings = read_config(path, Settings)
     if settings.targets[0] <= settings.window:
         raise ConfigError(
             f"config {path}: target {settings.targets[0]} is not beyond the window {settings.window}. Give later ones."
@@ -124,9 +110,9 @@ def load_settings(path: Path) -> Settings:
             " this machine. Leave pin out, and let the trainer keep the window's checkpoints."
         )
     root = path.absolute().parent
-    stores = {key: _location(getattr(settings, key), root) for key in ("checkpoints", "base")}
-    benchmarks = {key: _benchmark(getattr(settings, key), root) for key in ("selection", "gate")}
-    report = [_benchmark(item, root) for item in settings.report]
+    stores = {key: location(getattr(settings, key), root) for key in ("checkpoints", "base")}
+    benchmarks = {key: benchmark_location(getattr(settings, key), root) for key in ("selection", "gate")}
+    report = [benchmark_location(item, root) for item in settings.report]
     # A store on the network counts what it is asked.
     slow = any(map(is_remote, stores.values())) and "poll_seconds" not in settings.model_fields_set
     pace = {"poll_seconds": _REMOTE_POLL_SECONDS} if slow else {}
@@ -134,11 +120,31 @@ def load_settings(path: Path) -> Settings:
     return settings.model_copy(update=places | pace)
 
 
-def _location(text: str, root: Path) -> str:
-    """A path is relative to the config, a URL is not."""
+def read_config(path: Path, model: type[Config]) -> Config:
+    """Read a YAML file of keys and values as `model`; raises ConfigError with every wrong key in one line."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"config {path} cannot be read: {error.strerror}. Give the path of a relex.yaml.") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config {path} is not YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"config {path} holds a {type(content).__name__}, not keys and values.")
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        wrong = "; ".join(
+            f"{'.'.join(map(str, item['loc'])) or 'file'}: {item['msg']} (given {item['input']!r})"
+            for item in error.errors()
+        )
+        raise ConfigError(f"config {path}: {wrong}. The keys are {', '.join(model.model_fields)}.") from error
+
+
+def location(text: str, root: Path) -> str:
+    """Return where a path or URL of a config in `root` is: a path is relative to it, a URL is not."""
     return text if "://" in text else str(root / text)
 
 
-def _benchmark(text: str, root: Path) -> str:
-    """A benchmark that looks like a file is relative to the config; else it is a name."""
+def benchmark_location(text: str, root: Path) -> str:
+    """Return a benchmark of a config in `root`: one that looks like a file is relative to it, else it is a name."""
     return str(root / text) if text.endswith((".yaml", ".yml")) else text
