@@ -13,6 +13,8 @@ MANIFEST = "relex.json"
 
 # What loading a model needs and nothing that could run: weights, configuration, chat templates, tokenizers.
 _KINDS = (".safetensors", ".json", ".jinja", ".txt", ".model")
+# What some predictions were made with, as plain arrays; no loader looks at it.
+_VECTORS = "relex-vectors.npz"
 # Keys that make transformers import code named by the checkpoint; MLflow loads with trust_remote_code=True.
 _CODE_KEYS = ("auto_map", "custom_pipelines")
 
@@ -76,7 +78,7 @@ def listed_files(where: Path, manifest: Mapping[str, object]) -> dict[str, FileR
             raise CandidateError(f"{where} describes {name} as {entry!r}, not by size and sha256. Predict again.")
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise CandidateError(f"{where} lists {name}, which lies outside the directory. Do not use this model.")
-        if not name.endswith(_KINDS):
+        if name != _VECTORS and not name.endswith(_KINDS):
             raise CandidateError(f"{where} lists {name}; a model is made of {', '.join(_KINDS)} files. Remove it.")
         records[name] = FileRecord(entry["size"], str(entry.get("sha256")))
     return records

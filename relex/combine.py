@@ -1,4 +1,4 @@
-"""One chunk of one predicted tensor: coefficients times deltas on the base, or a copy.
+"""One chunk of one predicted tensor: coefficients times deltas on the base, a rank-one matrix, or a copy.
 
 The sum is taken checkpoint by checkpoint, in step order: its bits then do not depend on what else is combined at once.
 Shape suffixes: R = checkpoints that were read, N = elements of the chunk.
@@ -22,11 +22,18 @@ def needed_rows(item: TensorForecast, count: int) -> list[int]:
 
 
 def predicted(
-    item: TensorForecast, rows: Sequence[int], base: Tensor, *, stored: Tensor | None, deltas: Tensor
+    item: TensorForecast,
+    rows: Sequence[int],
+    base: Tensor,
+    *,
+    stored: Tensor | None,
+    deltas: Tensor,
+    added: Tensor | None = None,
 ) -> Tensor:
     """Return one chunk (N,) of a predicted tensor, before its rounding.
 
     `stored` and `deltas` (R, N) are of the checkpoints numbered `rows`; `stored` is None where only deltas are stored.
+    `added` (N,) is what is added to a rank-one tensor.
     """
     if item.source == "base":
         return base
@@ -36,6 +43,8 @@ def predicted(
     for position, row in enumerate(rows):
         if item.coefficients[row] != 0.0:
             total.add_(deltas[position], alpha=item.coefficients[row])
+    if added is not None:
+        total.add_(added)
     return total.add_(base.to(total.dtype))
 
 

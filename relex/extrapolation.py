@@ -16,10 +16,11 @@ from relex.layouts.block_cache import BlockCache
 from relex.layouts.files import is_remote
 from relex.manifest import Manifest
 from relex.materialise import Output, materialise
-from relex.predictors import Method
+from relex.predictors import MatrixPredictor, Method
 from relex.store import observed, open_base, scan
 from relex.trajectory import Trajectory, open_trajectory
 from relex.upload import check_destination, discard_other, is_uploaded, staged, upload
+from relex.vectors import added
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -56,9 +57,9 @@ def extrapolate(
 ) -> list[Forecast]:
     """Write every requested model that is not there yet and return the forecasts, in the order of the requests.
 
-    `grams` is the directory of measured Grams, `memory` a budget in bytes, `dtype` the precision of the result (None:
-    the base's), `form` whether it is a whole model or, of a run of adapters, an adapter, `command` what the manifest
-    says asked for it. Raises RelexError; then no new output is left behind.
+    `grams` is the directory of measured Grams and of what matrix methods learnt, `memory` a budget in bytes, `dtype`
+    the precision of the result (None: the base's), `form` whether it is a whole model or, of a run of adapters, an
+    adapter, `command` what the manifest says asked for it. Raises RelexError; then no new output is left behind.
     """
     if dtype is not None and dtype not in DTYPES:
         raise TargetError(f"dtype {dtype!r} is not known; known are {', '.join(DTYPES)}.")
@@ -68,13 +69,29 @@ def extrapolate(
             raise TargetError(
                 f"--dtype {dtype} says how a whole model is stored, and an adapter is not. Give one of the two."
             )
+        for request in requests:
+            if isinstance(request.method.predictor, MatrixPredictor):
+                raise TargetError(
+                    f"--adapter: what {request.method.name} predicts is no combination of adapters. Leave out --adapter"
+                    " to get a whole model."
+                )
     gram = cached(trajectory, grams, memory=memory, threads=threads, on_progress=_telling(tell, "reading"))
     sanity.refuse_duplicates(gram)
+    vectors = added(
+        trajectory,
+        gram,
+        [(request.method, request.target_step) for request in requests],
+        directory=grams,
+        memory=memory,
+        threads=threads,
+        on_progress=_telling(tell, "learning"),
+    )
     forecasts: list[Forecast] = []
-    for request in requests:
+    for request, item in zip(requests, vectors, strict=True):
         if tell is not None:
             tell("fitting", len(forecasts), len(requests))
-        forecasts.append(forecast(trajectory, gram, request.method, target_step=request.target_step, dtype=dtype))
+        made = forecast(trajectory, gram, request.method, target_step=request.target_step, dtype=dtype, added=item)
+        forecasts.append(made)
     if tell is not None:
         tell("fitting", len(requests), len(requests))
     missing = []

@@ -1,11 +1,14 @@
-"""A prediction as numbers: for every tensor, which coefficients, or which copy. No weight is read to make one.
+"""A prediction as numbers: for every tensor, which coefficients, or which copy; of matrix methods, which vectors.
+
+No weight is read to make one (the vectors are found before, see `vectors`).
 
 Shape suffixes: T = tensors that move, K = checkpoints.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from typing import Any, Literal
 
@@ -14,34 +17,37 @@ import torch
 from relex import sanity, spectrum
 from relex.errors import TargetError
 from relex.gram import Gram
-from relex.predictors import Method
+from relex.outer import Outer
+from relex.predictors import MatrixPredictor, Method
 from relex.trajectory import Trajectory
 
 FORMAT = 1
 
-Source = Literal["combined", "base", "latest"]
+Source = Literal["combined", "rank-one", "base", "latest"]
 
 
 @dataclass(frozen=True)
 class TensorForecast:
     """How one tensor is made: sum of coefficients times deltas on the base, or the base's or the latest's copy.
 
-    `coefficients` has one fp64 number a checkpoint when `source` is combined and is empty otherwise. `energy` is the
-    rank-1 share of the squared deltas, `r_squared` that of the leading coordinate's line; None for integers and frozen
-    tensors.
+    `coefficients` has one fp64 number a checkpoint when `source` is combined or rank-one and is empty otherwise. To a
+    rank-one tensor a matrix is added whose vectors have the digest `vectors`. `energy` is the rank-1 share of the
+    squared deltas, `r_squared` that of the leading coordinate's line; None for integers and frozen tensors.
     """
 
     source: Source
     coefficients: tuple[float, ...] = ()
     energy: float | None = None
     r_squared: float | None = None
+    vectors: str = ""
 
 
 @dataclass(frozen=True)
 class Forecast:
     """One predicted checkpoint. `steps`, `digests` and `coefficients` are in the order of the observed checkpoints.
 
-    `warnings` say what looks wrong in the window (see `sanity`), a line each.
+    `warnings` say what looks wrong in the window (see `sanity`), a line each. `vectors` are what is added to rank-one
+    tensors: not among the JSON, and absent from a forecast that was read back, where the tensors have their digests.
     """
 
     method: str
@@ -59,18 +65,23 @@ class Forecast:
     energy: float
     r_squared: float
     warnings: tuple[str, ...]
+    vectors: Mapping[str, Outer] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def digest(self) -> str:
         """Hex digest of everything that decides the bytes of the predicted weights, and of what they are called."""
-        tensors = {name: [item.source, item.coefficients] for name, item in self.tensors.items()}
+        tensors = {
+            name: [item.source, item.coefficients, *filter(None, [item.vectors])] for name, item in self.tensors.items()
+        }
         content = {"format": FORMAT, "method": self.method, "target_step": self.target_step, "steps": self.steps}
         content |= {"base": self.base_digest, "checkpoints": self.digests, "dtype": self.dtype, "tensors": tensors}
         return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON types; floats survive exactly."""
-        return asdict(self)
+        content = asdict(replace(self, vectors={}))
+        del content["vectors"]
+        return content
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "Forecast":
@@ -96,13 +107,25 @@ def check_target(target_step: int, steps: Sequence[int], *, inside: Literal["ref
 
 
 def forecast(
-    trajectory: Trajectory, gram: Gram, method: Method, *, target_step: int, dtype: str | None = None
+    trajectory: Trajectory,
+    gram: Gram,
+    method: Method,
+    *,
+    target_step: int,
+    dtype: str | None = None,
+    added: Mapping[str, Outer] | None = None,
 ) -> Forecast:
     """Predict the checkpoint at `target_step` from a trajectory and its Gram.
 
-    `dtype` overrides the stored precision of the result (None: the base's, tensor by tensor). Raises TargetError when
-    the method's parameters do not fit the window.
+    `dtype` overrides the stored precision of the result (None: the base's, tensor by tensor), `added` is what a matrix
+    method adds (see `vectors.added`). Raises TargetError when the method's parameters do not fit the window.
     """
+    if added is None and isinstance(method.predictor, MatrixPredictor):
+        raise TargetError(
+            f"method {method.name} follows from the matrices themselves, and here are only their Grams. Choose another"
+            " method."
+        )
+    added = added or {}
     steps_K = torch.tensor(trajectory.steps, dtype=torch.float64)
     energy_T = spectrum.energy(gram.products)
     r_squared_T = spectrum.r_squared(gram.products, steps_K)
@@ -124,10 +147,16 @@ def forecast(
         if not moved_T[index]:
             tensors[name] = TensorForecast("base")
             continue
+        if name in added:
+            coefficients = tuple(coefficients_TK[index].tolist())
+            shares = float(energy_T[index]), float(r_squared_T[index])
+            tensors[name] = TensorForecast("rank-one", coefficients, *shares, added[name].digest)
+            continue
         # The latest checkpoint is copied, not recomputed: base + (latest - base) can differ in the last bit.
         source: Source = "latest" if torch.equal(coefficients_TK[index], latest_K) else "combined"
         coefficients = tuple(coefficients_TK[index].tolist()) if source == "combined" else ()
         tensors[name] = TensorForecast(source, coefficients, float(energy_T[index]), float(r_squared_T[index]))
+    norm = float(spectrum.norm(gram.products, coefficients_TK))
     return Forecast(
         method=method.spec,
         description=method.describe(),
@@ -138,10 +167,11 @@ def forecast(
         dtype=dtype or "base",
         tensors=tensors,
         amplification=float(coefficients_TK.abs().sum(-1).max()) if gram.names else 0.0,
-        norm=float(spectrum.norm(gram.products, coefficients_TK)),
+        norm=math.sqrt(max(0.0, norm**2 + sum(2.0 * item.inner + item.square for item in added.values()))),
         norm_latest=float(spectrum.norm(gram.products, latest_K.expand_as(coefficients_TK))),
         norm_band=spectrum.norm_band(gram.products, steps_K, target_step),
         energy=spectrum.pooled(gram.products, energy_T),
         r_squared=spectrum.pooled(gram.products, r_squared_T),
         warnings=tuple(item.text for item in sanity.findings(gram)),
+        vectors=added,
     )

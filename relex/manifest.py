@@ -5,11 +5,13 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
+from relex import outer
 from relex.errors import OutputError
 from relex.forecast import FORMAT, Forecast
 from relex.layouts.files import open_directory
@@ -115,6 +117,28 @@ def read(location: str | Path) -> Manifest:
         raise OutputError(
             f"{path} is no manifest of relex ({error!r}). Predict again into another directory."
         ) from error
+
+
+def with_vectors(forecast: Forecast, directory: Path) -> Forecast:
+    """Return a forecast that was read back with the vectors that lie beside its manifest.
+
+    Raises OutputError when they are not those it was made with.
+    """
+    expected = {name: item.vectors for name, item in forecast.tensors.items() if item.vectors}
+    path = directory / outer.FILE_NAME
+    if not expected:
+        return forecast
+    try:
+        vectors = outer.from_bytes(path.read_bytes())
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        raise OutputError(f"{path} cannot be read ({error}). Bring it back, or predict again.") from error
+    found = {name: item.digest for name, item in vectors.items()}
+    if found != expected:
+        raise OutputError(
+            f"{path} holds vectors of {len(found)} tensors that are not those of the {len(expected)} in {FILE_NAME}."
+            " Bring it back, or predict again."
+        )
+    return replace(forecast, vectors=vectors)
 
 
 def verify(directory: Path) -> Manifest:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from relex import manifest
+from relex import manifest, outer
 from relex.adapter import write_adapter
 from relex.combine import chunks, needed_rows, predicted
 from relex.errors import NonFiniteError, OutputError, RelexError
@@ -75,6 +75,8 @@ def materialise(
             if forecast.dtype != "base":
                 config = json.loads(files["config.json"]) | {"dtype": forecast.dtype}
                 files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
+            if forecast.vectors:
+                files[outer.FILE_NAME] = outer.to_bytes(forecast.vectors)
             writer.publish(files, partial(_manifest, forecast, trajectory, command))
     except RelexError:
         for writer in writers.values():
@@ -130,14 +132,19 @@ def _combine(
                     item, writer = outputs[i].forecast.tensors[spec.name], writers[i]
                     dtype = writer.tensors[spec.name].dtype
                     base, stored = block.base[place], None if spec.relative else block.stored[:, place]
-                    chunk = predicted(item, needed, base, stored=stored, deltas=deltas).to(dtype)
-                    if (item.source == "combined" or spec.relative) and not bool(torch.isfinite(chunk).all()):
+                    vectors = outputs[i].forecast.vectors.get(spec.name)
+                    start = block.start + place.start
+                    added = vectors.elements(start, start + len(base), dtype=deltas.dtype) if vectors else None
+                    chunk = predicted(item, needed, base, stored=stored, deltas=deltas, added=added).to(dtype)
+                    if (item.source in ("combined", "rank-one") or spec.relative) and not bool(
+                        torch.isfinite(chunk).all()
+                    ):
                         raise NonFiniteError(
                             f"{spec.name} predicted at step {outputs[i].forecast.target_step} by"
                             f" {outputs[i].forecast.method} leaves the range of {dtype}. Give a nearer target, or a"
                             " --dtype of wider range."
                         )
-                    writer.write(spec.name, (block.start + place.start) * dtype.itemsize, as_bytes(chunk))
+                    writer.write(spec.name, start * dtype.itemsize, as_bytes(chunk))
 
     last: dict[tuple[int, str], Unit] = {}
     for unit in pieces:
@@ -181,10 +188,11 @@ def rebuild(directory: Path, out: Path, *, memory: int, threads: int) -> None:
         for step, location in zip(old.forecast.steps, old.checkpoints, strict=True)
     ]
     trajectory = open_trajectory(base, checkpoints)
+    forecast = manifest.with_vectors(old.forecast, directory)
     if old.adapter is not None:
-        write_adapter(trajectory, old.forecast, out, memory=memory, threads=threads, command=old.command)
+        write_adapter(trajectory, forecast, out, memory=memory, threads=threads, command=old.command)
     else:
-        materialise(trajectory, [Output(old.forecast, out)], memory=memory, threads=threads, command=old.command)
+        materialise(trajectory, [Output(forecast, out)], memory=memory, threads=threads, command=old.command)
     new = manifest.read(out)
     for name in sorted(old.files.keys() | new.files.keys()):
         was, now = old.files.get(name), new.files.get(name)

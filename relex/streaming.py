@@ -111,11 +111,13 @@ def as_bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.view(torch.uint8).numpy().data)
 
 
-def workspaces(trajectory: Trajectory, rows: int, *, memory: int, threads: int, extra: int = 0) -> list[Workspace]:
+def workspaces(
+    trajectory: Trajectory, rows: int, *, memory: int, threads: int, extra: int = 0, held: int = 0
+) -> list[Workspace]:
     """Allocate one workspace a thread within `memory` bytes, fewer threads if need be.
 
-    `rows` is the number of checkpoints read at once, `extra` what the caller's own buffers take per thread. Raises
-    MemoryBudgetError with the least budget that would do.
+    `rows` is the number of checkpoints read at once, `extra` what the caller's own buffers take per thread, `held` what
+    it keeps once. Raises MemoryBudgetError with the least budget that would do.
     """
     specs = trajectory.tensors
     wide = any(torch.float64 in (spec.base.dtype, spec.dtype) for spec in specs)
@@ -123,7 +125,7 @@ def workspaces(trajectory: Trajectory, rows: int, *, memory: int, threads: int, 
     fixed = rows * CHUNK * (8 if wide else 4) + extra
     per_chunk = (1 + rows) * CHUNK * item
     # What reading an adapter takes is there once a checkpoint, whatever the number of threads.
-    shared = sum(checkpoint.weights.scratch for checkpoint in trajectory.checkpoints)
+    shared = held + sum(checkpoint.weights.scratch for checkpoint in trajectory.checkpoints)
     least = shared + fixed + per_chunk
     if memory < least:
         mib = 1 << 20

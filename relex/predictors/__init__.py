@@ -1,22 +1,26 @@
 """Methods by name: each turns the Grams of tensors, the steps and a target into K coefficients a tensor and reads no
-weights.
+weights; matrix methods add a rank-one matrix to each, for which they do.
 
 A family is one module; a method is a row of METHODS: a family with some parameters fixed and some left to the user.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from relex.errors import TargetError
+from relex.leading import Source
+from relex.outer import Outer
+from relex.predictors.alpha_rl import with_accuracies
 from relex.predictors.coordinates import Coordinates
 from relex.predictors.low_rank import LowRankLinear
 from relex.predictors.mean import Mean
 from relex.predictors.neural import Neural
+from relex.predictors.next import Next
 from relex.predictors.raw import RawLinear
 from relex.predictors.reconstruct import Reconstruct
 from relex.predictors.secant import Secant
@@ -33,6 +37,25 @@ class Predictor(Protocol):
 
     def moves(self, name: str, dimensions: int) -> bool:
         """Say whether this tensor is predicted; if not, it is copied from the latest checkpoint."""
+
+
+@runtime_checkable
+class MatrixPredictor(Predictor, Protocol):
+    """A family that adds a rank-one matrix to what its coefficients say, tensor by tensor."""
+
+    @property
+    def unit(self) -> "MatrixPredictor":
+        """The predictor whose vectors, times `scale`, are this one's: those with one unit are computed once."""
+
+    @property
+    def scale(self) -> float:
+        """What the unit's vectors are multiplied by."""
+
+    def aim(self, target_step: int) -> float:
+        """Return what the vectors depend on of the target: targets with one aim have the same vectors."""
+
+    def vectors(self, source: Source, aims: Sequence[float]) -> list[dict[str, Outer]]:
+        """Return what is added, at each aim, to the tensors of `source`, in one pass; a tensor may be left out."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +103,16 @@ METHODS: Mapping[str, Row] = {
     "first-update": Row("first delta times alpha, whatever the target", _first_update, {"alpha": float}),
     "mean": Row("average of the last checkpoints", Mean, {"last": int}),
     "reconstruct": Row("an observed checkpoint within the rank-r directions, no fit", Reconstruct, {"rank": int}),
+    "alpha-rl": Row(
+        "leading left vector of each matrix regressed on the step (AlphaRL)",
+        with_accuracies,
+        {"accuracies": str, "goal": float},
+    ),
+    "next": Row(
+        "networks learn the next leading direction of each matrix (NExt), whatever the target",
+        Next,
+        {"alpha": float, "ahead": int, "epochs": int, "seed": int},
+    ),
     "hold": Row("the latest checkpoint itself: the baseline to beat", Mean, {}),
 }
 
@@ -125,7 +158,7 @@ def parse_method(spec: str) -> Method:
             number = read(value)
         except ValueError:
             number = math.nan
-        if not math.isfinite(number):
+        if not value or (isinstance(number, float) and not math.isfinite(number)):
             raise TargetError(f"method {name}: {key}={value!r} is not a valid {read.__name__}.")
         parameters[key.strip()] = number
     try:

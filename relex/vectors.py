@@ -1,0 +1,115 @@
+"""What matrix methods add to each tensor, found once for all methods and targets of a call, and kept beside the Grams.
+
+The vectors of one unit (see `MatrixPredictor`) lie in a file named by a digest of everything they follow from, complete
+or absent: what took hours is not done again because another alpha is asked for, or the process was killed.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from hashlib import sha256
+from pathlib import Path
+from zipfile import BadZipFile
+
+from relex import outer
+from relex.errors import TargetError
+from relex.gram import Gram
+from relex.leading import Source
+from relex.outer import Outer
+from relex.predictors import MatrixPredictor, Method
+from relex.streaming import Progress
+from relex.trajectory import Trajectory
+
+FORMAT = 1
+
+
+def added(
+    trajectory: Trajectory,
+    gram: Gram,
+    wanted: Sequence[tuple[Method, int]],
+    *,
+    directory: Path,
+    memory: int,
+    threads: int,
+    on_progress: Progress | None = None,
+) -> list[dict[str, Outer] | None]:
+    """Return by tensor what each method adds at its target step, in their order; None for methods that add nothing.
+
+    Raises TargetError when a method's parameters do not fit the window or the model, MemoryBudgetError.
+    """
+    matrix = [
+        (method, method.predictor, method.predictor.aim(target))
+        for method, target in wanted
+        if isinstance(method.predictor, MatrixPredictor)
+    ]
+    missing: dict[str, tuple[Method, MatrixPredictor, list[float]]] = {}
+    known: dict[str, dict[str, Outer]] = {}
+    for method, predictor, aim in matrix:
+        key = _key(gram, predictor, aim)
+        found = known.get(key) or _load(directory / f"{key}.npz")
+        if found is not None:
+            known[key] = found
+            continue
+        _, _, aims = missing.setdefault(_unit(predictor), (method, predictor.unit, []))
+        if aim not in aims:
+            aims.append(aim)
+    for method, unit, aims in missing.values():
+        source = Source(trajectory, _moving(trajectory, gram, method), memory, threads, on_progress)
+        for aim, vectors in zip(aims, unit.vectors(source, aims), strict=True):
+            key = _key(gram, unit, aim)
+            trajectory.check_unchanged()
+            _save(vectors, directory / f"{key}.npz")
+            known[key] = vectors
+    return [
+        {
+            name: item.scaled(method.predictor.scale)
+            for name, item in known[_key(gram, method.predictor, method.predictor.aim(target))].items()
+        }
+        if isinstance(method.predictor, MatrixPredictor)
+        else None
+        for method, target in wanted
+    ]
+
+
+def _moving(trajectory: Trajectory, gram: Gram, method: Method) -> tuple[str, ...]:
+    """Return the tensors that the method predicts; what never moved is not looked at."""
+    meant = [
+        spec.name
+        for spec in trajectory.tensors
+        if spec.moves and method.predictor.moves(spec.name, len(spec.base.shape))
+    ]
+    if not meant:
+        raise TargetError(
+            f"method {method.name} predicts none of this model's {len(trajectory.tensors)} tensors, such as"
+            f" {trajectory.tensors[0].name}: their names or shapes are not what it looks for. Choose another method."
+        )
+    moved = dict(zip(gram.names, gram.products.diagonal(dim1=-2, dim2=-1).any(-1).tolist(), strict=True))
+    return tuple(name for name in meant if moved[name])
+
+
+def _unit(predictor: MatrixPredictor) -> str:
+    unit = predictor.unit
+    return json.dumps([type(unit).__name__, asdict(unit)], sort_keys=True)  # type: ignore[call-overload]
+
+
+def _key(gram: Gram, predictor: MatrixPredictor, aim: float) -> str:
+    return sha256(json.dumps([FORMAT, gram.digest, _unit(predictor), aim]).encode()).hexdigest()
+
+
+def _load(path: Path) -> dict[str, Outer] | None:
+    """Return the vectors saved at `path`, None when there are none."""
+    try:
+        return outer.from_bytes(path.read_bytes())
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+        return None
+
+
+def _save(vectors: Mapping[str, Outer], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".tmp", delete=False) as file:
+        file.write(outer.to_bytes(vectors))
+        file.flush()
+        os.fsync(file.fileno())
+    Path(file.name).replace(path)
