@@ -132,7 +132,7 @@ def test_a_watcher_waits_while_a_store_does_not_answer(hub: Hub, remote: RemoteR
             time.sleep(0.05)
         hub.make("org/later").commit(files(local.base))
 
-    trainer = threading.Thread(target=push)
+    trainer = threading.Thread(target=push, daemon=True)
     trainer.start()
     watch_store(settings, seconds=3.0, on_look=lambda progress, text: seen.append(text))
     trainer.join()
