@@ -87,11 +87,19 @@ def extrapolate(
         on_progress=_telling(tell, "learning"),
     )
     forecasts: list[Forecast] = []
-    for request, item in zip(requests, vectors, strict=True):
+    for request in requests:
         if tell is not None:
             tell("fitting", len(forecasts), len(requests))
-        made = forecast(trajectory, gram, request.method, target_step=request.target_step, dtype=dtype, added=item)
-        forecasts.append(made)
+        forecasts.append(
+            forecast(
+                trajectory,
+                gram,
+                request.method,
+                target_step=request.target_step,
+                dtype=dtype,
+                added=next(vectors),
+            )
+        )
     if tell is not None:
         tell("fitting", len(requests), len(requests))
     missing = []

@@ -7,7 +7,7 @@ or absent: what took hours is not done again because another alpha is asked for,
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -34,43 +34,47 @@ def added(
     memory: int,
     threads: int,
     on_progress: Progress | None = None,
-) -> list[dict[str, Outer] | None]:
-    """Return by tensor what each method adds at its target step, in their order; None for methods that add nothing.
+) -> Iterator[dict[str, Outer] | None]:
+    """Yield by tensor what each method adds at its target step, in their order; None for methods that add nothing.
 
-    Raises TargetError when a method's parameters do not fit the window or the model, MemoryBudgetError.
+    What several of them share is found when the first one is asked for. Raises TargetError when a method's parameters
+    do not fit the window or the model, MemoryBudgetError, CheckpointChangedError.
     """
-    matrix = [
+    asked = [
         (method, method.predictor, method.predictor.aim(target))
-        for method, target in wanted
-        if isinstance(method.predictor, MatrixPredictor)
-    ]
-    missing: dict[str, tuple[Method, MatrixPredictor, list[float]]] = {}
-    known: dict[str, dict[str, Outer]] = {}
-    for method, predictor, aim in matrix:
-        key = _key(gram, predictor, aim)
-        found = known.get(key) or _load(directory / f"{key}.npz")
-        if found is not None:
-            known[key] = found
-            continue
-        _, _, aims = missing.setdefault(_unit(predictor), (method, predictor.unit, []))
-        if aim not in aims:
-            aims.append(aim)
-    for method, unit, aims in missing.values():
-        source = Source(trajectory, _moving(trajectory, gram, method), memory, threads, on_progress)
-        for aim, vectors in zip(aims, unit.vectors(source, aims), strict=True):
-            key = _key(gram, unit, aim)
-            trajectory.check_unchanged()
-            _save(vectors, directory / f"{key}.npz")
-            known[key] = vectors
-    return [
-        {
-            name: item.scaled(method.predictor.scale)
-            for name, item in known[_key(gram, method.predictor, method.predictor.aim(target))].items()
-        }
         if isinstance(method.predictor, MatrixPredictor)
         else None
         for method, target in wanted
     ]
+    known: dict[str, dict[str, Outer]] = {}
+    for item in asked:
+        if item is None:
+            yield None
+            continue
+        method, predictor, aim = item
+        key = _key(gram, predictor, aim)
+        if key not in known:
+            aims = {other[2] for other in asked if other is not None and _unit(other[1]) == _unit(predictor)}
+            source = Source(trajectory, _moving(trajectory, gram, method), memory, threads, on_progress)
+            known |= _found(gram, source, predictor.unit, sorted(aims), directory)
+        yield {name: vectors.scaled(predictor.scale) for name, vectors in known[key].items()}
+
+
+def _found(
+    gram: Gram, source: Source, unit: MatrixPredictor, aims: Sequence[float], directory: Path
+) -> dict[str, dict[str, Outer]]:
+    """Return the unit's vectors at every aim, by their keys: what is kept, and what has to be found, then kept too."""
+    keys = {aim: _key(gram, unit, aim) for aim in aims}
+    kept = {key: _load(directory / f"{key}.npz") for key in keys.values()}
+    found = {key: vectors for key, vectors in kept.items() if vectors is not None}
+    missing = [aim for aim, key in keys.items() if key not in found]
+    if missing:
+        made = unit.vectors(source, missing)
+        source.trajectory.check_unchanged()
+        for aim, vectors in zip(missing, made, strict=True):
+            _save(vectors, directory / f"{keys[aim]}.npz")
+            found[keys[aim]] = vectors
+    return found
 
 
 def _moving(trajectory: Trajectory, gram: Gram, method: Method) -> tuple[str, ...]:
