@@ -48,16 +48,16 @@ def weight_r_squared(
     spaces = workspaces(trajectory, count, memory=memory, threads=threads, extra=extra)
 
     def work(space: Workspace, unit: Unit) -> NDArray[np.float64]:
-        return torch.cat([r_squared(values_KN, steps_K) for values_KN in _values(space, unit)]).numpy()
+        # Once a unit: the last bit of a sum may depend on how many columns there are, and blocks follow the memory.
+        return r_squared(torch.cat(list(values(space, unit)), dim=1), steps_K).numpy()
 
-    def _values(space: Workspace, unit: Unit) -> Iterator[Tensor]:
-        spec, chosen = trajectory.tensors[unit.tensor], drawn[unit.tensor]
-        yield torch.zeros(count, 0, dtype=torch.float64)
+    def values(space: Workspace, unit: Unit) -> Iterator[Tensor]:
+        chosen = drawn[unit.tensor]
         for block in space.blocks(trajectory, unit, range(count)):
             first, last = np.searchsorted(chosen, [block.start, block.start + len(block.base)])
             places = torch.from_numpy(chosen[first:last] - block.start)
-            values_KN = block.stored[:, places].double()
-            yield values_KN + block.base[places].double() if spec.relative else values_KN
+            # Of an adapter it is what is added to the base: R² and range are the same.
+            yield block.stored[:, places].double()
 
     found: dict[int, list[NDArray[np.float64]]] = {index: [] for index in drawn}
     pieces = [unit for unit in units(trajectory) if unit.tensor in drawn]

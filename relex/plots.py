@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 
 from relex.analysis import BINS, Analysis, Moments
 
+# Between neighbouring methods, as a share of the axis.
+_DODGE = 0.012
+_MARKERS = "sDo^v<>ph"
 # A cell of a heatmap carries its number up to so many rows: of more it cannot be read.
 _ROWS_WITH_NUMBERS = 64
 # Below this part of the colour scale black numbers cannot be read.
@@ -62,25 +65,28 @@ def accuracy_by_step(
         zorder=4,
     )
     labels = list(dict.fromkeys(point.label for point in predicted))
+    reach = max(point.step for point in (*ordered, *predicted))
+    # Methods often agree: side by side they can all be seen.
+    shift = {label: _DODGE * reach * (number - (len(labels) - 1) / 2) for number, label in enumerate(labels)}
     for number, label in enumerate(labels):
         points = sorted((point for point in predicted if point.label == label), key=lambda point: point.step)
         axes.errorbar(
-            [point.step for point in points],
+            [point.step + shift[label] for point in points],
             [point.accuracy for point in points],
             [point.standard_error for point in points],
             color=f"C{number}",
             linestyle="--",
             linewidth=1.0,
             capsize=2,
-            marker="s",
-            markersize=9,
+            marker=_MARKERS[number % len(_MARKERS)],
+            markersize=9 if len(labels) == 1 else 6,
             markerfacecolor="white",
             label=f"predicted: {label}",
         )
     for point in predicted:
         if point.chosen:
             axes.plot(
-                point.step,
+                point.step + shift[point.label],
                 point.accuracy,
                 marker="*",
                 markersize=18,
@@ -93,7 +99,7 @@ def accuracy_by_step(
     axes.set_xlabel("training step")
     axes.set_ylabel("accuracy")
     axes.set_ylim(0.0, 1.02)
-    axes.set_xlim(left=-0.02 * max(point.step for point in (*ordered, *predicted)))
+    axes.set_xlim(left=-0.02 * reach)
     axes.set_title(f"{title}\n{benchmark}", fontsize=10)
     axes.grid(visible=True, alpha=0.3)
     axes.legend(fontsize=8, loc="best")
@@ -147,11 +153,11 @@ def coordinate_curves(path: Path, analysis: Analysis) -> None:
 
     Beside them is how far the leading one of each module type is from steady motion away from the base.
     """
-    figure = Figure(figsize=(12.0, 4.5), dpi=110, layout="constrained")
+    figure = Figure(figsize=(13.0, 4.5), dpi=110, layout="constrained")
     whole, modules = figure.subplots(1, 2)
     for number, (row, share) in enumerate(zip(analysis.coordinates, analysis.energies, strict=True), start=1):
         whole.plot(
-            analysis.steps, row, marker=".", markersize=3, linewidth=1.0, label=f"{number}: {share:.1%} of energy"
+            analysis.steps, row, marker=".", markersize=3, linewidth=1.0, label=f"{number}: {share:.2%} of energy"
         )
     whole.set_title("leading coordinates of the whole model", fontsize=10)
     whole.set_ylabel("share of the latest delta's norm")
@@ -165,7 +171,8 @@ def coordinate_curves(path: Path, analysis: Analysis) -> None:
         axes.axhline(0.0, color="0.6", linewidth=0.6)
         axes.set_xlabel("training step")
         axes.grid(visible=True, alpha=0.3)
-        axes.legend(fontsize=7, loc="best", ncols=1 + (axes is modules))
+    whole.legend(fontsize=7, loc="best")
+    modules.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     figure.suptitle(f"{analysis.run}: steps {analysis.steps[0]} to {analysis.steps[-1]}", fontsize=10)
     figure.savefig(path, metadata={"Software": None})
 
