@@ -61,6 +61,18 @@ def test_code_is_refused_even_when_the_manifest_lists_it(model: Path, write_mani
         verify(model)
 
 
+def test_the_vectors_a_prediction_was_made_with_are_part_of_it_and_other_arrays_are_not(
+    model: Path, write_manifest: Edit
+) -> None:
+    (model / "relex-vectors.npz").write_bytes(b"vectors")
+    write_manifest(model)
+    assert "relex-vectors.npz" in verify(model).files
+    (model / "other.npz").write_bytes(b"arrays")
+    write_manifest(model)
+    with pytest.raises(CandidateError, match=r"lists other\.npz; a model is made of"):
+        verify(model)
+
+
 @pytest.mark.parametrize("nest", [lambda code: code, lambda code: {"text_config": code}])
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
 def test_configuration_that_names_code_is_refused(
