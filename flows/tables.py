@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 # Of a long run the first and last steps say what a reader needs; --json has them all.
 _ROWS = 12
+# Wider than any terminal.
+_WIDEST = 10_000
 
 
 class Bars(AbstractContextManager["Bars"]):
@@ -144,12 +146,25 @@ def show_comparison(console: Console, found: "Comparison", directory: Path) -> N
     """Print every model that was compared, by step."""
     from flows.comparison import cells, headings
 
-    table = plain_table(*headings(found), title="; ".join(f"{row.benchmark}: {row.n} problems" for row in found.scored))
-    for row in found.rows:
-        table.add_row(*cells(row))
+    names, rows = headings(found), [cells(row) for row in found.rows]
+
+    def table(columns: Sequence[int]) -> Table:
+        part = plain_table(*(names[column] for column in columns))
+        for row in rows:
+            part.add_row(*(row[column] for column in columns))
+        return part
+
     console.print(found.summary)
     print_warnings(console, found.warnings)
-    console.print(table)
+    console.print("; ".join(f"{item.benchmark}: {item.n} problems" for item in found.scored), highlight=False)
+    whole = table(range(len(names)))
+    if console.measure(whole, options=console.options.update(max_width=_WIDEST)).maximum <= console.width:
+        console.print(whole)
+    else:
+        # Numbers folded into their columns cannot be read: accuracy first, then nearness and cost.
+        scores = 2 + 2 * len(found.scored)
+        console.print(table(range(scores)))
+        console.print(table([0, 1, *range(scores, len(names))]))
     _print_line(console, f"more, and a figure: {directory / 'compare.md'}")
 
 

@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 
 from relex.analysis import BINS, Analysis, Moments
 
-# Between neighbouring methods, as a share of the axis.
-_DODGE = 0.012
+# From the first to the last method at one step, as a share of the axis.
+_DODGE = 0.03
+# Up to so many a legend finds room beside the curves.
+_FEW_LABELS = 3
 _MARKERS = "sDo^v<>ph"
 # A cell of a heatmap carries its number up to so many rows: of more it cannot be read.
 _ROWS_WITH_NUMBERS = 64
@@ -67,7 +69,8 @@ def accuracy_by_step(
     labels = list(dict.fromkeys(point.label for point in predicted))
     reach = max(point.step for point in (*ordered, *predicted))
     # Methods often agree: side by side they can all be seen.
-    shift = {label: _DODGE * reach * (number - (len(labels) - 1) / 2) for number, label in enumerate(labels)}
+    apart = _DODGE * reach / max(len(labels) - 1, _FEW_LABELS)
+    shift = {label: apart * (number - (len(labels) - 1) / 2) for number, label in enumerate(labels)}
     for number, label in enumerate(labels):
         points = sorted((point for point in predicted if point.label == label), key=lambda point: point.step)
         axes.errorbar(
@@ -102,7 +105,11 @@ def accuracy_by_step(
     axes.set_xlim(left=-0.02 * reach)
     axes.set_title(f"{title}\n{benchmark}", fontsize=10)
     axes.grid(visible=True, alpha=0.3)
-    axes.legend(fontsize=8, loc="best")
+    if len(labels) <= _FEW_LABELS:
+        axes.legend(fontsize=8, loc="best")
+    else:
+        figure.set_figwidth(11.0)
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     figure.savefig(path, metadata={"Software": None})
 
 
