@@ -9,8 +9,8 @@ Its horizon is k checkpoints times alpha, whatever the target step, which only n
 evenly spaced. Tensors with a side longer than LONGEST (embeddings) or of three dimensions are the latest checkpoint's.
 
 Three decompositions a checkpoint and matrix (see `leading`), and training that grows with rows plus columns of all
-tensors times checkpoints: 1000 epochs on one core took 75 s for 0.4 M parameters and 24 checkpoints, which makes most of
-a day for 1.5 G parameters and 75.
+tensors times checkpoints: 1000 epochs on one core took 75 s for 0.4 M parameters and 24 checkpoints, which makes most
+of a day for 1.5 B parameters and 75.
 Shape suffixes: K = checkpoints, D = length of a vector, S = series (one a tensor), P = differences.
 """
 
