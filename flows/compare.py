@@ -12,7 +12,7 @@ from evaluation.gate import gate
 from evaluation.harness import evaluate
 from evaluation.report import Report
 from flows.comparison import Accuracy, Comparison, Role, Row, draw, page
-from relex.comparison import distance
+from relex.comparison import distance, is_combination
 from relex.download import local_model
 from relex.errors import TargetError
 from relex.extrapolation import Request, Tell, extrapolate
@@ -158,7 +158,7 @@ def compare(
             item.step,
             str(directory),
             distance=distance(gram, made, item.step),
-            amplification=made.amplification,
+            amplification=made.amplification if is_combination(made) else None,
             fit_seconds=watch.began[number + 1] - watch.began[number],
         )
         models.append((row, directory))

@@ -14,7 +14,7 @@ _MEANINGS = """\
 Differences are paired, from the last observed checkpoint, with their 95 % interval. Against the real checkpoint of the
 step: error is the norm of what is wrong over the norm of the real delta; cosine and norm are of the predicted delta and
 the real one; skill is 1 − error² over that of holding the last observed checkpoint, above 0 is nearer than that.
-Σ|c| says how much the noise of the checkpoints is amplified, fit is seconds to the coefficients."""
+Σ|c| says how much the noise of the checkpoints is amplified, fit is seconds to the prediction as numbers."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Row:
     """One model: by which method, standing for which step, how near to the real one, at what cost.
 
     `distance` is None where the run has no such step, and for what is no combination of checkpoints. `amplification` is
-    the largest Σ|c| of a tensor, `fit_seconds` the time to the coefficients; None for what was not predicted.
+    the largest Σ|c| of a tensor, None for what is none; `fit_seconds` is the time until what is predicted is known.
     """
 
     role: Role
@@ -55,7 +55,7 @@ class Row:
 class Comparison:
     """All models from one observed budget, by step.
 
-    `write_seconds` is what the one pass took that wrote all predicted models together; None when they were there.
+    `write_seconds` is what the one pass took that wrote all predicted models not there yet; None when all were.
     """
 
     run: str
@@ -74,7 +74,8 @@ class Comparison:
     def summary(self) -> str:
         """One line: from what, and what it cost to write."""
         written = sum(row.role in ("predicted", "reconstructed") for row in self.rows)
-        cost = f"written in one pass of {self.write_seconds:.1f} s" if self.write_seconds is not None else "were there"
+        seconds = self.write_seconds
+        cost = "were there" if seconds is None else f"(those not there yet written in one pass of {seconds:.1f} s)"
         first, last = self.steps[0], self.steps[-1]
         return f"{len(self.steps)} checkpoints observed, steps {first} to {last}; {written} models {cost}."
 

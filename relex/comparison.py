@@ -35,9 +35,9 @@ def distance(gram: Gram, prediction: Forecast, step: int) -> Distance | None:
     `gram` is of the observed checkpoints, in their order, and of later ones after them. None when it has no such step,
     or when a tensor of the prediction is no combination of checkpoints.
     """
-    predicted_TM = _coefficients(gram, prediction)
-    if step not in gram.steps or predicted_TM is None:
+    if step not in gram.steps or not is_combination(prediction):
         return None
+    predicted_TM = _coefficients(gram, prediction)
     real_TM, held_TM = torch.zeros_like(predicted_TM), torch.zeros_like(predicted_TM)
     real_TM[:, gram.steps.index(step)] = 1.0
     held_TM[:, len(prediction.steps) - 1] = 1.0
@@ -55,13 +55,16 @@ def distance(gram: Gram, prediction: Forecast, step: int) -> Distance | None:
     )
 
 
-def _coefficients(gram: Gram, prediction: Forecast) -> Tensor | None:
+def is_combination(prediction: Forecast) -> bool:
+    """Whether every tensor is a combination of checkpoints, so that its coefficients say everything."""
+    return all(item.source in ("base", "combined", "latest") for item in prediction.tensors.values())
+
+
+def _coefficients(gram: Gram, prediction: Forecast) -> Tensor:
     count = len(prediction.steps)
     found_TM = torch.zeros(len(gram.names), len(gram.steps), dtype=torch.float64)
     for row_M, name in zip(found_TM, gram.names, strict=True):
         item = prediction.tensors[name]
-        if item.source not in ("base", "combined", "latest"):
-            return None
         if item.source == "latest":
             row_M[count - 1] = 1.0
         if item.source == "combined":
