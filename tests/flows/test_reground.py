@@ -285,12 +285,11 @@ def test_a_terminated_command_ends_its_trainer(scene: Scene) -> None:
             assert started is not None
             assert started.pid is not None
             command.send_signal(signal.SIGTERM)
-            command.wait(60)
+            assert command.wait(60) == 130
+            assert not psutil.pid_exists(started.pid)
         finally:
             command.kill()
             service.stop(settings.home, ["cycle-1"])
-    assert command.returncode == 130
-    assert not psutil.pid_exists(started.pid)
 
 
 def test_without_a_prediction_the_cycle_goes_on_from_its_last_checkpoint(
