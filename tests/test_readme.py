@@ -8,6 +8,7 @@ import pytest
 import typer.main
 
 from flows.cli import app
+from flows.reground_settings import load_reground_settings
 from flows.settings import load_settings
 from relex.predictors import METHODS
 
@@ -37,6 +38,12 @@ def test_the_example_config_is_accepted(tmp_path: Path) -> None:
     settings = load_settings(path)
     assert settings.window == 75
     assert settings.selection == str(tmp_path / "benchmarks" / "select.yaml")
+
+
+def test_the_example_of_re_grounding_is_accepted(tmp_path: Path) -> None:
+    path = tmp_path / "reground.yaml"
+    path.write_text(blocks("yaml")[1])
+    assert load_reground_settings(path).jump_steps == 100
 
 
 @pytest.mark.parametrize("words", [words for words in commands() if words and words[0] == "relex"], ids=" ".join)
