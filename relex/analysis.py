@@ -4,7 +4,6 @@ Shape suffixes: T = tensors that move, K = checkpoints, R = rank.
 """
 
 import re
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,7 @@ from relex.extrapolation import Tell
 from relex.gram import Gram, cached
 from relex.layouts.block_cache import BlockCache
 from relex.linearity import Sample, squared_correlation, weight_r_squared
-from relex.store import observed, open_base, scan
-from relex.trajectory import Trajectory, open_trajectory
+from relex.trajectory import Trajectory, open_run
 
 # Coordinates that are shown: the first is the method, the others are what it leaves out.
 RANK = 3
@@ -97,10 +95,7 @@ def analyze_run(
     They are read once for the Gram, unless it is in `grams`, and once for the sample of weights that `seed` draws.
     `blocks` is where what is read from a URL is kept meanwhile. Raises RelexError.
     """
-    opened = open_base(base, blocks=blocks)
-    trajectory = open_trajectory(
-        opened, observed(scan(run, opened, now=time.time(), blocks=blocks), run, window=window)
-    )
+    trajectory = open_run(run, base, window=window, blocks=blocks)
 
     def reading(done: int, total: int) -> None:
         if tell is not None:

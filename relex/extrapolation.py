@@ -1,6 +1,5 @@
 """From a trajectory to predicted model directories: one pass for the Gram, one for all predictions."""
 
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,8 +16,7 @@ from relex.layouts.files import is_remote
 from relex.manifest import Manifest
 from relex.materialise import Output, materialise
 from relex.predictors import MatrixPredictor, Method
-from relex.store import observed, open_base, scan
-from relex.trajectory import Trajectory, open_trajectory
+from relex.trajectory import Trajectory, open_run
 from relex.upload import check_destination, discard_other, is_uploaded, staged, upload
 from relex.vectors import added
 
@@ -158,9 +156,7 @@ def extrapolate_run(
     """
     if is_remote(out):
         check_destination(str(out))
-    opened = open_base(base, blocks=blocks)
-    stored = scan(run, opened, now=time.time(), blocks=blocks)
-    trajectory = open_trajectory(opened, observed(stored, run, window=window))
+    trajectory = open_run(run, base, window=window, blocks=blocks)
     for target in targets:
         check_target(target, trajectory.steps, inside=inside)
     places = [f"{str(out).rstrip('/')}/step-{target}" for target in targets]

@@ -2,15 +2,18 @@
 
 import itertools
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from relex.errors import CheckpointMismatchError, StoreError
+from relex.layouts.block_cache import BlockCache
 from relex.layouts.factors import AdapterWeights, LowRank, Unchanged
 from relex.layouts.weights import TensorEntry, Weights, embedding_name
-from relex.store import Checkpoint, check_same_tensors
+from relex.store import Checkpoint, check_same_tensors, observed, open_base, scan
 
 # One comparison of a stored head with its embedding; as much as a read.
 _COMPARED_BYTES = 1 << 20
@@ -82,6 +85,18 @@ class Trajectory:
         """Compare every file with what it was when the trajectory was opened; raises CheckpointChangedError."""
         for weights in (self.base, *(checkpoint.weights for checkpoint in self.checkpoints)):
             weights.check_unchanged()
+
+
+def open_run(
+    run: str | Path, base: str | Path, *, window: int | None = None, blocks: BlockCache | None = None
+) -> Trajectory:
+    """Open the complete checkpoints of a training run at steps up to `window` (None: all) on their base.
+
+    `blocks` is where what is read from a URL is kept meanwhile. Raises RelexError.
+    """
+    opened = open_base(base, blocks=blocks)
+    stored = scan(run, opened, now=time.time(), blocks=blocks)
+    return open_trajectory(opened, observed(stored, run, window=window))
 
 
 def open_trajectory(base: Weights, checkpoints: Sequence[Checkpoint]) -> Trajectory:
