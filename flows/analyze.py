@@ -2,7 +2,6 @@
 
 import json
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,8 +13,7 @@ from relex.analysis import Analysis, Moments, Part, analyze_run, series_moments
 from relex.extrapolation import Request, Tell, extrapolate
 from relex.layouts.block_cache import BlockCache
 from relex.predictors import parse_method
-from relex.store import observed, open_base, scan
-from relex.trajectory import Trajectory, open_trajectory
+from relex.trajectory import Trajectory, open_run
 
 HEADINGS = ("module", "tensors", "share of ‖Δ‖²", "rank-1 energy", "R² of its coordinate", "median weight R²")
 
@@ -67,9 +65,7 @@ def analyze(
     )
     tokens = None
     if fixed:
-        opened = open_base(base, blocks=blocks)
-        stored = scan(run, opened, now=time.time(), blocks=blocks)
-        trajectory = open_trajectory(opened, observed(stored, run, window=window))
+        trajectory = open_run(run, base, window=window, blocks=blocks)
         tokens = _tokens(
             trajectory, fixed, device=device, dtype=dtype, memory=memory, threads=threads, cache=cache, tell=tell
         )
