@@ -156,6 +156,42 @@ def extrapolate(
 
 
 @app.command()
+def backtest(
+    run: Run,
+    base: Base,
+    window: Window = None,
+    memory: Memory = FOUR_GIB,  # type: ignore[assignment]
+    threads: Threads = CORES,
+    cache: Cache = None,
+    cache_size: CacheSize = EIGHT_GIB,  # type: ignore[assignment]
+    as_json: Json = False,
+) -> None:
+    """Tell from the observed steps how far the run can be trusted to extrapolate, and how best, or say hold.
+
+    Example: relex backtest runs/qwen --base models/qwen-base
+    """
+    from flows import tables
+    from relex.backtest import backtest_run
+    from relex.layouts.block_cache import BlockCache
+
+    with tables.Bars(err) as bars, BlockCache(_cache(cache), size=cache_size) as blocks:
+        found = backtest_run(
+            run,
+            base,
+            grams=_cache(cache) / "grams",
+            memory=memory,
+            threads=threads,
+            window=window,
+            blocks=blocks,
+            on_progress=lambda done, total: bars("reading", done, total),
+        )
+    if as_json:
+        _print_json(asdict(found))
+    else:
+        tables.show_backtest(out, found)
+
+
+@app.command()
 def compare(
     run: Run,
     base: Base,

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from flows.analyze import Analyzed
     from flows.comparison import Comparison
     from flows.stack import Service
+    from relex.backtest import Backtest
     from relex.inspection import Inspection
 
 # Of a long run the first and last steps say what a reader needs; --json has them all.
@@ -101,6 +102,39 @@ def show_inspection(console: Console, found: "Inspection") -> None:
         f"rank-1 energy {found.straightness.energy:.3f}, R² of the leading coordinate on the step"
         f" {found.straightness.r_squared:.3f} (both weighted by the size of the deltas)"
     )
+
+
+def show_backtest(console: Console, found: "Backtest") -> None:
+    """Print the skill of every form by horizon, for windows that begin where the recommended one does."""
+    advice = found.recommendation
+    # --json has all windows; where nothing is recommended the whole one is what a reader would have used.
+    start = advice.way.start if advice.way is not None else 0.0
+    table = plain_table("method", "horizon", "skill", "at least", "cosine", "norm ratio", "jumps", "longest", "trusted")
+    for cell in found.cells:
+        if cell.way.start == start:
+            table.add_row(
+                cell.way.method,
+                f"{cell.horizon:g} x",
+                f"{cell.skill:.2f}",
+                "—" if cell.lower_bound is None else f"{cell.lower_bound:.2f}",
+                f"{cell.cosine:.3f}",
+                f"{cell.norm_ratio:.2f}",
+                str(cell.jumps),
+                f"{cell.longest} steps",
+                "yes" if cell.trusted else "",
+            )
+    console.print(
+        f"{len(found.steps)} checkpoints, steps {found.steps[0]} to {found.steps[-1]}; skill against holding the latest"
+        " (1: exact, 0: no better), horizons in multiples of the steps seen"
+    )
+    console.print(table)
+    aim = f", window from step {advice.start}, target up to step {advice.target_step}" if advice.target_step else ""
+    if advice.norm_band is not None:
+        aim += (
+            f" (‖Δ‖ {advice.norm_band[0]:.2f} – {advice.norm_band[1]:.2f} of the latest if it goes on straight, 90 %)"
+        )
+    _print_line(console, f"recommended: {advice.method}{aim}")
+    _print_line(console, advice.reason)
 
 
 def show_extrapolation(console: Console, manifests: Mapping[str, Manifest]) -> None:

@@ -1,0 +1,175 @@
+"""The backtest against dense predictions, and what it recommends on runs whose truth is known."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from relex.backtest import backtest
+from relex.errors import DuplicateError
+from relex.gram import Gram
+from relex.predictors import parse_method
+from relex.skill import Jumps, jumps
+
+# With holes, as stores have them.
+STEPS = (5, 10, 15, 20, 25, 40, 50, 60, 65, 80, 120, 125)
+EVERY = tuple(range(1, 25))
+FEW = tuple(range(3, 37, 3))
+
+Path = Callable[[torch.Generator, Sequence[int], int], Tensor]
+
+
+def gram_of(deltas_TKD: Tensor, steps: Sequence[int]) -> Gram:
+    """Return the Gram of deltas as `measure` would."""
+    digests = tuple(f"checkpoint {step}" for step in steps)
+    names = tuple(f"tensor {place}" for place in range(len(deltas_TKD)))
+    norms = torch.ones(len(names), dtype=torch.float64)
+    return Gram(tuple(steps), names, deltas_TKD @ deltas_TKD.mT, norms, "base", digests, digests)
+
+
+def noise(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def walk(generator: torch.Generator, steps: Sequence[int], size: int) -> Tensor:
+    """Return (K, size) of a random walk."""
+    times = torch.tensor([0, *steps], dtype=torch.float64)
+    return (noise(generator, len(steps), size) * times.diff().sqrt()[:, None]).cumsum(0)
+
+
+def line(generator: torch.Generator, steps: Sequence[int], size: int) -> Tensor:
+    """Return (K, size) of a straight drift of length 1 a step, with noise of 5 % of the whole way."""
+    direction = noise(generator, size)
+    times = torch.tensor(steps, dtype=torch.float64)
+    deviation = 0.05 * steps[-1] / math.sqrt(size)
+    return torch.outer(times, direction / direction.norm()) + deviation * noise(generator, len(steps), size)
+
+
+def hold_share(path: Path, steps: Sequence[int], size: int, *, runs: int) -> float:
+    """Return how often, of `runs`, the recommendation is to hold."""
+    held = 0
+    for seed in range(runs):
+        deltas = path(torch.Generator().manual_seed(seed), steps, size)
+        held += backtest(gram_of(deltas[None], steps)).recommendation.method == "hold"
+    return held / runs
+
+
+def test_every_jump_is_what_the_dense_prediction_of_the_method_gives() -> None:
+    generator = torch.Generator().manual_seed(3)
+    deltas_TKD = torch.stack([line(generator, STEPS, 9), walk(generator, STEPS, 9)])
+    found = jumps(gram_of(deltas_TKD, STEPS).products, STEPS)
+    assert {way.method for way, _ in found} == {
+        "relex",
+        *(f"relex-pinned:damping={value}" for value in ("0.1", "0.3", "0.6", "1")),
+    }
+    assert {way.start for way, _ in found} == {0.0, 0.5, 0.75}
+    for (way, horizon), item in found.items():
+        predictor = parse_method(way.method).predictor
+        for row, (origin, target) in enumerate(zip(item.origins, item.targets, strict=True)):
+            assert (1 + horizon) * origin <= target < (1 + 2 * horizon) * origin
+            rows = [place for place, step in enumerate(STEPS) if way.start * origin <= step <= origin]
+            seen_TWD = deltas_TKD[:, rows]
+            steps_W = torch.tensor([STEPS[place] for place in rows], dtype=torch.float64)
+            predicted_TD = torch.einsum(
+                "tw,twd->td", predictor.coefficients(seen_TWD @ seen_TWD.mT, steps_W, target), seen_TWD
+            )
+            real_TD, held_TD = deltas_TKD[:, STEPS.index(target)], deltas_TKD[:, STEPS.index(origin)]
+            expected = {
+                "missed": (predicted_TD - real_TD).square().sum(-1),
+                "held": (held_TD - real_TD).square().sum(-1),
+                "inner": (predicted_TD * real_TD).sum(-1),
+                "predicted": predicted_TD.square().sum(-1),
+                "real": real_TD.square().sum(-1),
+            }
+            for name, value in expected.items():
+                assert getattr(item, name)[row].tolist() == pytest.approx(value.tolist(), rel=1e-9), (way, name)
+
+
+def test_the_cells_are_the_pooled_skill_cosine_and_norm_ratio_over_origins() -> None:
+    generator = torch.Generator().manual_seed(3)
+    gram = gram_of(torch.stack([line(generator, STEPS, 9), 3.0 * walk(generator, STEPS, 9)]), STEPS)
+    found = jumps(gram.products, STEPS)
+    for cell in backtest(gram).cells:
+        item = found[cell.way, cell.horizon]
+        missed_O, held_O, inner_O, predicted_O, real_O = (
+            part.sum(1) for part in (item.missed, item.held, item.inner, item.predicted, item.real)
+        )
+        assert cell.skill == pytest.approx(float((1 - missed_O / held_O).mean()))
+        assert cell.cosine == pytest.approx(float((inner_O / (predicted_O * real_O).sqrt()).mean()))
+        assert cell.norm_ratio == pytest.approx(float((predicted_O / real_O).sqrt().mean()))
+        assert cell.by_tensor == pytest.approx((1 - item.missed.sum(0) / item.held.sum(0)).tolist())
+
+
+def test_the_lower_bound_counts_only_jumps_that_do_not_overlap() -> None:
+    missed = torch.tensor([[0.2], [0.5], [0.3], [0.4]], dtype=torch.float64)
+    ones = torch.ones_like(missed)
+    item = Jumps((10, 15, 20, 40), (20, 30, 40, 80), missed, ones, ones, ones, ones)
+    assert item.independent() == 3
+    # Student's t of 2 degrees of freedom at 95 %, one-sided, is 2.920; the spread is that of all four.
+    assert float(item.lower_bound()) == pytest.approx(0.65 - 2.919986 * 0.1290994 / 3**0.5, rel=1e-5)
+    overlapping = replace(item, targets=(100, 100, 100, 100))
+    assert float(overlapping.lower_bound()) == -torch.inf
+
+
+@pytest.mark.parametrize("size", [1, 3, 30])
+def test_on_a_random_walk_it_says_hold(size: int) -> None:
+    assert hold_share(walk, FEW, size, runs=50) >= 0.95
+
+
+@pytest.mark.parametrize(("steps", "size"), [(FEW, 3), (FEW, 30), (STEPS, 30)])
+def test_on_a_straight_drift_with_noise_it_finds_skill(steps: Sequence[int], size: int) -> None:
+    assert hold_share(line, steps, size, runs=25) <= 0.05
+
+
+def test_a_target_is_no_further_than_a_jump_that_was_tested() -> None:
+    found = backtest(gram_of(line(torch.Generator().manual_seed(0), EVERY, 30)[None], EVERY))
+    advice = found.recommendation
+    assert advice.way is not None
+    assert advice.horizon is not None
+    assert advice.target_step is not None
+    cell = next(item for item in found.cells if (item.way, item.horizon) == (advice.way, advice.horizon))
+    assert cell.trusted
+    assert advice.target_step == EVERY[-1] + cell.longest < EVERY[-1] * (1 + advice.horizon)
+    assert f"No jump longer than {cell.longest} steps was tested" in advice.reason
+    assert f"beyond step {advice.target_step}" in advice.reason
+
+
+def test_the_unit_of_a_step_changes_nothing_but_the_target() -> None:
+    deltas = line(torch.Generator().manual_seed(1), EVERY, 30)[None]
+    once, tenfold = (backtest(gram_of(deltas, [scale * step for step in EVERY])).recommendation for scale in (1, 10))
+    assert (once.way, once.horizon) == (tenfold.way, tenfold.horizon)
+    assert once.target_step is not None
+    assert tenfold.target_step == 10 * once.target_step
+
+
+def test_a_run_that_curls_up_on_itself_is_not_extrapolated() -> None:
+    """A circle that is closed in 12 steps: the pattern is perfect, and no line foretells it."""
+    angle = torch.tensor(EVERY, dtype=torch.float64) * torch.pi / 6
+    deltas = torch.stack([angle.sin(), 1 - angle.cos()], dim=1) + 0.01 * noise(torch.Generator().manual_seed(0), 24, 2)
+    assert backtest(gram_of(deltas[None], EVERY)).recommendation.method == "hold"
+
+
+def test_a_tensor_that_stood_still_has_no_skill_and_spoils_none() -> None:
+    deltas = line(torch.Generator().manual_seed(0), EVERY, 30)
+    alone = backtest(gram_of(deltas[None], EVERY))
+    beside = backtest(gram_of(torch.stack([deltas, torch.zeros_like(deltas)]), EVERY))
+    assert beside.recommendation == alone.recommendation
+    assert {cell.by_tensor[1] for cell in beside.cells} == {None}
+    assert [cell.by_tensor[0] for cell in beside.cells] == pytest.approx([cell.by_tensor[0] for cell in alone.cells])
+
+
+@pytest.mark.parametrize("count", [2, 3, 6])
+def test_too_few_checkpoints_are_held_whatever_they_look_like(count: int) -> None:
+    steps = EVERY[:count]
+    advice = backtest(gram_of(line(torch.Generator().manual_seed(0), steps, 30)[None], steps)).recommendation
+    assert (advice.method, advice.way, advice.horizon, advice.target_step) == ("hold", None, None, None)
+    assert f"{count} checkpoints, steps 1 to {count}: too few to tell a direction from chance" in advice.reason
+
+
+def test_a_checkpoint_saved_twice_is_refused() -> None:
+    gram = gram_of(line(torch.Generator().manual_seed(0), EVERY, 3)[None], EVERY)
+    with pytest.raises(DuplicateError, match="step 2 holds the same weights as that of step 1"):
+        backtest(replace(gram, digests=(gram.digests[0], *gram.digests[:-1])))
