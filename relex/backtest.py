@@ -27,7 +27,7 @@ from relex.trajectory import open_trajectory
 
 # Runs without direction, and in how many blocks at most the signs of each are drawn: neighbouring increments of an
 # optimiser with momentum are alike without being a direction.
-_RUNS = 99
+_RUNS = 399
 _BLOCKS = 16
 # Half of what the answer may be wrong on a random walk: the runs are a sample, and so is every check of them.
 _CHANCE = 0.025
