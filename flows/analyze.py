@@ -13,7 +13,7 @@ from relex.analysis import Analysis, Moments, Part, analyze_run, series_moments
 from relex.extrapolation import Request, Tell, extrapolate
 from relex.layouts.block_cache import BlockCache
 from relex.predictors import parse_method
-from relex.trajectory import Trajectory, open_run
+from relex.trajectory import Trajectory, open_run, open_trajectory
 
 HEADINGS = ("module", "tensors", "share of ‖Δ‖²", "rank-1 energy", "R² of its coordinate", "median weight R²")
 
