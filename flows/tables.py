@@ -109,23 +109,25 @@ def show_backtest(console: Console, found: "Backtest") -> None:
     advice = found.recommendation
     # --json has all windows; where nothing is recommended the whole one is what a reader would have used.
     start = advice.way.start if advice.way is not None else 0.0
-    table = plain_table("method", "horizon", "skill", "at least", "cosine", "norm ratio", "jumps", "longest", "trusted")
-    for cell in found.cells:
-        if cell.way.start == start:
-            table.add_row(
-                cell.way.method,
-                f"{cell.horizon:g} x",
-                f"{cell.skill:.2f}",
-                "—" if cell.lower_bound is None else f"{cell.lower_bound:.2f}",
-                f"{cell.cosine:.3f}",
-                f"{cell.norm_ratio:.2f}",
-                str(cell.jumps),
-                f"{cell.longest} steps",
-                "yes" if cell.trusted else "",
-            )
+    shown = [cell for cell in found.cells if cell.way.start == start]
+    horizons = sorted({cell.horizon for cell in shown})
+    table = plain_table("method", *(f"{horizon:g} x" for horizon in horizons))
+    for method in dict.fromkeys(cell.way.method for cell in shown):
+        cells = {cell.horizon: cell for cell in shown if cell.way.method == method}
+        # What was beaten for sure has its lower bound with it.
+        table.add_row(
+            method,
+            *(
+                ""
+                if horizon not in cells
+                else f"{cells[horizon].skill:.2f}"
+                + (f" ≥{cells[horizon].lower_bound:.2f}" if cells[horizon].trusted else "")
+                for horizon in horizons
+            ),
+        )
     console.print(
         f"{len(found.steps)} checkpoints, steps {found.steps[0]} to {found.steps[-1]}; skill against holding the latest"
-        " (1: exact, 0: no better), horizons in multiples of the steps seen"
+        " (1: exact, 0: no better) by horizon in multiples of the steps seen, with its lower bound where it is trusted"
     )
     console.print(table)
     aim = f", window from step {advice.start}, target up to step {advice.target_step}" if advice.target_step else ""
