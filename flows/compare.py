@@ -12,12 +12,12 @@ from evaluation.gate import gate
 from evaluation.harness import evaluate
 from evaluation.report import Report
 from flows.comparison import Accuracy, Comparison, Role, Row, draw, page
-from relex.comparison import distance, is_combination
+from relex.comparison import Distance, along, distance, is_combination
 from relex.download import local_model
 from relex.errors import TargetError
 from relex.extrapolation import Request, Tell, extrapolate
 from relex.forecast import Forecast
-from relex.gram import cached
+from relex.gram import Gram, cached
 from relex.layouts.block_cache import BlockCache
 from relex.predictors import Method, parse_method
 from relex.store import Checkpoint, observed, open_base, scan
@@ -157,7 +157,7 @@ def compare(
             item.name,
             item.step,
             str(directory),
-            distance=distance(gram, made, item.step),
+            distance=_distance(both, gram, made, item.step, writer),
             amplification=made.amplification if is_combination(made) else None,
             fit_seconds=watch.began[number + 1] - watch.began[number],
         )
@@ -177,6 +177,13 @@ def compare(
     out.joinpath("compare.json").write_text(json.dumps(found.to_json(), indent=1) + "\n", encoding="utf-8")
     out.joinpath("compare.md").write_text(page(found, draw(found, out)), encoding="utf-8")
     return found
+
+
+def _distance(both: Trajectory, gram: Gram, made: Forecast, step: int, writer: "_Writer") -> Distance | None:
+    if step not in both.steps:
+        return None
+    added = along(both, made, step, memory=writer.memory, threads=writer.threads)
+    return distance(gram, made, step, added=added)
 
 
 def _open(run: str, base: str, plan: Plan, blocks: BlockCache | None) -> tuple[Trajectory, int, list[str]]:

@@ -1,7 +1,6 @@
 """What is said about a run, against the dense matrix of its deltas and against single weights read one by one."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +9,15 @@ import torch
 
 from relex import linearity
 from relex.analysis import BINS, Analysis, analyze_run, place, series_moments
-from relex.comparison import Distance, distance
+from relex.comparison import Distance, along, distance
 from relex.errors import MemoryBudgetError, TargetError
+from relex.extrapolation import Request, extrapolate
 from relex.forecast import forecast
 from relex.linearity import weight_r_squared
 from relex.predictors import parse_method
 from tests.layouts import peft_files
 from tests.reference import dense
-from tests.relex.trajectories import FROZEN, MIB, NORM, STEPS, Run, drift, least_memory, measure, write_run
+from tests.relex.trajectories import FROZEN, MIB, NORM, STEPS, Run, drift, least_memory, load, measure, write_run
 
 Array = dense.Array
 
@@ -30,6 +30,14 @@ def all_deltas(*, frozen: bool = True) -> Array:
     states = drift()
     names = [name for name, item in states[0].items() if item.is_floating_point() and (frozen or name != FROZEN)]
     parts = [dense.deltas(states[0][name], [states[step][name] for step in STEPS]) for name in names]
+    return np.concatenate(parts, axis=1)
+
+
+def all_deltas_in(names: Sequence[str]) -> Array:
+    """Return the same in the given order of the tensors."""
+    states = drift()
+    floats = [name for name in names if states[0][name].is_floating_point()]
+    parts = [dense.deltas(states[0][name], [states[step][name] for step in STEPS]) for name in floats]
     return np.concatenate(parts, axis=1)
 
 
@@ -87,12 +95,23 @@ def test_there_is_no_distance_to_a_step_that_the_run_has_not_reached(run: Run) -
     assert found is None
 
 
-def test_what_is_no_combination_of_checkpoints_has_no_distance_in_the_gram(run: Run) -> None:
-    window = run.open(window=STEPS[WINDOW - 1])
-    made = forecast(window, measure(window), parse_method("relex"), target_step=LATER)
-    other = replace(made.tensors[NORM], source="vectors", coefficients=())  # type: ignore[arg-type]
-    made = replace(made, tensors=dict(made.tensors) | {NORM: other})
-    assert distance(measure(run.open()), made, LATER) is None
+@pytest.mark.parametrize("method", ["alpha-rl", "next:ahead=1,epochs=2"])
+def test_the_distance_of_what_is_no_combination_is_that_of_the_weights_too(
+    run: Run, tmp_path: Path, method: str
+) -> None:
+    window, whole = run.open(window=STEPS[WINDOW - 1]), run.open()
+    request = Request(parse_method(method), LATER, tmp_path / "out")
+    (made,) = extrapolate(window, [request], grams=tmp_path / "grams", memory=64 * MIB, threads=1, dtype="float32")
+    assert made.vectors
+    predicted, base = load(tmp_path / "out"), load(run.base)
+    moved = [dense.wide(predicted[name]) - dense.wide(item) for name, item in base.items() if item.is_floating_point()]
+    delta, real = np.concatenate(moved), all_deltas_in(list(base))[-1]
+    added = along(whole, made, LATER, memory=64 * MIB, threads=1)
+    found = distance(measure(whole), made, LATER, added=added)
+    assert found is not None
+    assert found.error == pytest.approx(np.linalg.norm(delta - real) / np.linalg.norm(real), rel=1e-4)
+    assert found.cosine == pytest.approx(delta @ real / np.linalg.norm(delta) / np.linalg.norm(real), rel=1e-4)
+    assert found.norm_ratio == pytest.approx(np.linalg.norm(delta) / np.linalg.norm(real), rel=1e-4)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 5])
