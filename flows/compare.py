@@ -15,7 +15,7 @@ from flows.comparison import Accuracy, Comparison, Role, Row, draw, page
 from relex.comparison import Distance, along, distance, is_combination
 from relex.download import local_model
 from relex.errors import TargetError
-from relex.extrapolation import Request, Tell, extrapolate
+from relex.extrapolation import Request, Tell, extrapolate, telling
 from relex.forecast import Forecast
 from relex.gram import Gram, cached
 from relex.layouts.block_cache import BlockCache
@@ -66,8 +66,7 @@ class _Planned:
     step: int
 
     def request(self, home: Path) -> Request:
-        place = self.method.spec.replace(":", "-").replace(",", "-").replace("=", "")
-        return Request(self.method, self.step, home / self.role / place / f"step-{self.step}")
+        return Request(self.method, self.step, home / self.role / self.method.directory / f"step-{self.step}")
 
 
 @dataclass(frozen=True)
@@ -136,13 +135,8 @@ def compare(
     both, count, missing = _open(run, base, plan, blocks)
     last = both.steps[count - 1]
     writer = _Writer(out / "models" / f"window-{last}", cache / "grams", memory, threads)
-
-    def reading(done: int, total: int) -> None:
-        if tell is not None:
-            tell("reading", done, total)
-
     # One Gram for all: the window's is a part of it, and every distance follows from it.
-    gram = cached(both, writer.grams, memory=memory, threads=threads, on_progress=reading)
+    gram = cached(both, writer.grams, memory=memory, threads=threads, on_progress=telling(tell, "reading"))
     inside = _parts(count) if plan.reconstruct else []
     models = _real(both, count, inside, writer)
 

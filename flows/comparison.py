@@ -37,8 +37,8 @@ class Accuracy:
 class Row:
     """One model: by which method, standing for which step, how near to the real one, at what cost.
 
-    `distance` is None where the run has no such step, and for what is no combination of checkpoints. `amplification` is
-    the largest Σ|c| of a tensor, None for what is none; `fit_seconds` is the time until what is predicted is known.
+    `distance` is None where the run has no such step. `amplification` is the largest Σ|c| of a tensor, None for what is
+    no combination of checkpoints; `fit_seconds` is the time until what is predicted is known.
     """
 
     role: Role

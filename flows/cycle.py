@@ -153,12 +153,12 @@ def jump(settings: RegroundSettings, plan: Plan, trained: Trained, *, tell: Tell
     last = trained.real_steps
     reached = plan.start_step + last
     steps = min(settings.jump_steps, settings.total_steps - reached)
-    spec = settings.method
-    place = directory / "models" / spec.replace(":", "-").replace(",", "-").replace("=", "")
+    method = parse_method(settings.method)
+    place = directory / "models" / method.directory
     requests = [Request(parse_method("hold"), last, directory / "models" / "observed" / f"step-{reached}")]
     reason = f"Step {reached} leaves no room for a jump before step {settings.total_steps}."
     if steps > 0:
-        requests.append(Request(parse_method(spec), last + steps, place / f"step-{reached + steps}"))
+        requests.append(Request(method, last + steps, place / f"step-{reached + steps}"))
         reason = ""
     checkpoints = _checkpoints(plan, Path(trained.checkpoints), last)
     try:
@@ -171,7 +171,7 @@ def jump(settings: RegroundSettings, plan: Plan, trained: Trained, *, tell: Tell
     jumped = Jumped(
         observed=str(requests[0].directory),
         jumped="" if reason else str(requests[-1].directory),
-        method=spec,
+        method=method.spec,
         steps=0 if reason else steps,
         reason=reason,
         warnings=warnings,

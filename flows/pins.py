@@ -185,7 +185,7 @@ class Pins:
                 self._growing[source] = before
                 return False
             # A hole is a part that has not arrived: in a copy it would be zeros.
-            if directory.defect(directory.identity(source.name)) is not None:
+            if directory.hole(directory.identity(source.name)) is not None:
                 return False
         half = target.with_name(f".tmp-{target.name}")
         half.unlink(missing_ok=True)

@@ -45,11 +45,10 @@ def predict(
     directory = window_directory(settings, key) / "models"
     last = trajectory.steps[-1]
     requests = [Request(parse_method("hold"), last, directory / "observed" / f"step-{last}")]
-    for spec in settings.methods:
-        place = directory / spec.replace(":", "-").replace(",", "-").replace("=", "")
+    for method in map(parse_method, settings.methods):
         for target in settings.targets:
             check_target(target, trajectory.steps)
-            requests.append(Request(parse_method(spec), target, place / f"step-{target}"))
+            requests.append(Request(method, target, directory / method.directory / f"step-{target}"))
     forecasts = extrapolate(
         trajectory,
         requests,

@@ -5,7 +5,7 @@ Training goes on from every kept jump, so the next one is predicted from weights
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from flows.cycle import Cycle, Jumped, Plan, Trained, jump, read_record, tidy, train
@@ -118,8 +118,8 @@ def reground(
             raise RegroundError(f"another process is at work in {settings.home}. Wait for it, or stop it.")
         start = _start(settings, tell)
         cycles: list[Cycle] = []
+        found = _summary(settings, start, cycles)
         while True:
-            found = _summary(settings, start, cycles)
             write_json(settings.home / "reground.json", found.to_json())
             if found.ended:
                 return found
@@ -128,8 +128,9 @@ def reground(
             jumped = phases.jump(settings, plan, trained, tell=tell)
             cycles.append(phases.judge(settings, plan, trained, jumped, tell=tell))
             tidy(settings, cycles[-1])
+            found = _summary(settings, start, cycles)
             if on_cycle is not None:
-                on_cycle(_summary(settings, start, cycles))
+                on_cycle(found)
 
 
 def _summary(settings: RegroundSettings, start: Start, cycles: Sequence[Cycle]) -> Regrounding:
@@ -141,7 +142,7 @@ def _summary(settings: RegroundSettings, start: Start, cycles: Sequence[Cycle]) 
         ended = f"accuracy {found.accuracy:.4f} on {start.benchmark} is the target {settings.target_accuracy} or above"
     elif found.step >= settings.total_steps:
         ended = f"step {found.step} is the total {settings.total_steps} or above"
-    return Regrounding(**{**vars(found), "ended": ended})
+    return replace(found, ended=ended)
 
 
 def _start(settings: RegroundSettings, tell: Tell) -> Start:

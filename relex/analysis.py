@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from relex import sanity, spectrum
-from relex.extrapolation import Tell
+from relex.extrapolation import Tell, telling
 from relex.gram import Gram, cached
 from relex.layouts.block_cache import BlockCache
 from relex.linearity import Sample, squared_correlation, weight_r_squared
@@ -96,17 +96,10 @@ def analyze_run(
     `blocks` is where what is read from a URL is kept meanwhile. Raises RelexError.
     """
     trajectory = open_run(run, base, window=window, blocks=blocks)
-
-    def reading(done: int, total: int) -> None:
-        if tell is not None:
-            tell("reading", done, total)
-
-    def sampling(done: int, total: int) -> None:
-        if tell is not None:
-            tell("sampling", done, total)
-
-    gram = cached(trajectory, grams, memory=memory, threads=threads, on_progress=reading)
-    samples = weight_r_squared(trajectory, seed=seed, memory=memory, threads=threads, on_progress=sampling)
+    gram = cached(trajectory, grams, memory=memory, threads=threads, on_progress=telling(tell, "reading"))
+    samples = weight_r_squared(
+        trajectory, seed=seed, memory=memory, threads=threads, on_progress=telling(tell, "sampling")
+    )
     return analyze(trajectory, gram, samples, run=str(run), base=str(base), seed=seed)
 
 

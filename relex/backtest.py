@@ -9,7 +9,6 @@ the answer is "hold" more than 19 times in 20, however many ways are tried.
 Shape suffixes: T = tensors that move, K = checkpoints, B = runs without direction.
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,7 @@ from relex.gram import Gram, cached
 from relex.interval import bootstrap_interval, line_interval
 from relex.layouts.block_cache import BlockCache
 from relex.skill import Jumps, Way, jumps
-from relex.store import observed, open_base, scan
-from relex.trajectory import open_trajectory
+from relex.trajectory import open_run
 
 # Runs without direction, and in how many blocks at most the signs of each are drawn: neighbouring increments of an
 # optimiser with momentum are alike without being a direction.
@@ -120,9 +118,7 @@ def backtest_run(
 
     `blocks` is where what is read from a URL is kept meanwhile. Raises RelexError.
     """
-    opened = open_base(base, blocks=blocks)
-    stored = scan(run, opened, now=time.time(), blocks=blocks)
-    trajectory = open_trajectory(opened, observed(stored, run, window=window))
+    trajectory = open_run(run, base, window=window, blocks=blocks)
     return backtest(cached(trajectory, grams, memory=memory, threads=threads, on_progress=on_progress))
 
 

@@ -16,6 +16,7 @@ from relex.layouts.files import is_remote
 from relex.manifest import Manifest
 from relex.materialise import Output, materialise
 from relex.predictors import MatrixPredictor, Method
+from relex.streaming import Progress
 from relex.trajectory import Trajectory, open_run
 from relex.upload import check_destination, discard_other, is_uploaded, staged, upload
 from relex.vectors import added
@@ -73,7 +74,7 @@ def extrapolate(
                     f"--adapter: what {request.method.name} predicts is no combination of adapters. Leave out --adapter"
                     " to get a whole model."
                 )
-    gram = cached(trajectory, grams, memory=memory, threads=threads, on_progress=_telling(tell, "reading"))
+    gram = cached(trajectory, grams, memory=memory, threads=threads, on_progress=telling(tell, "reading"))
     sanity.refuse_duplicates(gram)
     vectors = added(
         trajectory,
@@ -82,7 +83,7 @@ def extrapolate(
         directory=grams,
         memory=memory,
         threads=threads,
-        on_progress=_telling(tell, "learning"),
+        on_progress=telling(tell, "learning"),
     )
     forecasts: list[Forecast] = []
     for request in requests:
@@ -108,7 +109,7 @@ def extrapolate(
         if request.destination:
             discard_other(request.directory, digest)
         missing.append((made, request))
-    writing = _telling(tell, "writing")
+    writing = telling(tell, "writing")
     if form == "adapter":
         for made, request in missing:
             write_adapter(
@@ -181,5 +182,6 @@ def extrapolate_run(
     return {place: manifest.read(place) for place in places}
 
 
-def _telling(tell: Tell | None, what: str) -> Callable[[int, int], None] | None:
+def telling(tell: Tell | None, what: str) -> Progress | None:
+    """Return what tells how much of one thing is done, None when nobody listens."""
     return None if tell is None else lambda done, total: tell(what, done, total)

@@ -273,7 +273,6 @@ def cached(
 
 
 def _save(gram: Gram, base_identity: str, directory: Path) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
     metadata = {
         "format": FORMAT,
         "steps": gram.steps,
@@ -287,11 +286,17 @@ def _save(gram: Gram, base_identity: str, directory: Path) -> None:
         {"products": gram.products.contiguous(), "base_norms": gram.base_norms},
         metadata={"relex": json.dumps(metadata)},
     )
-    with tempfile.NamedTemporaryFile(dir=directory, prefix=".", suffix=".tmp", delete=False) as file:
+    keep(content, directory / f"{gram.digest}.safetensors")
+
+
+def keep(content: bytes, path: Path) -> None:
+    """Write a file of what was measured, complete or absent, in a directory that is made when missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".tmp", delete=False) as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    Path(file.name).replace(directory / f"{gram.digest}.safetensors")
+    Path(file.name).replace(path)
 
 
 def _load(path: Path, base_identity: str) -> Gram | None:

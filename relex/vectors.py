@@ -5,9 +5,7 @@ or absent: what took hours is not done again because another alpha is asked for,
 """
 
 import json
-import os
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -15,7 +13,7 @@ from zipfile import BadZipFile
 
 from relex import outer
 from relex.errors import TargetError
-from relex.gram import Gram
+from relex.gram import Gram, keep
 from relex.leading import Source
 from relex.outer import Outer
 from relex.predictors import MatrixPredictor, Method
@@ -72,7 +70,7 @@ def _found(
         made = unit.vectors(source, missing)
         source.trajectory.check_unchanged()
         for aim, vectors in zip(missing, made, strict=True):
-            _save(vectors, directory / f"{keys[aim]}.npz")
+            keep(outer.to_bytes(vectors), directory / f"{keys[aim]}.npz")
             found[keys[aim]] = vectors
     return found
 
@@ -108,12 +106,3 @@ def _load(path: Path) -> dict[str, Outer] | None:
         return outer.from_bytes(path.read_bytes())
     except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         return None
-
-
-def _save(vectors: Mapping[str, Outer], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".tmp", delete=False) as file:
-        file.write(outer.to_bytes(vectors))
-        file.flush()
-        os.fsync(file.fileno())
-    Path(file.name).replace(path)

@@ -73,8 +73,11 @@ class Directory(Protocol):
     def last_change(self) -> float:
         """Return when anything in it last changed, in seconds since the epoch."""
 
-    def defect(self, file: FileIdentity) -> str | None:
-        """Say in a few words why a file may not be trusted although its length is right, None when it may."""
+    def outside(self, file: FileIdentity) -> str | None:
+        """Return where a file really lies when that is outside of this directory, None when it is in it."""
+
+    def hole(self, file: FileIdentity) -> int | None:
+        """Return the first byte of a file that was never written although its length is right, None without one."""
 
 
 @dataclass(frozen=True)
@@ -151,20 +154,21 @@ class LocalDirectory:
                     times.append((Path(root) / name).stat().st_mtime)
         return max(times)
 
-    def defect(self, file: FileIdentity) -> str | None:
-        """Name a hole (on a network file system, a part that has not arrived) or a link that leads out."""
-        path = self.path / file.name
-        target = path.resolve()
+    def outside(self, file: FileIdentity) -> str | None:
+        """Return where a link leads that leads out."""
+        target = (self.path / file.name).resolve()
         # The Hub's own cache keeps snapshots/REVISION/NAME as a link to blobs/DIGEST.
         inside = self.path.resolve() in target.parents or target.parent.name == "blobs"
-        if not inside:
-            return f"is a link to {target}, outside of it"
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return None if inside else str(target)
+
+    def hole(self, file: FileIdentity) -> int | None:
+        """Return where a sparse file has its first hole: on a network file system, a part that has not arrived."""
+        descriptor = os.open(self.path / file.name, os.O_RDONLY | os.O_CLOEXEC)
         try:
             hole = os.lseek(descriptor, 0, os.SEEK_HOLE)
         finally:
             os.close(descriptor)
-        return f"has a hole at byte {hole} of {file.size}" if hole < file.size else None
+        return hole if hole < file.size else None
 
 
 def open_directory(location: str | Path, *, blocks: "BlockCache | None" = None) -> Directory:

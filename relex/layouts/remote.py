@@ -132,8 +132,11 @@ class RemoteDirectory:
         """Return when anything in it last changed, in seconds since the epoch; 0 where stores keep no times."""
         return self.tree.newest() / 1e9
 
-    def defect(self, file: FileIdentity) -> str | None:
-        """Return None: stores have neither links nor holes."""
+    def outside(self, file: FileIdentity) -> str | None:
+        """Return None: stores have no links."""
+
+    def hole(self, file: FileIdentity) -> int | None:
+        """Return None: stores have no holes."""
 
     def _listed(self, name: str) -> FileIdentity:
         found = self.tree.files.get(name)

@@ -68,17 +68,18 @@ def check_settled(weights: Weights, *, step: int, directory: Directory, run: Dir
 
 def _refuse_defects(weights: Weights) -> None:
     for file in weights.files:
-        defect = weights.directory.defect(file)
-        if defect is None:
-            continue
-        if "link" in defect:
+        target = weights.directory.outside(file)
+        if target is not None:
             raise CheckpointMismatchError(
-                f"{weights.directory}/{file.name} {defect}. A checkpoint may not point outside itself: copy the file,"
-                " or give the directory that holds it."
+                f"{weights.directory}/{file.name} is a link to {target}, outside of it. A checkpoint may not point"
+                " outside itself: copy the file, or give the directory that holds it."
             )
-        raise CheckpointIncompleteError(
-            f"{weights.directory}/{file.name} {defect}: that part has not been written yet. Wait for the trainer."
-        )
+        hole = weights.directory.hole(file)
+        if hole is not None:
+            raise CheckpointIncompleteError(
+                f"{weights.directory}/{file.name} has a hole at byte {hole} of {file.size}: that part has not been"
+                " written yet. Wait for the trainer."
+            )
 
 
 def _refuse_older(marker: FileIdentity, newest: int, directory: Directory) -> None:

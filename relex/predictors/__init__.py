@@ -131,6 +131,11 @@ class Method:
         given = ",".join(f"{key}={value}" for key, value in sorted(self.parameters.items()))
         return f"{self.name}:{given}" if given else self.name
 
+    @property
+    def directory(self) -> str:
+        """The spec as it is written in a path: what a directory of its predictions is called."""
+        return self.spec.replace(":", "-").replace(",", "-").replace("=", "")
+
     def describe(self) -> dict[str, Any]:
         """Return name, given parameters and every parameter of the family, for a manifest."""
         family = asdict(self.predictor)  # type: ignore[call-overload]
