@@ -12,6 +12,8 @@ class Model:
     """A model that was scored: the base, the last observed checkpoint, or a candidate.
 
     `step` is the training step it stands for; `digest` and `method` are empty for the base and the observed one.
+    `skill_at_least` is what the backtest said of a candidate's weights against holding the last observed ones (1:
+    exact, 0: no better; one-sided 95 %), None where its horizon was not trusted.
     """
 
     role: Literal["base", "observed", "candidate", "champion"]
@@ -19,6 +21,7 @@ class Model:
     directory: str
     method: str = ""
     digest: str = ""
+    skill_at_least: float | None = None
 
     @property
     def title(self) -> str:
@@ -40,7 +43,10 @@ class Score:
 
 @dataclass(frozen=True)
 class Decision:
-    """The verdict on one window. `winner` is the candidate that went to the gate, None when none did."""
+    """The verdict on one window. `winner` is the candidate that went to the gate, None when none did.
+
+    `trusted_step` is the furthest target step that the backtest trusts, None where it trusts none or was not asked.
+    """
 
     training_run: str
     key: str
@@ -53,6 +59,7 @@ class Decision:
     gates: tuple[Gate, ...] = ()
     warnings: tuple[str, ...] = ()
     winner: Model | None = None
+    trusted_step: int | None = None
     registered: str = ""
     registered_url: str = ""
     record_url: str = ""

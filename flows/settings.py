@@ -15,6 +15,7 @@ from relex.predictors import parse_method
 _REMOTE_POLL_SECONDS = 30.0
 
 Config = TypeVar("Config", bound=BaseModel)
+Step = Annotated[int, Field(gt=0)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$", max_length=60)]
 
 
@@ -26,9 +27,24 @@ class Settings(BaseModel):
     training_run: Name = Field(description="Name of the training run: lower-case letters, digits and dashes.")
     checkpoints: str = Field(description="Directory or URL the trainer writes its checkpoints to.")
     base: str = Field(description="Directory or URL of the model the training run started from.")
-    window: int = Field(gt=0, description="Training step up to which checkpoints are observed.")
-    targets: list[Annotated[int, Field(gt=0)]] = Field(min_length=1, description="Training steps to predict.")
-    methods: list[str] = Field(default=["relex"], min_length=1, description="Methods, as NAME or NAME:parameter=value.")
+    window: Step | Literal["auto"] = Field(
+        description="Training step up to which checkpoints are observed; auto: until the backtest has converged."
+    )
+    max_window: Step | None = Field(default=None, description="With window auto: decide at this step at the latest.")
+    targets: Annotated[list[Step], Field(min_length=1)] | Literal["auto"] = Field(
+        description="Training steps to predict; auto: up to nine times as far as was observed, by the backtest."
+    )
+    total_steps: Step | None = Field(
+        default=None, description="Training steps the run is planned for: no auto target goes beyond."
+    )
+    methods: Annotated[list[str], Field(min_length=1)] | Literal["auto"] = Field(
+        default=["relex"], description="Methods, as NAME or NAME:parameter=value; auto: those of the backtest."
+    )
+    attempts: int = Field(
+        default=3,
+        gt=0,
+        description="With window auto: how many windows may go to the gate, which share its error equally.",
+    )
     selection: str = Field(description="Benchmark that chooses among the candidates: a name or a YAML file.")
     gate: str = Field(description="Benchmark that decides on the chosen one: a name or a YAML file.")
     report: list[str] = Field(default=[], description="Benchmarks that are scored for the reader and decide nothing.")
@@ -56,6 +72,18 @@ class Settings(BaseModel):
     poll_seconds: float = Field(
         default=2.0, gt=0, description="How often the watcher looks at the directory; by default 30 s at a URL."
     )
+    stop_command: str | Annotated[list[str], Field(min_length=1)] | None = Field(
+        default=None, description="Run once, when the training is no longer needed: a line for the shell, or words."
+    )
+    stop_file: Path | None = Field(
+        default=None, description="Written once, when the training is no longer needed; see flows.stop_callback."
+    )
+    stop: Literal["approve", "at-once"] = Field(
+        default="approve", description="Whether somebody is asked before the training is stopped."
+    )
+    drift: Literal["weights", "accuracy", "off"] = Field(
+        default="weights", description="What is compared when the run reaches a step that was predicted."
+    )
     pin: Literal["none", "link", "copy"] = Field(
         default="none",
         description="Keep the window's checkpoints from a trainer that deletes them: by hard links, or by copies.",
@@ -63,7 +91,9 @@ class Settings(BaseModel):
 
     @field_validator("methods")
     @classmethod
-    def _known(cls, specs: list[str]) -> list[str]:
+    def _known(cls, specs: list[str] | str) -> list[str] | str:
+        if isinstance(specs, str):
+            return specs
         try:
             return [parse_method(spec).spec for spec in specs]
         except RelexError as error:
@@ -71,10 +101,19 @@ class Settings(BaseModel):
 
     @field_validator("targets")
     @classmethod
-    def _distinct(cls, targets: list[int]) -> list[int]:
+    def _distinct(cls, targets: list[int] | str) -> list[int] | str:
+        if isinstance(targets, str):
+            return targets
         if len(set(targets)) != len(targets):
             raise ValueError(f"a target is named twice in {targets}")
         return sorted(targets)
+
+    @property
+    def end(self) -> int:
+        """The training step after which nothing more is observed."""
+        end = self.max_window if self.window == "auto" else self.window
+        assert end is not None  # load_settings refuses window auto without it
+        return end
 
     @property
     def home(self) -> Path:
@@ -95,10 +134,7 @@ class Settings(BaseModel):
 def load_settings(path: Path) -> Settings:
     """Read and check `relex.yaml`; raises ConfigError with every wrong key in one line."""
     settings = read_config(path, Settings)
-    if settings.targets[0] <= settings.window:
-        raise ConfigError(
-            f"config {path}: target {settings.targets[0]} is not beyond the window {settings.window}. Give later ones."
-        )
+    _refuse_window(settings, path)
     if settings.selection == settings.gate:
         raise ConfigError(
             f"config {path}: selection and gate are both {settings.gate}. What chose a candidate cannot judge it: give"
@@ -117,7 +153,32 @@ def load_settings(path: Path) -> Settings:
     slow = any(map(is_remote, stores.values())) and "poll_seconds" not in settings.model_fields_set
     pace = {"poll_seconds": _REMOTE_POLL_SECONDS} if slow else {}
     places = stores | benchmarks | {"state": root / settings.state, "report": report}
+    if settings.stop_file is not None:
+        places["stop_file"] = root / settings.stop_file
     return settings.model_copy(update=places | pace)
+
+
+def _refuse_window(settings: Settings, path: Path) -> None:
+    if settings.window == "auto" and settings.max_window is None:
+        raise ConfigError(
+            f"config {path}: window is auto and max_window is not given. Give the step to decide at when the backtest"
+            " has not converged before, such as 20 % of the planned steps."
+        )
+    if settings.window != "auto" and settings.max_window is not None:
+        raise ConfigError(
+            f"config {path}: max_window is {settings.max_window} and window is {settings.window}. Leave max_window out,"
+            " or set window: auto."
+        )
+    if settings.targets != "auto" and settings.targets[0] <= settings.end:
+        name = "max_window" if settings.window == "auto" else "window"
+        raise ConfigError(
+            f"config {path}: target {settings.targets[0]} is not beyond the {name} {settings.end}. Give later ones."
+        )
+    if settings.total_steps is not None and settings.total_steps <= settings.end:
+        raise ConfigError(
+            f"config {path}: total_steps is {settings.total_steps} and step {settings.end} is still observed: nothing"
+            " is left to predict. Decide earlier."
+        )
 
 
 def read_config(path: Path, model: type[Config]) -> Config:
