@@ -49,8 +49,8 @@ def evaluate(
     A model is a directory, or two that answer as one. A benchmark is a shipped name or the path of an lm-eval task
     YAML. Reports are keyed by the content of model and benchmark and by the settings, so asking again costs nothing;
     after a kill at any moment the same call goes on from the last finished batch and ends in the same report. dtype
-    "auto" is the dtype the model is stored in; `limit` scores the first problems only. Raises EvaluationError, see
-    evaluation.errors.
+    "auto" is the dtype the model is stored in. `limit` scores the first problems only; limits share their answers, all
+    of them where limit times repeats is a multiple of batch_size. Raises EvaluationError, see evaluation.errors.
     """
     subject = fingerprint(model)
     resolved = [resolve_benchmark(benchmark) for benchmark in benchmarks]

@@ -25,14 +25,18 @@ class Assignment:
 
     @property
     def directory(self) -> Path:
-        """Return the directory of this evaluation: its journal, its lock, its log and at last its report."""
-        key = digest_value([self.model_digest, self.benchmark_digest, dict(self.settings)])
+        """Return the directory of this evaluation: its journal, its lock, its log and at last a report a limit.
+
+        Every limit has the same directory: what the first problems were answered is what they are answered again.
+        """
+        key = digest_value([self.model_digest, self.benchmark_digest, {**self.settings, "limit": None}])
         return Path(self.cache) / f"{self.benchmark}-{key[:24]}"
 
     @property
     def report_path(self) -> Path:
         """Return the path of the report, which is complete or absent."""
-        return self.directory / "report.json"
+        limit = self.settings.get("limit")
+        return self.directory / ("report.json" if limit is None else f"report-first-{limit}.json")
 
     @property
     def journal_path(self) -> Path:

@@ -14,11 +14,15 @@ from evaluation.errors import JournalError
 
 
 class Journal:
-    """Answers of finished chunks by chunk key; one process at a time, the caller holds the lock."""
+    """Answers of finished chunks by chunk key; one process at a time, the caller holds the lock.
+
+    `seconds` is what the chunks took that were found or appended since the journal was opened: those of other limits
+    lie in it too.
+    """
 
     def __init__(self, path: Path) -> None:
         """Open `path`, creating it if absent; JournalError when a line before the last is no chunk."""
-        self._answers: dict[str, list[Any]] = {}
+        self._chunks: dict[str, tuple[list[Any], float]] = {}
         self._file = path.open("a+b")
         self.seconds = 0.0
         self._replay(path)
@@ -33,7 +37,11 @@ class Journal:
 
     def find(self, key: str) -> list[Any] | None:
         """Return the answers of the chunk, None when it was never finished."""
-        return self._answers.get(key)
+        if key not in self._chunks:
+            return None
+        answers, seconds = self._chunks[key]
+        self.seconds += seconds
+        return answers
 
     def append(self, key: str, answers: list[Any], *, seconds: float) -> None:
         """Keep the answers of a finished chunk that took `seconds`; on return they are on the disk."""
@@ -41,10 +49,6 @@ class Journal:
         self._file.write(line.encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
-        self._remember(key, answers, seconds)
-
-    def _remember(self, key: str, answers: list[Any], seconds: float) -> None:
-        self._answers[key] = answers
         self.seconds += seconds
 
     def _replay(self, path: Path) -> None:
@@ -55,7 +59,7 @@ class Journal:
                 break
             try:
                 entry = json.loads(line)
-                self._remember(entry["chunk"], entry["answers"], entry["seconds"])
+                self._chunks[entry["chunk"]] = (entry["answers"], float(entry["seconds"]))
             except (ValueError, TypeError, KeyError) as error:
                 raise JournalError(f"{path}: line {number} is damaged. Delete the file and evaluate again.") from error
             complete += len(line)

@@ -88,7 +88,7 @@ def test_what_the_cache_holds_is_returned_without_a_child(
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()} == before
 
 
-def test_a_killed_child_resumes_without_paying_twice(
+def test_a_killed_child_resumes_without_paying_twice_whatever_the_limit(
     reports: list[Report], model: Path, benchmark: Path, tmp_path: Path
 ) -> None:
     def kill(progress: Progress) -> None:
@@ -97,20 +97,28 @@ def test_a_killed_child_resumes_without_paying_twice(
             worker.send_signal(signal.SIGKILL)
 
     with pytest.raises(WorkerError, match=r"on plus was killed by SIGKILL; finished answers are kept, evaluate again"):
-        evaluate(model, [benchmark], cache=tmp_path, batch_size=1, on_progress=kill)
+        evaluate(model, [benchmark], cache=tmp_path, batch_size=1, limit=6, on_progress=kill)
     kept = chunks(tmp_path, "plus")
-    assert 3 <= len(kept) < 12
-    assert not list(tmp_path.rglob("report.json"))
+    assert 3 <= len(kept) < 6
+    assert not list(tmp_path.rglob("report*.json"))
 
     seen: list[int] = []
-    (resumed,) = evaluate(
+    (whole,) = evaluate(
         model, [benchmark], cache=tmp_path, batch_size=1, on_progress=lambda progress: seen.append(progress.done)
     )
-    assert resumed == reports[0]
+    assert whole == reports[0]
     assert seen == list(range(1, 13))
     everything = chunks(tmp_path, "plus")
     assert everything[: len(kept)] == kept
     assert len(everything) == len(set(everything)) == 12
+
+    (first,) = evaluate(model, [benchmark], cache=tmp_path, batch_size=1, limit=6)
+    assert chunks(tmp_path, "plus") == everything
+    assert first.scores == whole.scores[:6]
+    assert first.settings == {**whole.settings, "limit": 6}
+    assert 0 < first.seconds < whole.seconds
+    # Neither report is in the other's place.
+    assert evaluate(model, [benchmark], cache=tmp_path, batch_size=1) == [whole]
 
 
 def test_two_evaluations_at_once_share_one_journal(model: Path, benchmark: Path, tmp_path: Path) -> None:

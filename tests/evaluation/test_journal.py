@@ -23,6 +23,14 @@ def test_a_journal_remembers_answers_and_time(path: Path) -> None:
         assert journal.seconds == 3.5
 
 
+def test_only_the_chunks_that_were_asked_for_count_as_time_spent(path: Path) -> None:
+    with Journal(path) as journal:
+        journal.find("two")
+        journal.find("three")
+        journal.append("three", [["b", True]], seconds=0.5)
+        assert journal.seconds == 2.5
+
+
 def test_a_last_line_torn_anywhere_is_dropped_and_writing_goes_on(path: Path) -> None:
     whole = path.read_bytes()
     start = whole.index(b"\n") + 1

@@ -106,6 +106,33 @@ SAMPLED = "do_sample: true\n  temperature: 1.0\n  until: []\nrepeats: 3"
 GREEDY = "do_sample: false\n  temperature: 0.0\n  until: []"
 
 
+@pytest.mark.parametrize(
+    ("limits", "generated"),
+    [
+        ((4, 8, None), [3, 3, 3]),  # 3 samples of 4 problems fill 3 batches of 4
+        ((5, None, 3), [4, 6, 1]),  # an unfilled last batch is another batch, and is all that is paid again
+    ],
+)
+def test_growing_limits_generate_each_full_batch_once_and_answer_as_if_alone(
+    lm: JournalledLM,
+    edited: Callable[[str, str], Path],
+    tmp_path: Path,
+    *,
+    limits: tuple[int | None, ...],
+    generated: list[int],
+) -> None:
+    path = edited(GREEDY, SAMPLED)
+    counts = []
+    for limit in limits:
+        with Journal(tmp_path / "shared.jsonl") as journal:
+            before = len((tmp_path / "shared.jsonl").read_text().splitlines())
+            shared = run(lm, path, journal, limit=limit)
+        counts.append(len((tmp_path / "shared.jsonl").read_text().splitlines()) - before)
+        with Journal(tmp_path / f"alone-{limit}.jsonl") as journal:
+            assert run(lm, path, journal, limit=limit) == shared
+    assert counts == generated
+
+
 def test_sampled_answers_are_the_same_from_a_journal_cut_anywhere(
     lm: JournalledLM, edited: Callable[[str, str], Path], tmp_path: Path
 ) -> None:
