@@ -5,7 +5,16 @@ from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+)
 
 from flows.errors import ConfigError
 from relex.errors import RelexError
@@ -16,6 +25,13 @@ _REMOTE_POLL_SECONDS = 30.0
 
 Config = TypeVar("Config", bound=BaseModel)
 Step = Annotated[int, Field(gt=0)]
+_GIVEN = "given"
+# Of two branches a wrong value would be told twice.
+_ONE = Discriminator(lambda value: "auto" if value == "auto" else _GIVEN)
+Auto = Annotated[Literal["auto"], Tag("auto")]
+StepOrAuto = Annotated[Annotated[Step, Tag(_GIVEN)] | Auto, _ONE]
+StepsOrAuto = Annotated[Annotated[list[Step], Field(min_length=1), Tag(_GIVEN)] | Auto, _ONE]
+SpecsOrAuto = Annotated[Annotated[list[str], Field(min_length=1), Tag(_GIVEN)] | Auto, _ONE]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$", max_length=60)]
 
 
@@ -27,17 +43,17 @@ class Settings(BaseModel):
     training_run: Name = Field(description="Name of the training run: lower-case letters, digits and dashes.")
     checkpoints: str = Field(description="Directory or URL the trainer writes its checkpoints to.")
     base: str = Field(description="Directory or URL of the model the training run started from.")
-    window: Step | Literal["auto"] = Field(
+    window: StepOrAuto = Field(
         description="Training step up to which checkpoints are observed; auto: until the backtest has converged."
     )
     max_window: Step | None = Field(default=None, description="With window auto: decide at this step at the latest.")
-    targets: Annotated[list[Step], Field(min_length=1)] | Literal["auto"] = Field(
+    targets: StepsOrAuto = Field(
         description="Training steps to predict; auto: up to nine times as far as was observed, by the backtest."
     )
     total_steps: Step | None = Field(
         default=None, description="Training steps the run is planned for: no auto target goes beyond."
     )
-    methods: Annotated[list[str], Field(min_length=1)] | Literal["auto"] = Field(
+    methods: SpecsOrAuto = Field(
         default=["relex"], description="Methods, as NAME or NAME:parameter=value; auto: those of the backtest."
     )
     attempts: int = Field(
@@ -195,7 +211,8 @@ def read_config(path: Path, model: type[Config]) -> Config:
         return model.model_validate(content)
     except ValidationError as error:
         wrong = "; ".join(
-            f"{'.'.join(map(str, item['loc'])) or 'file'}: {item['msg']} (given {item['input']!r})"
+            f"{'.'.join(str(part) for part in item['loc'] if part != _GIVEN) or 'file'}: {item['msg']}"
+            f" (given {item['input']!r})"
             for item in error.errors()
         )
         raise ConfigError(f"config {path}: {wrong}. The keys are {', '.join(model.model_fields)}.") from error
