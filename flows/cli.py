@@ -488,6 +488,46 @@ def _show_stack(home: Path, *, as_json: bool) -> None:
 
 
 @app.command()
+def stop(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A relex.yaml.")],
+    confirm: Annotated[bool, typer.Option("--confirm", help="Do it; without this it is only shown.")] = False,
+    beyond_trust: Annotated[
+        bool, typer.Option("--beyond-trust", help="Also on a prediction beyond what the backtest trusts.")
+    ] = False,
+    again: Annotated[
+        bool, typer.Option("--again", help="Although it was done before, or may have been: see what is shown.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Show whether the training can be stopped, how, and how many steps that saves; with --confirm, stop it, once.
+
+    Example: relex stop relex.yaml --confirm
+    """
+    import psutil
+
+    from flows import stop_outlook
+    from flows.settings import load_settings
+
+    if (beyond_trust or again) and not confirm:
+        raise typer.BadParameter("--beyond-trust and --again go with --confirm")
+    settings = load_settings(config)
+    found = stop_outlook.outlook(config, settings)
+    if confirm:
+        stop_outlook.confirm(
+            settings,
+            found,
+            by=psutil.Process().username(),
+            beyond_trust="allow" if beyond_trust else "refuse",
+            again="allow" if again else "refuse",
+        )
+        found = stop_outlook.outlook(config, settings)
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        out.print(found.sentence, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
 def models(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the registered model.")],
     home: Home = HOME,

@@ -5,6 +5,7 @@ FlowError
 ├── WatchError       the training run is watched already
 ├── PinError         a checkpoint cannot be pinned
 ├── WindowError      the store is no longer what the window was announced with
+├── StopError        the training cannot be stopped, or it is not known whether it was
 ├── RegroundError    the cycles of a re-grounding are at work elsewhere, or were begun with other settings
 ├── TrainerError     the user's trainer failed, or left no checkpoints to predict from
 ├── StackError       a server of the local stack does not start, or is not running
@@ -30,6 +31,10 @@ class PinError(FlowError):
 
 class WindowError(FlowError):
     """The store is no longer what the window was announced with."""
+
+
+class StopError(FlowError):
+    """The training cannot be stopped, or it is not known whether it was."""
 
 
 class RegroundError(FlowError):
