@@ -7,7 +7,8 @@ EvaluationError
 ├── JournalError      a journal damaged anywhere but in its last line
 ├── ReportError       a file that is no report
 ├── WorkerError       the process that scores a model died or failed
-└── ComparisonError   two reports that cannot be compared
+├── ComparisonError   two reports that cannot be compared
+└── OverlapError      two benchmarks that share problems and must not
 """
 
 
@@ -41,3 +42,7 @@ class WorkerError(EvaluationError):
 
 class ComparisonError(EvaluationError):
     """Two reports that cannot be compared."""
+
+
+class OverlapError(EvaluationError):
+    """Two benchmarks that share problems and must not."""

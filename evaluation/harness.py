@@ -1,20 +1,16 @@
 """Harness: scores a model on benchmarks, in a child process of its own, resuming what was interrupted."""
 
-import collections
-import json
-import os
 import re
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-from evaluation import errors
 from evaluation.benchmark import Benchmark, resolve_benchmark
-from evaluation.errors import BenchmarkError, DeviceError, EvaluationError, ModelError, WorkerError
+from evaluation.child import last_words, run_child
+from evaluation.errors import BenchmarkError, DeviceError, ModelError, WorkerError
 from evaluation.fingerprint import Fingerprint, LogitsExtrapolation, fingerprint
 from evaluation.job import Assignment, Job
 from evaluation.report import Report, Setting
@@ -109,38 +105,12 @@ def _assignment(subject: Fingerprint, benchmark: Benchmark, settings: Mapping[st
 
 def _run_worker(job: Job, on_progress: Callable[[Progress], None] | None) -> None:
     log_path = job.assignments[0].directory / "worker.log"
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
-    refusal: EvaluationError | None = None
-    with (
-        log_path.open("wb") as log,
-        # A session of its own: an interrupt at the terminal reaches the parent, which ends the child in its own time.
-        subprocess.Popen(
-            [sys.executable, "-m", "evaluation.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            env=environment,
-            start_new_session=True,
-        ) as worker,
-    ):
-        assert worker.stdin is not None
-        assert worker.stdout is not None
-        try:
-            worker.stdin.write(job.to_line())
-            worker.stdin.flush()
-            for line in worker.stdout:
-                event = json.loads(line)
-                if event["event"] == "refused":
-                    refusal = getattr(errors, event["kind"])(event["message"])
-                elif on_progress is not None:
-                    on_progress(Progress(event["benchmark"], event["done"], event["total"]))
-            code = worker.wait()
-        except BrokenPipeError:
-            code = worker.wait()
-        finally:
-            worker.kill()
-    if refusal is not None:
-        raise refusal
+
+    def tell(event: Mapping[str, Any]) -> None:
+        if on_progress is not None:
+            on_progress(Progress(event["benchmark"], event["done"], event["total"]))
+
+    code = run_child("evaluation.worker", job.to_line(), log_path=log_path, on_event=tell)
     if code != 0:
         raise WorkerError(_obituary(job, code, log_path))
 
@@ -152,7 +122,7 @@ def _obituary(job: Job, code: int, log_path: Path) -> str:
             f"the process scoring {job.model} on {names} was killed by {signal.Signals(-code).name}; "
             "finished answers are kept, evaluate again to go on. If memory ran out, pass a smaller batch size."
         )
-    last = collections.deque(log_path.read_text(encoding="utf-8", errors="replace").split("\n"), maxlen=2)[0]
     return (
-        f"the process scoring {job.model} on {names} failed with exit code {code}: {last.strip()} (more in {log_path})"
+        f"the process scoring {job.model} on {names} failed with exit code {code}: {last_words(log_path)} "
+        f"(more in {log_path})"
     )

@@ -5,21 +5,16 @@ benchmark. It holds a lock on each evaluation, so two workers never write one jo
 parent.
 """
 
-import ctypes
 import gc
-import json
-import os
-import signal
-import sys
-import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from evaluation.errors import BenchmarkError, DeviceError, EvaluationError
+from evaluation.child import Send, serve
+from evaluation.errors import BenchmarkError, DeviceError
 from evaluation.fingerprint import LogitsExtrapolation
 from evaluation.job import Assignment, Job
 from evaluation.journal import Journal
@@ -29,23 +24,12 @@ from evaluation.report import Report
 if TYPE_CHECKING:
     from evaluation.lm import JournalledLM
 
-Send: TypeAlias = Callable[[Mapping[str, Any]], None]
-
-PR_SET_PDEATHSIG = 1
 FEWSHOT_SEED = 1234
 
 
 def main() -> None:
-    """Do the job on standard input; exit 1 after naming the reason for what this package refuses."""
-    send = _channel()
-    _die_with_parent()
-    job = Job.from_line(_first_line())
-    threading.Thread(target=_exit_at_end_of_input, daemon=True).start()
-    try:
-        run(job, send)
-    except EvaluationError as error:
-        send({"event": "refused", "kind": type(error).__name__, "message": str(error)})
-        sys.exit(1)
+    """Do the job on standard input."""
+    serve(lambda line, send: run(Job.from_line(line), send))
 
 
 def run(job: Job, send: Send) -> None:
@@ -106,14 +90,7 @@ def score(
 
 def load_task(assignment: Assignment) -> Any:  # lm_eval's Task
     """Return the lm-eval task of a benchmark; BenchmarkError when it cannot be loaded or its first metric is a loss."""
-    from lm_eval.tasks import TaskManager
-
-    try:
-        # Never the default index, which takes a quarter of a minute to build.
-        task = TaskManager(include_defaults=False).load(assignment.benchmark_path)["tasks"][assignment.benchmark]
-    except (ImportError, AttributeError, KeyError, TypeError, ValueError, OSError, IndexError) as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise BenchmarkError(f"lm-eval cannot load {assignment.benchmark_path}: {reason}") from error
+    task = load_any_task(assignment.benchmark, assignment.benchmark_path)
     metric = next(iter(task.aggregation()))
     if not task.higher_is_better().get(metric, True):
         raise BenchmarkError(
@@ -123,6 +100,18 @@ def load_task(assignment: Assignment) -> Any:  # lm_eval's Task
         task.set_config(key="num_fewshot", value=0)
     task.set_fewshot_seed(seed=FEWSHOT_SEED)
     return task
+
+
+def load_any_task(name: str, path: str) -> Any:  # lm_eval's Task
+    """Return the lm-eval task `name` of a YAML, whatever it scores by; BenchmarkError when it cannot be loaded."""
+    from lm_eval.tasks import TaskManager
+
+    try:
+        # Never the default index, which takes a quarter of a minute to build.
+        return TaskManager(include_defaults=False).load(path)["tasks"][name]
+    except (ImportError, AttributeError, KeyError, TypeError, ValueError, OSError, IndexError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise BenchmarkError(f"lm-eval cannot load {path}: {reason}") from error
 
 
 def _load_lm(job: Job) -> "JournalledLM":
@@ -161,41 +150,6 @@ def _mean_rate(samples: list[dict[str, Any]], name: str) -> float | None:
 
 def _report_progress(send: Send, benchmark: str, done: int, total: int) -> None:
     send({"event": "progress", "benchmark": benchmark, "done": done, "total": total})
-
-
-def _channel() -> Send:
-    # Libraries print: standard output becomes standard error, and the events have the original to themselves.
-    events = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-
-    def send(event: Mapping[str, Any]) -> None:
-        events.write(json.dumps(event) + "\n")
-        events.flush()
-
-    return send
-
-
-def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _first_line() -> bytes:
-    # Unbuffered: what follows the line belongs to the thread that waits for the end of the input.
-    line = bytearray()
-    while not line.endswith(b"\n"):
-        byte = os.read(sys.stdin.fileno(), 1)
-        if not byte:
-            os._exit(1)
-        line += byte
-    return bytes(line)
-
-
-def _exit_at_end_of_input() -> None:
-    # The parent never closes its end: end of input means that it is gone, on any platform.
-    while os.read(sys.stdin.fileno(), 1):
-        pass
-    os._exit(1)
 
 
 if __name__ == "__main__":

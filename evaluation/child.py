@@ -1,0 +1,116 @@
+"""Child: a process of its own for what loads models or data sets, and the pipe between it and its parent.
+
+The parent writes one line and reads events, one JSON object a line. Neither side outlives the other.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from evaluation import errors
+from evaluation.errors import EvaluationError
+
+Send: TypeAlias = Callable[[Mapping[str, Any]], None]
+
+PR_SET_PDEATHSIG = 1
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
+
+
+def run_child(module: str, line: bytes, *, log_path: Path, on_event: Callable[[Mapping[str, Any]], None]) -> int:
+    """Run `python -m module` on one line, its output going to `log_path`, and return its exit status.
+
+    Raises what the child refused, an EvaluationError.
+    """
+    refusal: EvaluationError | None = None
+    with (
+        log_path.open("wb") as log,
+        # A session of its own: an interrupt at the terminal reaches the parent, which ends the child in its own time.
+        subprocess.Popen(
+            [sys.executable, "-m", module],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env={**os.environ, **OFFLINE},
+            start_new_session=True,
+        ) as child,
+    ):
+        assert child.stdin is not None
+        assert child.stdout is not None
+        try:
+            child.stdin.write(line)
+            child.stdin.flush()
+            for answer in child.stdout:
+                event = json.loads(answer)
+                if event["event"] == "refused":
+                    refusal = getattr(errors, event["kind"])(event["message"])
+                else:
+                    on_event(event)
+            code = child.wait()
+        except BrokenPipeError:
+            code = child.wait()
+        finally:
+            child.kill()
+    if refusal is not None:
+        raise refusal
+    return code
+
+
+def serve(work: Callable[[bytes, Send], None]) -> None:
+    """Do the work of a child on the line its parent wrote; exit 1 after naming the reason for what it refuses."""
+    send = _channel()
+    _die_with_parent()
+    line = _first_line()
+    threading.Thread(target=_exit_at_end_of_input, daemon=True).start()
+    try:
+        work(line, send)
+    except EvaluationError as error:
+        send({"event": "refused", "kind": type(error).__name__, "message": str(error)})
+        sys.exit(1)
+
+
+def last_words(log_path: Path) -> str:
+    """Return the last line that a child which failed wrote to its log."""
+    lines = log_path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return lines[-1].strip() if lines else "it said nothing"
+
+
+def _channel() -> Send:
+    # Libraries print: standard output becomes standard error, and the events have the original to themselves.
+    events = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+    def send(event: Mapping[str, Any]) -> None:
+        events.write(json.dumps(event) + "\n")
+        events.flush()
+
+    return send
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _first_line() -> bytes:
+    # Unbuffered: what follows the line belongs to the thread that waits for the end of the input.
+    line = bytearray()
+    while not line.endswith(b"\n"):
+        byte = os.read(sys.stdin.fileno(), 1)
+        if not byte:
+            os._exit(1)
+        line += byte
+    return bytes(line)
+
+
+def _exit_at_end_of_input() -> None:
+    # The parent never closes its end: end of input means that it is gone, on any platform.
+    while os.read(sys.stdin.fileno(), 1):
+        pass
+    os._exit(1)
