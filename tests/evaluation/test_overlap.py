@@ -101,7 +101,8 @@ def test_a_text_of_several_different_problems_is_no_problem() -> None:
     assert shared(first, second) == []
     assert shared(second, first) == []
     # One problem twice in its own benchmark is one problem, and hides from no other.
-    assert len(shared([{"question": RABBITS}] * 2, [{"other": "R:", "question": "?", "nested": [{"q": RABBITS}]}])) == 1
+    twice: list[dict[str, object]] = [{"question": f"Q: {RABBITS}", "raw": RABBITS}] * 2
+    assert len(shared(twice, [{"question": "?", "nested": [{"q": RABBITS}]}])) == 1
 
 
 def test_short_texts_beside_the_prompt_say_nothing() -> None:
