@@ -3,6 +3,7 @@
 MLmodel                what MLflow reads to load it
 model/                 the candidate itself, relex.json included: a plain from_pretrained directory
 components/tokenizer/  its small files again, where mlflow.transformers looks for the tokenizer
+gate/                  what it was judged by, problem by problem; each file is named by its content
 """
 
 import errno
@@ -11,7 +12,7 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 MODEL = "model"
+GATE = "gate"
 _TOKENIZER = "components/tokenizer"
 # What os.link answers where two directories cannot share a file: another file system, one without links, another
 # owner's file, or too many links already.
@@ -57,6 +59,24 @@ def upload(candidate: Candidate, client: "MlflowClient", *, model_id: str, creat
         client.log_model_artifacts(model_id, scratch)
 
 
+def add_reports(directory: Path | None, reports: Sequence[Path], client: "MlflowClient", model_id: str) -> list[str]:
+    """Keep files beside the model, uploaded where `directory` is None; returns the SHA-256 of each, its name here."""
+    names = []
+    for report in reports:
+        names.append(sha256_of(report))
+        if directory is not None:
+            kept = directory / GATE / f"{names[-1]}.json"
+            if kept.exists() and sha256_of(kept) != names[-1]:
+                kept.unlink()
+            _write(kept, report.read_text())
+            continue
+        with tempfile.TemporaryDirectory() as scratch:
+            named = Path(scratch) / f"{names[-1]}.json"
+            shutil.copyfile(report, named)
+            client.log_model_artifact(model_id, str(named), GATE)
+    return names
+
+
 def _small_files(candidate: Candidate) -> Iterator[str]:
     for name in candidate.files:
         if not name.endswith((".safetensors", ".safetensors.index.json")):
@@ -64,9 +84,14 @@ def _small_files(candidate: Candidate) -> Iterator[str]:
 
 
 def _refuse_conflict(candidate: Candidate, manifest: Path) -> None:
-    if not manifest.exists():
+    try:
+        registered = listed_files(manifest, json.loads(manifest.read_bytes()))
+    except FileNotFoundError:
         return
-    registered = listed_files(manifest, json.loads(manifest.read_bytes()))
+    except (ValueError, CandidateError):
+        # Damaged since: the candidate's takes its place.
+        manifest.unlink()
+        return
     if registered != candidate.files:
         name = next(n for n in sorted({*registered, *candidate.files}) if registered.get(n) != candidate.files.get(n))
         raise DigestConflictError(

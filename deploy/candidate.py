@@ -6,15 +6,23 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Literal
 
 from deploy.errors import CandidateError
 
 MANIFEST = "relex.json"
 
-# What loading a model needs and nothing that could run: weights, configuration, chat templates, tokenizers.
-_KINDS = (".safetensors", ".json", ".jinja", ".txt", ".model")
-# What some predictions were made with, as plain arrays; no loader looks at it.
-_VECTORS = "relex-vectors.npz"
+# What loading a model needs and nothing that could run: weights, configuration, chat templates, tokenizers. The last
+# name is what some predictions were made with, as plain arrays; no loader looks at it.
+_KINDS = (".safetensors", ".json", ".jinja")
+_NAMES = (
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "merges.txt",
+    "vocab.txt",
+    "relex-vectors.npz",
+)
 # Keys that make transformers import code named by the checkpoint; MLflow loads with trust_remote_code=True.
 _CODE_KEYS = ("auto_map", "custom_pipelines")
 
@@ -38,8 +46,8 @@ class Candidate:
     manifest: Mapping[str, object]
 
 
-def verify(path: Path) -> Candidate:
-    """Return the candidate in `path` after reading every byte of it.
+def verify(path: Path, *, contents: Literal["read", "sizes"] = "read") -> Candidate:
+    """Return the candidate in `path` after reading every byte of it, or with "sizes" only its small files.
 
     Refuses with CandidateError a missing or malformed relex.json, a file that is missing, extra, a link, or of
     another size or SHA-256 than listed, a kind of file that a model does not need, and configuration that names code.
@@ -56,7 +64,7 @@ def verify(path: Path) -> Candidate:
     if extra := sorted(present - files.keys() - {MANIFEST}):
         raise CandidateError(f"{path} holds {extra[0]}, which {MANIFEST} does not list. Remove it, or predict again.")
     for name, record in files.items():
-        _verify_file(path / name, record)
+        _verify_file(path / name, record, contents=contents)
         if name.endswith("config.json"):
             _refuse_code(path / name)
     digest, target_step = manifest.get("digest"), manifest.get("target_step")
@@ -78,10 +86,17 @@ def listed_files(where: Path, manifest: Mapping[str, object]) -> dict[str, FileR
             raise CandidateError(f"{where} describes {name} as {entry!r}, not by size and sha256. Predict again.")
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise CandidateError(f"{where} lists {name}, which lies outside the directory. Do not use this model.")
-        if name != _VECTORS and not name.endswith(_KINDS):
-            raise CandidateError(f"{where} lists {name}; a model is made of {', '.join(_KINDS)} files. Remove it.")
+        if not name.endswith(_KINDS) and PurePosixPath(name).name not in _NAMES:
+            made_of = f"{', '.join(f'*{kind}' for kind in _KINDS)}, {', '.join(_NAMES)}"
+            raise CandidateError(f"{where} lists {name}; a model is made of {made_of}. Remove it.")
         records[name] = FileRecord(entry["size"], str(entry.get("sha256")))
     return records
+
+
+def digest_of(files: Mapping[str, FileRecord]) -> str:
+    """Return a hexadecimal SHA-256 that names a list of files with their contents."""
+    listed = sorted((name, record.size, record.sha256) for name, record in files.items())
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
 def sha256_of(path: Path) -> str:
@@ -109,11 +124,11 @@ def _present(path: Path) -> Iterator[str]:
             yield entry.relative_to(path).as_posix()
 
 
-def _verify_file(path: Path, record: FileRecord) -> None:
+def _verify_file(path: Path, record: FileRecord, *, contents: Literal["read", "sizes"]) -> None:
     size = path.stat().st_size
     if size != record.size:
         raise CandidateError(f"{path} has {size} bytes and {MANIFEST} lists {record.size}. Predict the model again.")
-    if (found := sha256_of(path)) != record.sha256:
+    if contents == "read" and (found := sha256_of(path)) != record.sha256:
         raise CandidateError(
             f"{path} has SHA-256 {found} and {MANIFEST} lists {record.sha256}: it changed. Predict the model again."
         )

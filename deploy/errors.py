@@ -3,7 +3,8 @@
 DeployError
 ├── CandidateError           a model directory is not what its manifest says, or holds what must not be served
 └── RegistryError            the MLflow store cannot be reached, or refused
-    └── DigestConflictError  the digest is registered already, for other bytes
+    ├── DigestConflictError  the digest is registered already, for other bytes
+    └── NoSuchVersionError   there is no such version to promote, or to go back to
 """
 
 
@@ -21,3 +22,7 @@ class RegistryError(DeployError):
 
 class DigestConflictError(RegistryError):
     """The digest is registered already, for other bytes."""
+
+
+class NoSuchVersionError(RegistryError):
+    """There is no such version to promote, or to go back to."""

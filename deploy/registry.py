@@ -4,28 +4,56 @@ One registered version is one digest: it holds the verified files as hard links,
 process or after a crash at any point, ends in the same single version.
 """
 
+import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from deploy import artifact
-from deploy.candidate import Candidate, verify
+from deploy.candidate import Candidate, digest_of, verify
+from deploy.errors import CandidateError
+from deploy.reaper import reap
 from deploy.runs import log_artifacts, log_metrics, open_run
 from deploy.store import connect, local_path, locked_experiment, page, refusals
+from deploy.versions import (
+    CANDIDATES,
+    CHAMPION,
+    DIGEST,
+    FILES,
+    MODEL_ID,
+    STEP,
+    VERSIONS_TAG,
+    RegisteredModelVersion,
+    champion_version,
+    ensure_registered_model,
+    known_version,
+    row,
+    versions,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Experiment, LoggedModel
     from mlflow.entities.model_registry import ModelVersion
 
-CHAMPION = "champion"
-_DIGEST = "relex.digest"
-_STEP = "relex.target_step"
-_MODEL_ID = "relex.logged_model_id"
-# MLflow's pages find the versions of a LoggedModel through this tag; a server sets it, the bare database does not.
-_VERSIONS_TAG = "mlflow.modelVersions"
+__all__ = [
+    "CHAMPION",
+    "Registered",
+    "RegisteredModelVersion",
+    "champion",
+    "gate_reports",
+    "models",
+    "names",
+    "register",
+    "verified",
+]
+
+# On a LoggedModel: the names of its gate results, a JSON list, oldest first.
+_GATE = "relex.gate"
 
 
 @dataclass(frozen=True)
@@ -43,23 +71,6 @@ class Registered:
     created: bool
 
 
-@dataclass(frozen=True)
-class RegisteredModelVersion:
-    """A row of the registry: what was predicted, the caller's tags, and where the weights lie (a path or a URI)."""
-
-    name: str
-    version: int
-    digest: str
-    target_step: int
-    tags: Mapping[str, str]
-    metrics: Mapping[str, float]
-    weights: str
-    logged_model_id: str
-    run_id: str
-    created_ms: int
-    champion: bool
-
-
 def register(
     model: Path,
     *,
@@ -69,28 +80,31 @@ def register(
     metrics: Mapping[str, float] | None = None,
     tags: Mapping[str, str] | None = None,
     artifacts: Sequence[Path] = (),
+    gate_reports: Sequence[Path] = (),
 ) -> Registered:
     """Verify the model directory and return its one version in `<name>-candidates`.
 
     `run_id` is the decision it comes from (`runs.record`); without one the digest gets a run of its own. Metrics are
     logged on the run and the model, tags on the version, artifacts beside the run; what the first registration logged
-    stands. Damaged registered files are put right. `weights` are the registry's own files, or `model` itself where
-    artifacts are remote. Refuses with CandidateError, DigestConflictError or RegistryError.
+    stands. `gate_reports`, JSON files, are what a promotion judges by: kept beside the weights, later ones beside
+    earlier ones. Damaged registered files are put right. `weights` are the registry's own files, or `model` itself
+    where artifacts are remote. Refuses with CandidateError, DigestConflictError or RegistryError.
     """
     candidate = verify(model)
     client = connect(tracking_uri)
-    registered = f"{name}-candidates"
+    registered = f"{name}{CANDIDATES}"
     with locked_experiment(client, name) as experiment:
-        version = _known_version(client, registered, candidate.digest)
+        reap(client, name, experiment, but=candidate.digest)
+        version = known_version(client, registered, candidate.digest)
         created = version is None
         if version is None:
             logged = _logged_model(client, experiment, candidate, run_id=run_id)
-            weights = _store(client, candidate, logged)
+            weights = _store(client, candidate, logged, gate_reports)
             _log(client, logged, metrics=metrics or {}, artifacts=artifacts)
             version = _create_version(client, registered, candidate, logged, tags=tags or {})
         else:
-            logged = client.get_logged_model(version.tags[_MODEL_ID])
-            weights = _store(client, candidate, logged)
+            logged = client.get_logged_model(version.tags[MODEL_ID])
+            weights = _store(client, candidate, logged, gate_reports)
         _link_back(client, logged, version)
     return Registered(
         name=registered,
@@ -105,44 +119,123 @@ def register(
     )
 
 
+def names(*, tracking_uri: str) -> list[str]:
+    """Return the names under which anything is registered, in alphabetical order."""
+    client = connect(tracking_uri)
+    found, token = [], None
+    with refusals(client):
+        while True:
+            listed = client.search_registered_models(f"name LIKE '%{CANDIDATES}'", page_token=token)
+            found += [item.name.removesuffix(CANDIDATES) for item in listed]
+            token = listed.token
+            if not token:
+                return sorted(found)
+
+
 def models(name: str, *, tracking_uri: str) -> list[RegisteredModelVersion]:
     """Return every registered prediction of `name`, newest first; empty where there is none."""
     client = connect(tracking_uri)
     with refusals(client):
-        promoted = _champion(client, name)
-        digest = None if promoted is None else promoted.tags.get(_DIGEST)
-        versions = _versions(client, f"name = '{name}-candidates'")
-        rows = [_row(client, version, champion=version.tags[_DIGEST] == digest) for version in versions]
-    return sorted(rows, key=lambda row: row.version, reverse=True)
+        promoted = champion_version(client, name)
+        digest = None if promoted is None else promoted.tags.get(DIGEST)
+        found = versions(client, f"name = '{name}{CANDIDATES}'")
+        rows = [row(client, version, champion=version.tags[DIGEST] == digest) for version in found]
+    return sorted(rows, key=lambda item: item.version, reverse=True)
 
 
 def champion(name: str, *, tracking_uri: str) -> RegisteredModelVersion | None:
     """Return the version of `<name>` that carries the alias champion, or None where nothing was promoted."""
     client = connect(tracking_uri)
     with refusals(client):
-        version = _champion(client, name)
-        return None if version is None else _row(client, version, champion=True)
+        version = champion_version(client, name)
+        return None if version is None else row(client, version, champion=True)
 
 
-def _known_version(client: "MlflowClient", registered: str, digest: str) -> "ModelVersion | None":
-    return next(_versions(client, f"name = '{registered}' and tags.`{_DIGEST}` = '{digest}'"), None)
+def verified(
+    version: RegisteredModelVersion,
+    *,
+    tracking_uri: str,
+    downloads: Path,
+    contents: Literal["read", "sizes"] = "read",
+) -> Path:
+    """Return the plain from_pretrained directory of a version once it is found to be what was registered.
+
+    Every byte is read; with "sizes" only names, sizes and small files. Remote weights are brought to
+    `downloads`/DIGEST, complete or not at all. Refuses with CandidateError what is missing, damaged or replaced.
+    """
+    directory = local_path(version.weights)
+    if directory is None:
+        directory = downloads / version.digest
+        _download(version.weights, directory, tracking_uri=tracking_uri)
+    again = f"To put it right, register the prediction again, or promote another than {version.title}."
+    try:
+        found = verify(directory, contents=contents)
+    except CandidateError as error:
+        raise CandidateError(f"{version.title} is not what was registered: {error} {again}") from error
+    if (found.digest, digest_of(found.files)) != (version.digest, version.files):
+        raise CandidateError(
+            f"{version.title} is not what was registered: {directory} holds prediction {found.digest[:12]} with files"
+            f" {digest_of(found.files)[:12]}, registered are {version.digest[:12]} and"
+            f" {version.files[:12] or 'none'}. {again}"
+        )
+    return directory
 
 
-def _versions(client: "MlflowClient", filter_string: str) -> Iterator["ModelVersion"]:
-    token = None
-    while True:
-        page = client.search_model_versions(filter_string, page_token=token)
-        yield from page
-        token = page.token
-        if not token:
-            return
+def gate_reports(version: RegisteredModelVersion, *, tracking_uri: str) -> list[str]:
+    """Return the texts of the gate results registered with a version, oldest first; empty where there are none.
+
+    CandidateError where one is missing or changed since.
+    """
+    client = connect(tracking_uri)
+    with refusals(client):
+        listed = json.loads(client.get_logged_model(version.logged_model_id).tags.get(_GATE, "[]"))
+    if not listed:
+        return []
+    location = f"{version.weights.removesuffix(artifact.MODEL)}{artifact.GATE}"
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = local_path(location)
+        if directory is None:
+            directory = Path(scratch) / artifact.GATE
+            _download(location, directory, tracking_uri=tracking_uri)
+        texts = []
+        for name in listed:
+            path = directory / f"{name}.json"
+            try:
+                content = path.read_bytes()
+            except OSError as error:
+                raise CandidateError(
+                    f"gate results {path} of {version.title} cannot be read: {error.strerror}. Register it again."
+                ) from error
+            if (found := hashlib.sha256(content).hexdigest()) != name:
+                raise CandidateError(
+                    f"gate results {path} of {version.title} changed: SHA-256 {found}. Register it again."
+                )
+            texts.append(content.decode())
+    return texts
+
+
+def _download(location: str, directory: Path, *, tracking_uri: str) -> None:
+    if directory.exists():
+        return
+    from mlflow.artifacts import download_artifacts
+
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        refusals(connect(tracking_uri)),
+        tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as scratch,
+    ):
+        brought = Path(download_artifacts(location, dst_path=scratch, tracking_uri=tracking_uri))
+        try:
+            shutil.move(brought, directory)
+        except FileExistsError:
+            return  # Another process was faster.
 
 
 def _logged_model(
     client: "MlflowClient", experiment: "Experiment", candidate: Candidate, *, run_id: str | None
 ) -> "LoggedModel":
     found = client.search_logged_models(
-        [experiment.experiment_id], filter_string=f"tags.`{_DIGEST}` = '{candidate.digest}'", max_results=1
+        [experiment.experiment_id], filter_string=f"tags.`{DIGEST}` = '{candidate.digest}'", max_results=1
     )
     if found:
         return found[0]
@@ -154,18 +247,22 @@ def _logged_model(
         experiment.experiment_id,
         name=title,
         source_run_id=run_id,
-        tags={_DIGEST: candidate.digest},
+        tags={DIGEST: candidate.digest},
         params={"target_step": str(candidate.target_step), **_method(candidate)},
         model_type="prediction",
     )
 
 
-def _store(client: "MlflowClient", candidate: Candidate, logged: "LoggedModel") -> Path:
+def _store(client: "MlflowClient", candidate: Candidate, logged: "LoggedModel", gate_reports: Sequence[Path]) -> Path:
     directory = local_path(logged.artifact_location)
     if directory is not None:
         artifact.build(candidate, directory, model_id=logged.model_id, created_ms=logged.creation_timestamp)
     elif logged.status != "READY":
         artifact.upload(candidate, client, model_id=logged.model_id, created_ms=logged.creation_timestamp)
+    known = json.loads(logged.tags.get(_GATE, "[]"))
+    added = artifact.add_reports(directory, gate_reports, client, logged.model_id)
+    if new := [item for item in added if item not in known]:
+        client.set_logged_model_tags(logged.model_id, {_GATE: json.dumps([*known, *new])})
     if logged.status != "READY":
         client.finalize_logged_model(logged.model_id, "READY")
     return candidate.path if directory is None else directory / artifact.MODEL
@@ -190,13 +287,7 @@ def _method(candidate: Candidate) -> dict[str, str]:
 def _create_version(
     client: "MlflowClient", registered: str, candidate: Candidate, logged: "LoggedModel", *, tags: Mapping[str, str]
 ) -> "ModelVersion":
-    from mlflow.exceptions import MlflowException
-
-    try:
-        client.create_registered_model(registered)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
+    ensure_registered_model(client, registered)
     # The source is the artifact location and not models:/m-…: the database resolves that one through the process-wide
     # tracking URI, which belongs to the caller.
     return client.create_model_version(
@@ -206,45 +297,16 @@ def _create_version(
         model_id=logged.model_id,
         tags={
             **tags,
-            _DIGEST: candidate.digest,
-            _STEP: str(candidate.target_step),
-            _MODEL_ID: logged.model_id,
+            DIGEST: candidate.digest,
+            STEP: str(candidate.target_step),
+            MODEL_ID: logged.model_id,
+            FILES: digest_of(candidate.files),
         },
     )
 
 
 def _link_back(client: "MlflowClient", logged: "LoggedModel", version: "ModelVersion") -> None:
     link = {"name": version.name, "version": int(version.version)}
-    links = json.loads(client.get_logged_model(logged.model_id).tags.get(_VERSIONS_TAG, "[]"))
+    links = json.loads(client.get_logged_model(logged.model_id).tags.get(VERSIONS_TAG, "[]"))
     if link not in links:
-        client.set_logged_model_tags(logged.model_id, {_VERSIONS_TAG: json.dumps([*links, link])})
-
-
-def _champion(client: "MlflowClient", name: str) -> "ModelVersion | None":
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return client.get_model_version_by_alias(name, CHAMPION)
-    except MlflowException as error:
-        # The registered model, or the alias on it, does not exist yet.
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            return None
-        raise
-
-
-def _row(client: "MlflowClient", version: "ModelVersion", *, champion: bool) -> RegisteredModelVersion:
-    location = client.get_model_version_download_uri(version.name, version.version)
-    run = client.get_run(str(version.run_id))
-    return RegisteredModelVersion(
-        name=version.name,
-        version=int(version.version),
-        digest=version.tags[_DIGEST],
-        target_step=int(version.tags[_STEP]),
-        tags={key: value for key, value in version.tags.items() if not key.startswith("relex.")},
-        metrics=dict(run.data.metrics),
-        weights=f"{location}/{artifact.MODEL}",
-        logged_model_id=version.tags[_MODEL_ID],
-        run_id=str(version.run_id),
-        created_ms=version.creation_timestamp,
-        champion=champion,
-    )
+        client.set_logged_model_tags(logged.model_id, {VERSIONS_TAG: json.dumps([*links, link])})

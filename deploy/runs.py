@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Experiment, Run
 
-_KEY_TAG = "relex.key"
+KEY_TAG = "relex.key"
 # MLflow takes at most 1,000 metrics in one call.
 _BATCH = 1000
 
@@ -87,11 +87,11 @@ def open_run(
     """Return the run of `key` in a locked experiment, created where it is missing."""
     if not re.fullmatch(r"[\w .:/@=+-]{1,200}", key):
         raise RegistryError(f"{key!r} is no key for a run. Use up to 200 letters, digits, spaces and .:/@=+-_.")
-    found = client.search_runs([experiment.experiment_id], filter_string=f"tags.`{_KEY_TAG}` = '{key}'", max_results=1)
+    found = client.search_runs([experiment.experiment_id], filter_string=f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
     if found:
         return found[0]
     # Created together with its key, so that a crash right after leaves a run the next call finds.
-    return client.create_run(experiment.experiment_id, run_name=title, tags={**tags, _KEY_TAG: key})
+    return client.create_run(experiment.experiment_id, run_name=title, tags={**tags, KEY_TAG: key})
 
 
 def log_metrics(

@@ -3,11 +3,15 @@
 MLflow is imported here and below functions only: `import deploy.store` costs nothing.
 """
 
+import contextlib
 import hashlib
 import os
 import re
 import shutil
+import socket
 import tempfile
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +29,9 @@ if TYPE_CHECKING:
 
 # A registration that must copy a large model holds the lock for as long as the copy takes.
 _LOCK_SECONDS = 900
+_LOCK_POLL_SECONDS = 0.2
+_PLACE = "relex.place"
+_OWNER = "relex.owner"
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,9 @@ def connect(tracking_uri: str) -> "MlflowClient":
 def locked_experiment(client: "MlflowClient", name: str) -> Iterator["Experiment"]:
     """Yield the experiment `name`, created where it is missing, alone: one process at a time writes to it.
 
-    Among the hosts that share the artifact directory; where artifacts are remote, among the processes of this host.
+    Where artifacts are a directory, a file lock in it: among all hosts that mount it, as far as its file system locks
+    between hosts. Where they are remote, a file lock of this host and a registered model `<name>.lock`, whose name
+    MLflow gives out once. Neither binds a client that moves an alias without asking, such as MLflow's own page.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise RegistryError(f"{name!r} is no name for a model. Use letters, digits, '.', '_' and '-'.")
@@ -85,10 +94,51 @@ def locked_experiment(client: "MlflowClient", name: str) -> Iterator["Experiment
             f"{lock.lock_file} is still held after {_LOCK_SECONDS} s. Find the process that registers, or end it."
         ) from error
     try:
-        with refusals(client):
+        remote = local_path(experiment.artifact_location) is None
+        with refusals(client), _lock_model(client, name, directory) if remote else contextlib.nullcontext():
             yield experiment
     finally:
         lock.release()
+
+
+@contextmanager
+def _lock_model(client: "MlflowClient", name: str, place: Path) -> Iterator[None]:
+    """Hold the registered model `<name>.lock`; the caller holds the file lock of `place`, a directory of this host."""
+    from mlflow.exceptions import MlflowException
+
+    # Not the host's name, which two containers may share while each has a directory of its own.
+    identity = place / ".relex.place"
+    if not identity.exists():
+        identity.write_text(uuid.uuid4().hex)
+    owner = {_PLACE: identity.read_text(), _OWNER: f"process {os.getpid()} of {socket.gethostname()}"}
+    held, deadline = f"{name}.lock", time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            client.create_registered_model(held, tags=owner, description="Held while relex writes; gone afterwards.")
+            break
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        try:
+            found = client.get_registered_model(held).tags
+            if found.get(_PLACE) == owner[_PLACE]:
+                # Only who holds the file lock of a place makes its lock here: the one that did is dead.
+                client.delete_registered_model(held)
+                continue
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            continue
+        if time.monotonic() > deadline:
+            raise RegistryError(
+                f"{held} is still held by {found.get(_OWNER, 'somebody')} after {_LOCK_SECONDS} s. If that process is"
+                f" gone, delete the registered model {held} in MLflow."
+            )
+        time.sleep(_LOCK_POLL_SECONDS)
+    try:
+        yield
+    finally:
+        client.delete_registered_model(held)
 
 
 @contextmanager

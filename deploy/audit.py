@@ -1,0 +1,164 @@
+"""The audit trail of a registered model: one MLflow run for every promotion and rollback, refused ones too.
+
+Entries are numbered under the lock, so their order does not hang on clocks. An entry is RUNNING while its alias may or
+may not have moved; deploy.reaper settles one whose process died.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, cast
+
+from deploy.runs import KEY_TAG, log_metrics, open_run
+from deploy.store import page
+from deploy.versions import AUDIT
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Experiment, Run
+
+Action = Literal["promote", "rollback"]
+Verdict = Literal["promoted", "rolled back", "refused", "abandoned", "under way"]
+TO_VERSION = "to_version"
+DONE: Mapping[str, Verdict] = {"promote": "promoted", "rollback": "rolled back"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Who moved the alias champion when, from which version of the model to which, by which numbers.
+
+    `candidate` is the version among the candidates a promotion was asked for; versions are None where there was none.
+    """
+
+    number: int
+    action: Action
+    verdict: Verdict
+    reason: str
+    by: str
+    digest: str
+    candidate: int | None
+    from_version: int | None
+    to_version: int | None
+    metrics: Mapping[str, float]
+    at_ms: int
+    run_id: str
+    url: str | None
+
+    @property
+    def moved(self) -> bool:
+        """Whether the alias was moved."""
+        return self.verdict in DONE.values()
+
+
+def begin(
+    client: "MlflowClient",
+    experiment: "Experiment",
+    action: Action,
+    *,
+    number: int,
+    title: str,
+    reason: str,
+    by: str,
+    digest: str,
+    candidate: int | None,
+    from_version: int | None,
+    metrics: Mapping[str, float],
+) -> "Run":
+    """Open the entry `number` of the trail, one more than the last."""
+    tags = {
+        AUDIT: str(number),
+        "action": action,
+        "verdict": "under way",
+        "reason": reason,
+        "by": by,
+        "digest": digest,
+        "candidate": _text(candidate),
+        "from_version": _text(from_version),
+    }
+    run = open_run(client, experiment, key=f"audit {number:08d}", title=title, tags=tags)
+    log_metrics(client, run, metrics)
+    return run
+
+
+def aim(client: "MlflowClient", run: "Run", to_version: int) -> None:
+    """Note where the alias is about to go."""
+    client.set_tag(run.info.run_id, TO_VERSION, str(to_version))
+
+
+def close(client: "MlflowClient", run: "Run", verdict: Verdict) -> Entry:
+    """End an entry and return it."""
+    client.set_tag(run.info.run_id, "verdict", verdict)
+    client.set_terminated(run.info.run_id, "KILLED" if verdict == "abandoned" else "FINISHED")
+    return _entry(client, client.get_run(run.info.run_id))
+
+
+def read(client: "MlflowClient", experiment: "Experiment") -> list[Entry]:
+    """Return the whole trail, oldest first."""
+    entries, token = [], None
+    while True:
+        found = client.search_runs(
+            [experiment.experiment_id], filter_string=f"tags.`{KEY_TAG}` LIKE 'audit %'", page_token=token
+        )
+        entries += [_entry(client, run) for run in found]
+        token = found.token
+        if not token:
+            return sorted(entries, key=lambda entry: entry.number)
+
+
+def rolled_back(entries: list[Entry], digest: str) -> Entry | None:
+    """Return the rollback that took a prediction's alias away and that no promotion followed, or None."""
+    last = None
+    copies = {entry.to_version for entry in entries if entry.moved and entry.digest == digest}
+    for entry in filter(lambda entry: entry.moved, entries):
+        if entry.digest == digest:
+            last = None
+        elif entry.action == "rollback" and entry.from_version in copies:
+            last = entry
+    return last
+
+
+def before(entries: list[Entry], champion: int) -> int | None:
+    """Return the version that was champion before version `champion` became it, or None.
+
+    Read from the trail as a stack: a promotion puts a version on top, a rollback takes one away; what somebody moved
+    by hand shows in the next entry and counts as put there.
+    """
+    stack: list[int] = []
+    for entry in filter(lambda entry: entry.moved, entries):
+        if entry.from_version is not None and stack[-1:] != [entry.from_version]:
+            stack.append(entry.from_version)
+        if entry.action == "promote":
+            if stack[-1:] != [entry.to_version]:
+                stack.append(cast("int", entry.to_version))
+        else:
+            while stack[-1] != entry.to_version:
+                stack.pop()
+    if stack[-1:] != [champion]:
+        stack.append(champion)
+    return stack[-2] if len(stack) > 1 else None
+
+
+def _entry(client: "MlflowClient", run: "Run") -> Entry:
+    tags = run.data.tags
+    return Entry(
+        number=int(tags[AUDIT]),
+        action=cast("Action", tags["action"]),
+        verdict=cast("Verdict", tags["verdict"]),
+        reason=tags["reason"],
+        by=tags["by"],
+        digest=tags["digest"],
+        candidate=_number(tags["candidate"]),
+        from_version=_number(tags["from_version"]),
+        to_version=_number(tags.get(TO_VERSION, "")),
+        metrics=dict(run.data.metrics),
+        at_ms=run.info.start_time,
+        run_id=run.info.run_id,
+        url=page(client.tracking_uri, f"experiments/{run.info.experiment_id}/runs/{run.info.run_id}"),
+    )
+
+
+def _text(number: int | None) -> str:
+    return "" if number is None else str(number)
+
+
+def _number(text: str) -> int | None:
+    return int(text) if text else None

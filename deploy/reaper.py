@@ -1,0 +1,69 @@
+"""Clears what a killed process left: unfinished models, runs shown as running, half-written files, unused copies.
+
+The caller holds the lock under which all of it is made, so whatever is unfinished has nobody who finishes it.
+"""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from deploy import audit
+from deploy.runs import KEY_TAG
+from deploy.store import local_path
+from deploy.versions import AUDIT, CANDIDATES, DIGEST, VERSIONS_TAG, champion_version, known_version, versions
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Experiment, LoggedModel, Run
+
+
+def reap(client: "MlflowClient", name: str, experiment: "Experiment", *, but: str = "") -> None:
+    """Clear what lies unfinished in a locked experiment, except what belongs to the digest `but`.
+
+    A promotion that had moved the alias is completed, one that had not is undone. Predictions themselves are never
+    touched: the registry's files are links or copies.
+    """
+    for logged in _models(client, experiment):
+        digest = logged.tags.get(DIGEST)
+        # A model that ever had a version stays, whoever deleted that.
+        if digest is None or digest == but or VERSIONS_TAG in logged.tags:
+            continue
+        if known_version(client, f"{name}{CANDIDATES}", digest) is None:
+            if (directory := local_path(logged.artifact_location)) is not None:
+                shutil.rmtree(directory, ignore_errors=True)
+            client.delete_logged_model(logged.model_id)
+    for run in _running(client, experiment):
+        if AUDIT in run.data.tags:
+            _settle(client, name, run)
+        else:
+            client.set_terminated(run.info.run_id, "KILLED")
+    if (root := local_path(experiment.artifact_location)) is not None:
+        for unfinished in Path(root).rglob(".*.partial"):
+            unfinished.unlink(missing_ok=True)
+
+
+def _settle(client: "MlflowClient", name: str, run: "Run") -> None:
+    """Complete the audit run of a promotion or rollback if the alias was moved, otherwise undo what it had begun."""
+    champion = champion_version(client, name)
+    if champion is not None and run.data.tags.get(audit.TO_VERSION) == str(champion.version):
+        audit.close(client, run, audit.DONE[run.data.tags["action"]])
+        return
+    for copy in versions(client, f"name = '{name}' and tags.`{AUDIT}` = '{run.data.tags[AUDIT]}'"):
+        client.delete_model_version(name, str(copy.version))
+    audit.close(client, run, "abandoned")
+
+
+def _models(client: "MlflowClient", experiment: "Experiment") -> Iterator["LoggedModel"]:
+    token = None
+    while True:
+        page = client.search_logged_models([experiment.experiment_id], page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def _running(client: "MlflowClient", experiment: "Experiment") -> list["Run"]:
+    running = client.search_runs([experiment.experiment_id], filter_string="attributes.status = 'RUNNING'")
+    return [run for run in running if KEY_TAG in run.data.tags]
