@@ -6,6 +6,7 @@ FlowError
 ├── PinError         a checkpoint cannot be pinned
 ├── WindowError      the store is no longer what the window was announced with
 ├── StopError        the training cannot be stopped, or it is not known whether it was
+├── PromotionError   a candidate does not become the champion
 ├── RegroundError    the cycles of a re-grounding are at work elsewhere, or were begun with other settings
 ├── TrainerError     the user's trainer failed, or left no checkpoints to predict from
 ├── StackError       a server of the local stack does not start, or is not running
@@ -35,6 +36,10 @@ class WindowError(FlowError):
 
 class StopError(FlowError):
     """The training cannot be stopped, or it is not known whether it was."""
+
+
+class PromotionError(FlowError):
+    """A candidate does not become the champion: it is damaged, or its stored gate results do not say that it should."""
 
 
 class RegroundError(FlowError):
