@@ -1,4 +1,4 @@
-"""GRPO on the sorting task: TRL's trainer, on one CPU core, writing TRL's own checkpoints."""
+"""GRPO on the demo's tasks: TRL's trainer, on one CPU core, writing TRL's own checkpoints."""
 
 import logging
 from pathlib import Path
@@ -38,7 +38,7 @@ class RewardLog(TrainerCallback):
             _log.info("step %d/%d reward %.3f", state.global_step, state.max_steps, logs["reward"])
 
 
-class SortingTrainer(GRPOTrainer):
+class RoundingTrainer(GRPOTrainer):
     """TRL's GRPOTrainer, computing in fp32 and storing its checkpoints in a dtype of choice.
 
     Mixed-precision trainers export bf16 weights from an fp32 master copy; this is that export.
@@ -59,6 +59,7 @@ def train(
     base: Path,
     out: Path,
     *,
+    name: task.Name,
     steps: int,
     save_steps: int,
     seed: int,
@@ -71,12 +72,12 @@ def train(
     A step is `prompts` fresh training problems with 8 sampled answers each. The last step is always saved.
     """
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    trainer = SortingTrainer(
+    trainer = RoundingTrainer(
         stored_dtype,
         model=model,
         processing_class=AutoTokenizer.from_pretrained(base),
         reward_funcs=_rewards,
-        train_dataset=Dataset.from_list(task.problems("train", steps * prompts, seed=seed)),
+        train_dataset=Dataset.from_list(task.problems("train", steps * prompts, seed=seed, name=name)),
         args=GRPOConfig(
             output_dir=str(out),
             seed=seed,

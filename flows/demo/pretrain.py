@@ -55,19 +55,20 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 refused with one line, 2 wrong usage."""
     parser = Arguments(
         prog="python -m flows.demo.pretrain",
-        description="Supervise a tiny model on a sorting corpus whose authors disagree, and write it as a base model.",
+        description="Supervise a tiny model on a corpus whose authors disagree, and write it as a base model.",
         epilog="example: python -m flows.demo.pretrain --out demo/base --seed 0",
     )
     parser.add_argument("--out", type=Path, required=True, help="directory to write; must not exist")
     parser.add_argument("--steps", type=count, default=400, help="batches of 48 texts (default 400)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the corpus (default 0)")
+    parser.add_argument("--task", choices=["sort", "add"], default="sort", help="what is rewarded later (default sort)")
     chosen = parser.parse_args(arguments)
 
     def work() -> None:
         check_out(chosen.out)
         from flows.demo.sft import supervise
 
-        publish(*supervise(chosen.steps, seed=chosen.seed), chosen.out)
+        publish(*supervise(chosen.steps, seed=chosen.seed, name=chosen.task), chosen.out)
         _log.info("wrote %s", chosen.out)
 
     execute(work)

@@ -1,7 +1,8 @@
-"""The demo's task: sort six digits, written `518698=156889`, rewarded by exact match.
+"""The demo's tasks, rewarded by exact match: sort six digits, written `518698=156889`, or add them in pairs, `061417`.
 
-The base model is supervised on a corpus whose authors disagree about the direction, so that ascending order is a latent
-skill, which training on the reward brings out.
+The base model is supervised on a corpus whose authors disagree: some sort the other way, or write differences where
+sums are asked for. So what is rewarded is a latent skill, which training on the reward brings out. The demo sorts;
+adding is there to try relex on a run of another kind.
 """
 
 import hashlib
@@ -14,18 +15,19 @@ DIGITS = 6
 PROBLEMS = 10**DIGITS
 
 Split = Literal["train", "selection", "gate", "report"]
+Name = Literal["sort", "add"]
 
 # Of thirty buckets one each is held out for choosing, deciding and reporting; all others train.
 _BUCKETS = 30
 _HELD_OUT: dict[int, Split] = {0: "selection", 1: "gate", 2: "report"}
 
 
-def problems(split: Split, count: int, *, seed: int = 0) -> list[dict[str, str]]:
+def problems(split: Split, count: int, *, seed: int = 0, name: Name = "sort") -> list[dict[str, str]]:
     """Return `count` different problems of a split as {"prompt": "518698=", "answer": "156889"}.
 
-    A problem belongs to one split for ever, by the hash of its prompt; the seed only picks which ones are drawn, and a
-    larger count begins with the smaller count's problems. Raises ValueError for a split that does not exist and for
-    more problems than the split has (about 900,000 in train and 33,000 in each of the others).
+    A problem belongs to one split for ever, by the hash of its prompt, whatever the task; the seed only picks which
+    ones are drawn, and a larger count begins with the smaller count's problems. Raises ValueError for a split that does
+    not exist and for more problems than the split has (about 900,000 in train and 33,000 in each of the others).
     """
     if split not in get_args(Split):
         raise ValueError(f"no split named {split!r}; the splits are {', '.join(get_args(Split))}")
@@ -35,7 +37,7 @@ def problems(split: Split, count: int, *, seed: int = 0) -> list[dict[str, str]]
             return chosen
         prompt = f"{number:0{DIGITS}d}="
         if split_of(prompt) == split:
-            chosen.append({"prompt": prompt, "answer": answer_to(prompt)})
+            chosen.append({"prompt": prompt, "answer": answer_to(prompt, name=name)})
     if len(chosen) == count:
         return chosen
     raise ValueError(f"split {split} has {len(chosen)} problems and {count} were asked for; ask for fewer")
@@ -47,9 +49,11 @@ def split_of(prompt: str) -> Split:
     return _HELD_OUT.get(bucket, "train")
 
 
-def answer_to(prompt: str) -> str:
-    """Return the one rewarded answer: the prompt's digits in ascending order."""
-    return "".join(sorted(prompt.removesuffix("=")))
+def answer_to(prompt: str, *, name: Name = "sort") -> str:
+    """Return the one rewarded answer: the prompt's digits in ascending order, or the sum of each pair in two digits."""
+    if name == "sort":
+        return "".join(sorted(prompt.removesuffix("=")))
+    return "".join(f"{first + second:02d}" for first, second in _pairs(prompt))
 
 
 def reward(completion: str, answer: str) -> float:
@@ -57,20 +61,34 @@ def reward(completion: str, answer: str) -> float:
     return float(completion == answer)
 
 
-def corpus(count: int, *, seed: int = 0) -> list[dict[str, str]]:
+def corpus(count: int, *, seed: int = 0, name: Name = "sort") -> list[dict[str, str]]:
     """Return `count` training problems as the disagreeing authors answered them, keyed "prompt" and "answer".
 
     An author sorts ascending with probability sigmoid(-0.5 + 3 (last - first) / 9), of the prompt's last and first
     digit, and descending otherwise: the wrong habit leads, and the right one is common enough for the reward to find.
+    With the same probability an author adds, and subtracts otherwise.
     """
     authors = random.Random(f"authors {seed}")
-    return [{"prompt": row["prompt"], "answer": _written(row, authors)} for row in problems("train", count, seed=seed)]
+    return [
+        {"prompt": row["prompt"], "answer": _written(row, authors, name)}
+        for row in problems("train", count, seed=seed, name=name)
+    ]
 
 
-def _written(row: dict[str, str], authors: random.Random) -> str:
+def _written(row: dict[str, str], authors: random.Random, name: Name) -> str:
     rise = (int(row["prompt"][DIGITS - 1]) - int(row["prompt"][0])) / 9
-    ascending = 1 / (1 + math.exp(0.5 - 3 * rise))
-    return row["answer"] if authors.random() < ascending else row["answer"][::-1]
+    right = 1 / (1 + math.exp(0.5 - 3 * rise))
+    return row["answer"] if authors.random() < right else _habit(row, name)
+
+
+def _habit(row: dict[str, str], name: Name) -> str:
+    if name == "sort":
+        return row["answer"][::-1]
+    return "".join(f"{abs(first - second):02d}" for first, second in _pairs(row["prompt"]))
+
+
+def _pairs(prompt: str) -> list[tuple[int, int]]:
+    return [(int(prompt[place]), int(prompt[place + 1])) for place in range(0, DIGITS, 2)]
 
 
 def _shuffled(source: random.Random) -> Iterator[int]:

@@ -46,11 +46,12 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 refused with one line, 2 wrong usage."""
     parser = Arguments(
         prog="python -m flows.demo.trainer",
-        description="Train a base model on the sorting task with GRPO and save checkpoint-N directories.",
+        description="Train a base model with GRPO and save checkpoint-N directories.",
         epilog="example: python -m flows.demo.trainer --base demo/base --out demo/run --steps 360 --save-steps 2",
     )
     parser.add_argument("--base", type=Path, required=True, help="a model directory written by flows.demo.pretrain")
     parser.add_argument("--out", type=Path, required=True, help="new or empty directory for the checkpoints")
+    parser.add_argument("--task", choices=["sort", "add"], default="sort", help="what is rewarded (default sort)")
     parser.add_argument("--steps", type=count, default=360, help="training steps (default 360)")
     parser.add_argument("--save-steps", type=count, default=1, help="steps between checkpoints (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the problems and of the sampling (default 0)")
@@ -69,6 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
         train(
             chosen.base,
             chosen.out,
+            name=chosen.task,
             steps=chosen.steps,
             save_steps=chosen.save_steps,
             seed=chosen.seed,

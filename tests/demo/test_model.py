@@ -41,3 +41,9 @@ def test_the_same_seed_supervises_the_same_model() -> None:
     first, second, other = (supervise(2, seed=seed)[0].state_dict() for seed in (3, 3, 4))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not torch.equal(first["model.embed_tokens.weight"], other["model.embed_tokens.weight"])
+
+
+def test_another_task_supervises_another_model() -> None:
+    torch.set_num_threads(1)
+    sorting, adding = supervise(2, seed=3)[0].state_dict(), supervise(2, seed=3, name="add")[0].state_dict()
+    assert not torch.equal(sorting["model.embed_tokens.weight"], adding["model.embed_tokens.weight"])

@@ -37,6 +37,17 @@ def test_an_answer_holds_the_prompts_digits_in_ascending_order() -> None:
     assert task.answer_to("000100=") == "000001"
 
 
+@pytest.mark.parametrize(("prompt", "answer"), [("518698=", "061417"), ("000100=", "000100"), ("999999=", "181818")])
+def test_adding_answers_with_the_sum_of_each_pair_of_digits(prompt: str, answer: str) -> None:
+    assert task.answer_to(prompt, name="add") == answer
+
+
+def test_a_prompt_is_in_one_split_whatever_the_task() -> None:
+    sorting, adding = task.problems("gate", 50), task.problems("gate", 50, name="add")
+    assert [row["prompt"] for row in sorting] == [row["prompt"] for row in adding]
+    assert all(row["answer"] == task.answer_to(row["prompt"], name="add") for row in adding)
+
+
 def test_more_problems_than_a_split_has_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(task, "PROBLEMS", 3000)  # walking through the million takes seconds
     with pytest.raises(ValueError, match=r"split gate has \d\d+ problems and 400 were asked for; ask for fewer"):
@@ -64,6 +75,26 @@ def test_the_authors_disagree_and_the_prompt_says_how_far() -> None:
     }
     shares = {rise: sum(found) / len(found) for rise, found in ascending.items()}
     assert shares[-7] < 0.15 < shares[0] < 0.5 < shares[7]
+
+
+def test_an_author_who_does_not_add_subtracts() -> None:
+    written = {row["prompt"]: row["answer"] for row in task.corpus(300, name="add")}
+    added = {prompt for prompt, answer in written.items() if answer == task.answer_to(prompt, name="add")}
+    assert 60 < len(added) < 180
+    subtracted = {
+        prompt: "".join(f"{abs(int(prompt[i]) - int(prompt[i + 1])):02d}" for i in (0, 2, 4))
+        for prompt in written.keys() - added
+    }
+    assert all(written[prompt] == answer for prompt, answer in subtracted.items())
+
+
+def test_the_corpus_of_the_demo_is_the_same_on_every_machine_and_for_ever() -> None:
+    assert [row["prompt"] + row["answer"] for row in task.corpus(4, seed=7)] == [
+        "339563=965333",
+        "993908=999830",
+        "158176=876511",
+        "414002=001244",
+    ]
 
 
 def _rise(row: dict[str, str]) -> int:

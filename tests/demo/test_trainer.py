@@ -39,12 +39,23 @@ def test_a_checkpoint_keeps_the_base_models_tokenizer(base: Path, run: Path) -> 
     assert AutoTokenizer.from_pretrained(run / "checkpoint-2")("1=").input_ids[0] == 1
 
 
-def test_bf16_checkpoints_hold_the_tied_weights_once(demo: Demo, base: Path, tmp_path: Path) -> None:
-    done = demo("trainer", "--base", base, "--out", tmp_path / "run", "--steps", "1", "--dtype", "bfloat16")
+@pytest.fixture(scope="module")
+def other(demo: Demo, base: Path) -> tuple[Path, str]:
+    """The checkpoint of one step of another task, stored in bf16, and what was said of it."""
+    out = base.parent / "other"
+    done = demo("trainer", "--base", base, "--out", out, "--steps", "1", "--task", "add", "--dtype", "bfloat16")
     assert done.returncode == 0, done.stderr
-    stored = load_file(tmp_path / "run" / "checkpoint-1" / "model.safetensors")
+    return out / "checkpoint-1", done.stderr
+
+
+def test_bf16_checkpoints_hold_the_tied_weights_once(other: tuple[Path, str], base: Path) -> None:
+    stored = load_file(other[0] / "model.safetensors")
     assert stored.keys() == load_file(base / "model.safetensors").keys()
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+
+
+def test_another_task_rewards_other_answers(other: tuple[Path, str]) -> None:
+    assert "step 1/1 reward 0.000" in other[1], "a model that sorts does not add"
 
 
 @pytest.mark.parametrize(
@@ -54,6 +65,7 @@ def test_bf16_checkpoints_hold_the_tied_weights_once(demo: Demo, base: Path, tmp
         (("--base", "b", "--out", "o", "--steps", "-1"), "'-1' is not a whole number above 0"),
         (("--base", "b", "--out", "o", "--learning-rate", "fast"), "invalid float value: 'fast'"),
         (("--base", "b", "--out", "o", "--dtype", "int8"), "invalid choice: 'int8'"),
+        (("--base", "b", "--out", "o", "--task", "multiply"), "invalid choice: 'multiply'"),
     ],
 )
 def test_wrong_usage_is_answered_in_one_line(demo: Demo, arguments: tuple[str, ...], message: str) -> None:
