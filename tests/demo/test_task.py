@@ -1,5 +1,8 @@
 """Splits, rewards and the corpus."""
 
+import hashlib
+import json
+
 import pytest
 
 from flows.demo import task
@@ -89,12 +92,8 @@ def test_an_author_who_does_not_add_subtracts() -> None:
 
 
 def test_the_corpus_of_the_demo_is_the_same_on_every_machine_and_for_ever() -> None:
-    assert [row["prompt"] + row["answer"] for row in task.corpus(4, seed=7)] == [
-        "339563=965333",
-        "993908=999830",
-        "158176=876511",
-        "414002=001244",
-    ]
+    written = json.dumps(task.corpus(200, seed=7)).encode()
+    assert hashlib.sha256(written).hexdigest().startswith("5d1da1363e3137ae")
 
 
 def _rise(row: dict[str, str]) -> int:
