@@ -1,14 +1,20 @@
-"""Grade: is an answer the problem's answer? Called by lm-eval, in the main thread of the worker only.
+"""Grade: is an answer the problem's answer? Called by lm-eval in the worker.
 
-Nothing here raises: lm-eval would lose the whole run after all its generation. Nothing here executes what a model
-wrote.
+Nothing that a model writes makes this raise: lm-eval would lose the whole run after all its generation. Nothing that a
+model writes is executed.
 """
 
+import math
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+
+from evaluation import notation
+from evaluation.equality import judge
 
 LONGEST_ANSWER = 500
-SECONDS = 3
+# A loop: at least so many characters at the end that are one passage, at least so many times over. Read are the last
+# LONGEST_TAIL characters, so no longer passage than a quarter of them is found.
+SHORTEST_LOOP, TIMES, LONGEST_TAIL = 200, 4, 4000
 
 
 def score_exact_match(problem: Mapping[str, str], results: Sequence[str | Sequence[str]]) -> dict[str, float]:
@@ -21,47 +27,78 @@ def score_exact_match(problem: Mapping[str, str], results: Sequence[str | Sequen
 
 
 def score_boxed_math(problem: Mapping[str, str], results: Sequence[str | Sequence[str]]) -> dict[str, float]:
-    """Return `correct` (the last box equals the answer) and `answered` (there is a box), each the mean over repeats."""
-    answers = [last_boxed(answer) for answer in _repeats(results)]
+    """Return `correct` (the last box equals the answer), `boxed` (there is a box) and `repeated` (it ends in a loop).
+
+    Each is the mean over repeats. With n repeats there are also `pass@2`, `pass@4`, … up to n.
+    """
+    answers = _repeats(results)
+    boxes = [last_boxed(answer) for answer in answers]
+    correct = [box is not None and equal_math(box, problem["answer"]) for box in boxes]
     return {
-        "correct": _mean([answer is not None and equal_math(answer, problem["answer"]) for answer in answers]),
-        "answered": _mean([answer is not None for answer in answers]),
+        "correct": _mean(correct),
+        "boxed": _mean([box is not None for box in boxes]),
+        "repeated": _mean([ends_in_loop(answer) for answer in answers]),
+        **{
+            f"pass@{2**power}": pass_at(2**power, n=len(correct), correct=sum(correct))
+            for power in range(1, len(correct).bit_length())
+        },
     }
+
+
+def pass_at(k: int, *, n: int, correct: int) -> float:
+    """Return the chance that one of k answers is correct, unbiased, from n >= k seen answers (arXiv 2107.03374)."""
+    return 1 - math.comb(n - correct, k) / math.comb(n, k)
 
 
 def last_boxed(text: str) -> str | None:
     r"""Return the content of the last complete `\boxed{…}`, None when there is none; braces inside are matched."""
     opening = r"\boxed{"
     start = text.rfind(opening)
+    # Closing braces are looked for no further than the box that follows: the time is linear in the text.
+    end = len(text)
     while start >= 0:
-        content = _to_closing_brace(text[start + len(opening) :])
+        content = _to_closing_brace(text[start + len(opening) : end])
         if content is not None:
             return content
+        end = start
         start = text.rfind(opening, 0, start)
     return None
 
 
+def ends_in_loop(text: str) -> bool:
+    """Return whether the text ends in at least 200 characters that are one passage at least four times over."""
+    tail = text.rstrip()[-LONGEST_TAIL:]
+    # overlap[i]: how long the longest beginning of the reversed tail is that also ends at i, other than all of it; what
+    # is left is the length of the passage. Reversed, the loop comes first.
+    reverse = tail[::-1]
+    overlap = [0] * len(reverse)
+    longest = 0
+    for position in range(1, len(reverse)):
+        while longest and reverse[position] != reverse[longest]:
+            longest = overlap[longest - 1]
+        longest += reverse[position] == reverse[longest]
+        overlap[position] = longest
+        length = position + 1
+        if length >= max(SHORTEST_LOOP, TIMES * (length - longest)):
+            return True
+    return False
+
+
 def equal_math(answer: str, gold: str) -> bool:
     """Return whether two LaTeX answers are equal, as strings or else as mathematics; False when that takes too long."""
-    answer, gold = answer.strip(), gold.strip()
+    if answer.strip() == gold.strip():
+        return True
+    if len(answer) > LONGEST_ANSWER:
+        return False
+    answer, gold = notation.plain(answer), notation.plain(gold)
     if answer == gold:
         return True
-    if not answer or len(answer) > LONGEST_ANSWER:
+    for same in (notation.same_text(answer, gold), notation.same_decimal(answer, gold)):
+        if same is not None:
+            return same
+    if not re.search(r"\w", answer) or not notation.comparable(answer, gold):
         return False
-    import math_verify
-    from math_verify.errors import TimeoutException
-
-    try:
-        return bool(math_verify.verify(_parsed(gold), _parsed(answer), timeout_seconds=SECONDS))
-    # A BaseException, and the alarm can ring just outside of the library's own handlers.
-    except TimeoutException:
-        return False
-
-
-def _parsed(latex: str) -> Any:  # a list of sympy expressions and strings
-    import math_verify
-
-    return math_verify.parse(rf"$\boxed{{{latex}}}$", parsing_timeout=SECONDS)
+    return all(judge().equal(side, gold) for side in notation.sides(answer, gold))
 
 
 def _repeats(results: Sequence[str | Sequence[str]]) -> Sequence[str]:
