@@ -42,10 +42,30 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Backtested:
+    """What the backtest said of the window, see relex.convergence.
+
+    `looks` are the last steps it was repeated at, `trusted_step` the furthest target it trusts, None where it trusts
+    none. Skill is of the weights against holding the last observed ones, with its one-sided 95 % bound.
+    """
+
+    state: Literal["trusted", "unsettled", "hidden", "hold"]
+    looks: tuple[int, ...]
+    method: str
+    horizon: float | None
+    skill: float | None
+    skill_at_least: float | None
+    trusted_step: int | None
+    reason: str
+
+
+@dataclass(frozen=True)
 class Decision:
     """The verdict on one window. `winner` is the candidate that went to the gate, None when none did.
 
-    `trusted_step` is the furthest target step that the backtest trusts, None where it trusts none or was not asked.
+    `selection` has the last observed checkpoint and the candidates that were scored on all selection problems,
+    `dropped` those that were given up on fewer. `attempt` of `attempts` windows of this run went to the gate. `written`
+    is when each of `steps` was written, as the ledger has it (ns since the epoch).
     """
 
     training_run: str
@@ -54,15 +74,25 @@ class Decision:
     steps: tuple[int, ...]
     verdict: Literal["registered", "keep training"]
     reason: str
+    backtested: Backtested | None = None
+    attempt: int = 1
+    attempts: int = 1
+    written: tuple[int, ...] = ()
     selection: tuple[Score, ...] = ()
+    dropped: tuple[Score, ...] = ()
     report: tuple[Score, ...] = ()
     gates: tuple[Gate, ...] = ()
     warnings: tuple[str, ...] = ()
     winner: Model | None = None
-    trusted_step: int | None = None
+    stop: str = ""
     registered: str = ""
     registered_url: str = ""
     record_url: str = ""
+
+    @property
+    def trusted_step(self) -> int | None:
+        """The furthest target step that the backtest trusts, None where it trusts none."""
+        return self.backtested.trusted_step if self.backtested is not None else None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON types."""
@@ -77,12 +107,16 @@ class Decision:
 
         parsed: dict[str, Any] = {
             "steps": tuple(content["steps"]),
+            "written": tuple(content.get("written", ())),
             "warnings": tuple(content["warnings"]),
             "selection": scores(content["selection"]),
+            "dropped": scores(content.get("dropped", ())),
             "report": scores(content["report"]),
             "gates": tuple(Gate(**item) for item in content["gates"]),
             "winner": Model(**content["winner"]) if content["winner"] else None,
         }
+        if (found := content.get("backtested")) is not None:
+            parsed["backtested"] = Backtested(**(dict(found) | {"looks": tuple(found["looks"])}))
         return cls(**(dict(content) | parsed))
 
 

@@ -7,6 +7,7 @@ any moment and started again, it takes up what is there and ends in the same dec
 """
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,12 @@ from prefect.states import Completed
 from deploy import registry, runs
 from evaluation.gate import Gate, gate
 from evaluation.harness import Progress
-from flows.decision import Decision, Model, Score, choose, page
-from flows.predict import predict
+from evaluation.overlap import refuse_overlap
+from flows.arming import attempt
+from flows.deciding import Stages, decide
+from flows.decision import Decision, Model, Score, page
+from flows.ledger import read_ledger
+from flows.predict import Predicted, predict
 from flows.publish import ProgressArtifact, curves, draw, metrics, show
 from flows.score import reports, score
 from flows.settings import Settings, load_settings
@@ -27,10 +32,17 @@ from flows.window import claim, decided, decision_path, window_directory, write_
 from relex.download import local_model
 from relex.errors import CheckpointDamagedError, DuplicateError, NonFiniteError, TargetError
 from relex.layouts.block_cache import BlockCache
+from relex.store import open_base
 
 
-def predict_models(config: str, steps: list[int], key: str) -> tuple[list[Model], tuple[str, ...]]:
-    """Write the candidates of one window and the last observed checkpoint."""
+def count_problems(config: str) -> int:
+    """Return the number of selection problems; raises OverlapError when the gate has one of them too."""
+    settings = load_settings(Path(config))
+    return refuse_overlap(settings.selection, settings.gate, cache=settings.home / "evaluations").first_n
+
+
+def predict_models(config: str, steps: list[int], key: str) -> Predicted:
+    """Backtest one window, and write its candidates and the last observed checkpoint."""
     settings = load_settings(Path(config))
     progress = ProgressArtifact(f"predict-{settings.training_run}", "predict")
     with BlockCache(settings.home, size=int(settings.cache)) as blocks:
@@ -43,19 +55,22 @@ def fetch_base(config: str) -> Model:
     return Model("base", 0, str(local_model(settings.base, settings.home / "base")))
 
 
-def score_model(config: str, model: Model, benchmarks: list[str]) -> list[Score]:
-    """Score one model on the benchmarks; answers already given are not asked for again."""
+def score_model(config: str, model: Model, benchmarks: list[str], limit: int | None) -> list[Score]:
+    """Score one model on the benchmarks, or their first problems; answers already given are not asked for again."""
     settings = load_settings(Path(config))
     progress = ProgressArtifact(f"score-{settings.training_run}", f"score {model.title}")
 
     def tell(step: Progress) -> None:
         progress(f"{step.benchmark} {step.done}/{step.total}", step.done, step.total)
 
-    return [score(model, report) for report in reports(settings, model, benchmarks, on_progress=tell)]
+    return [score(model, report) for report in reports(settings, model, benchmarks, limit=limit, on_progress=tell)]
 
 
-def gate_model(config: str, winner: Model, references: list[Model]) -> list[Gate]:
-    """Compare the chosen candidate with each reference on the gate benchmark, problem by problem."""
+def gate_model(config: str, winner: Model, references: list[Model], looks: int) -> list[Gate]:
+    """Compare the chosen candidate with each reference on the gate benchmark, problem by problem.
+
+    `looks` windows of the run share the error.
+    """
     settings = load_settings(Path(config))
     candidate = reports(settings, winner, [settings.gate])[0]
     return [
@@ -65,7 +80,7 @@ def gate_model(config: str, winner: Model, references: list[Model]) -> list[Gate
                 reports(settings, reference, [settings.gate])[0],
                 # Non-inferior to what was observed, but better than what people already use.
                 margin=settings.margin if reference.role == "observed" else 0.0,
-                confidence=settings.confidence,
+                confidence=1.0 - (1.0 - settings.confidence) / looks,
             ),
             candidate=winner.title,
             reference=reference.title,
@@ -84,7 +99,12 @@ def register_decision(config: str, decision: Decision, tracking_uri: str) -> Dec
         tracking_uri=tracking_uri,
         key=f"{decision.training_run} {decision.key}",
         title=f"{decision.training_run} window {decision.window}",
-        parameters={"window": decision.window, "targets": settings.targets, "methods": settings.methods},
+        parameters={
+            "window": decision.window,
+            "targets": settings.targets,
+            "methods": settings.methods,
+            "attempt": f"{decision.attempt} of {decision.attempts}",
+        },
         metrics=metrics(decision),
         tags={"verdict": decision.verdict, "reason": decision.reason},
         artifacts=[path for path in (directory / "decision.md", directory / "accuracy.png") if path.is_file()],
@@ -120,6 +140,7 @@ def find_champion(config: str, tracking_uri: str) -> list[Model]:
 
 # Retried is what a second attempt can mend: a child killed for memory, a checkpoint that was being replaced, a server
 # away.
+count_task = task(name="problems", retries=2, retry_delay_seconds=5, cache_policy=NO_CACHE)(count_problems)
 predict_task = task(name="predict", retries=2, retry_delay_seconds=5, cache_policy=NO_CACHE)(predict_models)
 base_task = task(name="base", retries=2, retry_delay_seconds=5, cache_policy=NO_CACHE)(fetch_base)
 score_task = task(
@@ -143,12 +164,20 @@ def extrapolate(config: str, steps: list[int], key: str, tracking_uri: str) -> S
             return Completed(message=f"window {key} is being decided by another flow run")
         if decided(settings, key):
             return Completed(message=f"window {key} is decided")
+        stages = Stages(
+            count_task,
+            predict_task,
+            base_task,
+            score_task,
+            partial(champion_task, tracking_uri=tracking_uri),
+            gate_task,
+        )
         try:
-            decision = decide(config, settings, steps, key, tracking_uri)
+            decision = decide(config, settings, steps, key, stages, attempt=_attempt(settings, steps))
         except (CheckpointDamagedError, DuplicateError, NonFiniteError, TargetError) as error:
             # Trying again would find the same: it is a decision, and "no" is an answer.
             decision = Decision(
-                settings.training_run, key, settings.window, tuple(steps), "keep training", f"Cannot predict: {error}"
+                settings.training_run, key, max(steps), tuple(steps), "keep training", f"Cannot predict: {error}"
             )
         directory = window_directory(settings, key)
         figure = draw(decision, directory / "accuracy.png")
@@ -159,34 +188,9 @@ def extrapolate(config: str, steps: list[int], key: str, tracking_uri: str) -> S
     return Completed(message=f"{decision.verdict}: {decision.registered or decision.reason}")
 
 
-def decide(config: str, settings: Settings, steps: list[int], key: str, tracking_uri: str) -> Decision:
-    """Predict, score, choose and gate."""
-    models, warnings = predict_task(config, steps, key)
-    observed = models[0]
-    selection: list[Score] = []
-    report: list[Score] = list(score_task(config, base_task(config), settings.report)) if settings.report else []
-    for model in models:
-        first, *rest = score_task(config, model, [settings.selection, *settings.report])
-        selection.append(first)
-        report += rest
-    chosen, reason = choose(selection, margin=settings.margin)
-    common = Decision(
-        settings.training_run,
-        key,
-        settings.window,
-        tuple(steps),
-        "keep training",
-        reason,
-        selection=tuple(selection),
-        report=tuple(report),
-        warnings=warnings,
+def _attempt(settings: Settings, steps: list[int]) -> tuple[int, int]:
+    """Return the how-manieth window of this run is at the gate, of how many."""
+    seen = read_ledger(settings).checkpoints
+    return attempt(
+        settings, open_base(settings.base), {step: seen[str(step)].identity for step in steps if str(step) in seen}
     )
-    if chosen is None:
-        return common
-    references = [observed, *champion_task(config, tracking_uri)]
-    gates = tuple(gate_task(config, chosen.model, references))
-    common = replace(common, winner=chosen.model, gates=gates)
-    failed = [item for item in gates if not item.passed]
-    if failed:
-        return replace(common, reason=f"Not shown to be worth having. {' '.join(item.sentence for item in failed)}")
-    return replace(common, verdict="registered", reason=" ".join(item.sentence for item in gates))

@@ -70,9 +70,18 @@ def resource(settings: Settings) -> str:
 
 
 def tick(
-    settings: Settings, base: Weights, stored: tuple[StoredCheckpoint, ...], ledger: Ledger, *, now: float
+    settings: Settings,
+    base: Weights,
+    stored: tuple[StoredCheckpoint, ...],
+    ledger: Ledger,
+    *,
+    now: float,
+    end: int | None,
 ) -> tuple[list[Event], Ledger]:
-    """Return the events that are due at time `now`, and the ledger as it is once they are sent."""
+    """Return the events that are due at time `now`, and the ledger as it is once they are sent.
+
+    `end` is the last step of the window that is to be decided, if one is (see arming).
+    """
     checkpoints = known(stored, ledger, now=now)
     events = [
         _event(
@@ -87,7 +96,7 @@ def tick(
     # What another run or segment left in the ledger is forgotten; what this one has lost is not.
     gone = set(lost(settings, stored, ledger)) - left_behind(stored, checkpoints)
     windows = dict(ledger.windows)
-    steps = due(settings, segment(stored, checkpoints))
+    steps = [] if end is None else due(segment(stored, checkpoints), end)
     if steps and not gone:
         key = window_key(settings, base, [item for item in stored if item.step in steps])
         sent = windows.get(key, Sent(0, 0.0))
@@ -103,13 +112,13 @@ def tick(
     return events, replace(ledger, checkpoints=checkpoints, windows=windows)
 
 
-def due(settings: Settings, stored: Collection[StoredCheckpoint]) -> list[int]:
-    """Return the steps of the window once it is full, else nothing; `stored` is one segment.
+def due(stored: Collection[StoredCheckpoint], end: int) -> list[int]:
+    """Return the steps of the window up to `end` once it is full, else nothing; `stored` is one segment.
 
     Full: a ready checkpoint at or after the window's end, at least two up to it, and none up to it that is not ready.
     """
-    inside = [item for item in stored if item.step <= settings.window]
-    reached = any(item.step >= settings.window and item.state is State.READY for item in stored)
+    inside = [item for item in stored if item.step <= end]
+    reached = any(item.step >= end and item.state is State.READY for item in stored)
     if not reached or len(inside) < 2 or any(item.state is not State.READY for item in inside):
         return []
     return [item.step for item in inside]
@@ -174,7 +183,7 @@ def lost(settings: Settings, stored: Collection[StoredCheckpoint], ledger: Ledge
         same = seen is not None and item.weights is not None and item.weights.identity == seen.identity
         if same or (seen is not None and _written(item, default=-1) == seen.written):
             kept.append(item.step)
-    announced = [int(step) for step in ledger.checkpoints if int(step) <= settings.window]
+    announced = [int(step) for step in ledger.checkpoints if int(step) <= settings.end]
     return sorted(step for step in announced if step not in there and step < max(kept, default=0))
 
 

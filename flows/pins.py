@@ -40,7 +40,7 @@ class Pins:
     def __init__(self, settings: Settings, *, released: bool = False) -> None:
         self._live = Path(settings.checkpoints)
         self._root = settings.pins
-        self._window = settings.window
+        self._window = settings.end
         self._mode = settings.pin
         self._lock = threading.Lock()
         # By step directory: its directories with inode and time, when it was last looked at.

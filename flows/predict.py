@@ -2,18 +2,32 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from flows.decision import Model
+from flows.decision import Backtested, Model
 from flows.errors import WindowError
 from flows.ledger import known, read_ledger, segment
 from flows.settings import Settings
 from flows.window import window_directory, window_key
-from relex.extrapolation import Request, Tell, extrapolate
+from relex.convergence import Convergence, converge, propose
+from relex.extrapolation import Request, Tell, extrapolate, telling
 from relex.forecast import check_target
+from relex.gram import cached
 from relex.layouts.block_cache import BlockCache
+from relex.layouts.weights import Weights
 from relex.predictors import parse_method
-from relex.store import observed, open_base, scan
-from relex.trajectory import open_trajectory
+from relex.store import StoredCheckpoint, observed, open_base, scan
+from relex.trajectory import Trajectory, open_trajectory
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """The last observed checkpoint and the candidates as directories, what looks wrong, and what the backtest says."""
+
+    observed: Model
+    candidates: tuple[Model, ...]
+    warnings: tuple[str, ...]
+    backtested: Backtested
 
 
 def predict(
@@ -23,8 +37,8 @@ def predict(
     *,
     blocks: BlockCache | None = None,
     tell: Tell | None = None,
-) -> tuple[list[Model], tuple[str, ...]]:
-    """Return the last observed checkpoint and every candidate, and what looks wrong in the window.
+) -> Predicted:
+    """Backtest the window of `steps`, and write the last observed checkpoint and every candidate.
 
     The models are directories that are there when this returns. The last observed checkpoint is copied too: the trainer
     may prune it, and its copy has the base's tokenizer and precision like the candidates. Raises WindowError when the
@@ -34,21 +48,27 @@ def predict(
     now = time.time()
     stored = scan(settings.store, base, now=now, blocks=blocks)
     stored = segment(stored, known(stored, read_ledger(settings), now=now))
-    inside = [item for item in stored if item.step <= settings.window]
+    inside = [item for item in stored if item.step <= max(steps)]
     found = window_key(settings, base, inside)
     if found != key:
         raise WindowError(
             f"window {key} was announced with steps {list(steps)}, the store and the settings now make it {found} with"
             f" steps {[item.step for item in inside]}. The watcher announces that one; nothing is left to do here."
         )
-    trajectory = open_trajectory(base, observed(stored, settings.store, window=settings.window))
-    directory = window_directory(settings, key) / "models"
+    trajectory, converged = backtest_window(settings, base, inside, tell=tell)
     last = trajectory.steps[-1]
+    proposed = propose(
+        converged,
+        methods=None if settings.methods == "auto" else settings.methods,
+        targets=None if settings.targets == "auto" else settings.targets,
+        total_steps=settings.total_steps,
+    )
+    directory = window_directory(settings, key) / "models"
     requests = [Request(parse_method("hold"), last, directory / "observed" / f"step-{last}")]
-    for method in map(parse_method, settings.methods):
-        for target in settings.targets:
-            check_target(target, trajectory.steps)
-            requests.append(Request(method, target, directory / method.directory / f"step-{target}"))
+    for item in proposed:
+        check_target(item.target_step, trajectory.steps)
+        method = parse_method(item.method)
+        requests.append(Request(method, item.target_step, directory / method.directory / f"step-{item.target_step}"))
     forecasts = extrapolate(
         trajectory,
         requests,
@@ -57,7 +77,39 @@ def predict(
         threads=settings.threads,
         tell=tell,
     )
-    models = [Model("observed", last, str(requests[0].directory))]
-    for request, made in list(zip(requests, forecasts, strict=True))[1:]:
-        models.append(Model("candidate", request.target_step, str(request.directory), request.method.spec, made.digest))
-    return models, forecasts[0].warnings
+    candidates = tuple(
+        Model(
+            "candidate", item.target_step, str(request.directory), request.method.spec, made.digest, item.skill_at_least
+        )
+        for item, request, made in zip(proposed, requests[1:], forecasts[1:], strict=True)
+    )
+    observed_model = Model("observed", last, str(requests[0].directory))
+    return Predicted(observed_model, candidates, forecasts[0].warnings, _told(converged))
+
+
+def backtest_window(
+    settings: Settings, base: Weights, inside: Sequence[StoredCheckpoint], *, tell: Tell | None = None
+) -> tuple[Trajectory, Convergence]:
+    """Open the checkpoints of one window and backtest them; what was measured is kept. Raises RelexError."""
+    trajectory = open_trajectory(base, observed(inside, settings.store))
+    gram = cached(
+        trajectory,
+        settings.home / "grams",
+        memory=int(settings.memory),
+        threads=settings.threads,
+        on_progress=telling(tell, "reading"),
+    )
+    return trajectory, converge(trajectory, gram)
+
+
+def _told(found: Convergence) -> Backtested:
+    return Backtested(
+        found.state,
+        found.looks,
+        "" if found.way is None else found.way.method,
+        found.horizon,
+        found.skill,
+        found.lower_bound,
+        found.target_step if found.state == "trusted" else None,
+        found.reason,
+    )

@@ -14,9 +14,13 @@ def reports(
     model: Model,
     benchmarks: Sequence[str],
     *,
+    limit: int | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> list[Report]:
-    """Return the reports of one model, in the order of the benchmarks; what was answered before is not asked again."""
+    """Return the reports of one model, in the order of the benchmarks; what was answered before is not asked again.
+
+    `limit` scores the first problems only.
+    """
     return evaluate(
         Path(model.directory),
         benchmarks,
@@ -24,6 +28,7 @@ def reports(
         device=settings.device,
         dtype=settings.dtype,
         batch_size=settings.batch_size,
+        limit=limit,
         on_progress=on_progress,
     )
 

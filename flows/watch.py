@@ -19,6 +19,7 @@ from prefect.client.schemas.objects import State as RunState
 from prefect.events import emit_event
 from prefect.states import Completed
 
+from flows.arming import Armed, arm
 from flows.errors import WatchError
 from flows.ledger import (
     Ledger,
@@ -104,19 +105,29 @@ def _look(settings: Settings, pins: Pins | None, on_look: Look | None) -> str:
         if ledger.released:
             ledger = _after_release(settings, pins, base, ledger, now=now)
         stored = _pinned(settings, pins, base, now=now, released=bool(ledger.released))
-    events, ledger = tick(settings, base, stored, ledger, now=now)
+    checkpoints = known(stored, ledger, now=now)
+    newest = segment(stored, checkpoints)
+    behind = left_behind(stored, checkpoints)
+    ours = {step: seen for step, seen in (ledger.released | checkpoints).items() if int(step) not in behind}
+
+    def tell(what: str, done: int, total: int) -> None:
+        if on_look is not None:
+            on_look(0.0, f"{settings.training_run}: backtest, {what} {100 * done // max(total, 1)} %")
+
+    armed = arm(settings, base, newest, ours, tell=tell)
+    events, ledger = tick(settings, base, stored, ledger, now=now, end=armed.end)
     for event in events:
         emit_event(event.name, {"prefect.resource.id": event.resource}, payload=event.payload, id=event.id)
         logger.info("%s %s", event.name, event.payload)
     if pins is not None:
-        ledger = _with_release(settings, base, stored, ledger)
+        ledger = _with_release(armed, newest, ledger)
     # After sending: what a crash in between repeats has the same id, and is claimed once.
     if ledger != before:
         write_ledger(settings, ledger)
-    warned = warning(run, window=settings.window) if pins is None else ""
+    warned = warning(run, window=settings.end) if pins is None else ""
     if on_look is not None:
         gone = pins.vanished(stored) if pins is not None else ()
-        progress, text = describe(settings, stored, ledger, vanished=gone)
+        progress, text = describe(settings, stored, ledger, armed, vanished=gone)
         on_look(progress, f"{text}; {warned}" if warned else text)
     if pins is not None:
         pins.drop(left_behind(stored, ledger.checkpoints))
@@ -134,13 +145,14 @@ def _pinned(
     return (*kept, *(item for item in scan(settings.checkpoints, base, now=now) if item.step > end))
 
 
-def _with_release(settings: Settings, base: Weights, stored: tuple[StoredCheckpoint, ...], ledger: Ledger) -> Ledger:
-    """Return the ledger that lets the pins go once the window that is due is decided, else the ledger as it is."""
-    steps = due(settings, segment(stored, ledger.checkpoints))
-    inside = {str(step): ledger.checkpoints[str(step)] for step in steps}
-    if not inside or not decided(settings, _key(settings, base, inside)):
+def _with_release(armed: Armed, newest: Sequence[StoredCheckpoint], ledger: Ledger) -> Ledger:
+    """Return the ledger that lets the pins go once nothing more will be decided, else the ledger as it is."""
+    if not armed.closed or armed.end is None or ledger.released:
         return ledger
-    later = {step: seen for step, seen in ledger.checkpoints.items() if int(step) > settings.window}
+    inside = {str(step): ledger.checkpoints[str(step)] for step in due(newest, armed.end)}
+    if not inside:
+        return ledger
+    later = {step: seen for step, seen in ledger.checkpoints.items() if int(step) > armed.end}
     return replace(ledger, checkpoints=later, released=inside)
 
 
@@ -150,11 +162,10 @@ def _after_release(settings: Settings, pins: Pins, base: Weights, ledger: Ledger
     That is so when the settings that decide have changed, and when a resumed run writes into the window again.
     """
     newest = max(seen.written for seen in ledger.released.values())
+    end = max(map(int, ledger.released)) if settings.window == "auto" else settings.window
     live = scan(settings.checkpoints, base, now=now)
     again = [
-        step
-        for step, seen in known(live, Ledger(), now=now).items()
-        if int(step) <= settings.window and seen.written > newest
+        step for step, seen in known(live, Ledger(), now=now).items() if int(step) <= end and seen.written > newest
     ]
     if not again and decided(settings, _key(settings, base, ledger.released)):
         pins.release()
@@ -189,6 +200,7 @@ def describe(
     settings: Settings,
     stored: tuple[StoredCheckpoint, ...],
     ledger: Ledger,
+    armed: Armed,
     *,
     vanished: Sequence[int] = (),
 ) -> tuple[float, str]:
@@ -199,12 +211,15 @@ def describe(
     newest = segment(stored, ledger.checkpoints)
     ready = [item.step for item in newest if item.state is State.READY]
     latest = max(ready, default=0)
-    inside = [step for step in ready if step <= settings.window]
-    text = f"{settings.training_run}: step {latest} of window {settings.window}, {len(inside)} checkpoints observed"
+    inside = [step for step in ready if step <= settings.end]
+    most = "at most " if settings.window == "auto" else ""
+    text = f"{settings.training_run}: step {latest} of window {most}{settings.end}, {len(inside)} checkpoints observed"
+    if armed.text:
+        text += f"; {armed.text}"
     if ledger.released:
-        return 100.0, f"{settings.training_run}: window {settings.window} is decided, its pins are released"
-    blocking = next((item for item in stored if item.step <= settings.window and item.state is State.BROKEN), None)
-    left = [item.step for item in stored if item not in newest and item.step <= settings.window]
+        return 100.0, f"{settings.training_run}: window {armed.end} is decided, its pins are released"
+    blocking = next((item for item in stored if item.step <= settings.end and item.state is State.BROKEN), None)
+    left = [item.step for item in stored if item not in newest and item.step <= settings.end]
     setting = setting_of(stored[0].directory.name) if stored else ""
     if pruned := lost(settings, stored, ledger):
         text += (
@@ -216,8 +231,8 @@ def describe(
             f"; steps {_listed(vanished)} were removed before they were whole: no decision on this window. Raise"
             f" {setting} to 2 or more; if they are not wanted, delete them in {settings.pins}"
         )
-    elif due(settings, newest):
-        text += "; window full"
+    elif armed.end is not None and due(newest, armed.end):
+        text += "; window full, decided" if armed.closed else "; window full"
     elif left:
         text += (
             f"; steps {_listed(left)} were left behind by a run that resumed before them: waiting until it has written"
@@ -228,7 +243,7 @@ def describe(
     missing = holes([0, *inside])
     if missing:
         text += "; " + "; ".join(item.text.rstrip(".") for item in missing)
-    return min(100.0, 100.0 * latest / settings.window), text
+    return min(100.0, 100.0 * latest / settings.end), text
 
 
 def _key(settings: Settings, base: Weights, checkpoints: dict[str, Seen]) -> str:

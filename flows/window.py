@@ -25,8 +25,9 @@ def window_key(settings: Settings, base: Weights, inside: list[StoredCheckpoint]
 
 def key_of(settings: Settings, base: Weights, checkpoints: Mapping[int, str]) -> str:
     """Return the same name, told by the identity of each checkpoint's files."""
-    deciding = ("training_run", "window", "targets", "methods", "selection", "gate", "report", "margin", "confidence")
-    content = {name: getattr(settings, name) for name in (*deciding, "registered_model", "dtype", "batch_size")}
+    deciding = ("training_run", "window", "targets", "total_steps", "methods", "attempts", "margin", "confidence")
+    scoring = ("selection", "gate", "report", "registered_model", "dtype", "batch_size")
+    content = {name: getattr(settings, name) for name in (*deciding, *scoring)}
     content["base"] = base.identity
     content["checkpoints"] = [[step, identity] for step, identity in sorted(checkpoints.items())]
     return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
@@ -51,6 +52,18 @@ def read_decisions(settings: Settings) -> list[Decision]:
     """Return the decisions made so far, oldest first."""
     paths = sorted(settings.home.glob("windows/*/decision.json"), key=lambda path: path.stat().st_mtime)
     return [Decision.from_json(json.loads(path.read_bytes())) for path in paths]
+
+
+def decisions_of(settings: Settings, base: Weights, checkpoints: Mapping[int, str]) -> list[Decision]:
+    """Return the decisions on windows of these checkpoints (identity by step), made under these settings.
+
+    A run that was started anew, or resumed inside a window, has not been decided.
+    """
+
+    def key(window: int) -> str:
+        return key_of(settings, base, {step: identity for step, identity in checkpoints.items() if step <= window})
+
+    return [item for item in read_decisions(settings) if item.key == key(item.window)]
 
 
 @contextmanager

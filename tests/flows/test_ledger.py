@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from flows.arming import Armed
 from flows.ledger import (
     CHECKPOINT_READY,
     WINDOW_READY,
@@ -30,7 +31,7 @@ from tests.flows.conftest import WriteCheckpoint, make_old
 
 def look(settings: Settings, ledger: Ledger, now: float) -> tuple[list[Event], Ledger]:
     base, stored = store(settings, now)
-    return tick(settings, base, stored, ledger, now=now)
+    return tick(settings, base, stored, ledger, now=now, end=settings.end)
 
 
 def store(settings: Settings, now: float) -> tuple[Weights, tuple[StoredCheckpoint, ...]]:
@@ -137,9 +138,9 @@ def test_a_window_with_a_checkpoint_that_is_not_ready_is_not_due(
     half = write_checkpoint(25)
     (half / "model.safetensors").write_bytes((half / "model.safetensors").read_bytes()[:50])
     now = time.time()
-    assert due(settings, store(settings, now)[1]) == []
+    assert due(store(settings, now)[1], settings.end) == []
     make_old(half)
-    assert due(settings, store(settings, now)[1]) == []
+    assert due(store(settings, now)[1], settings.end) == []
 
 
 def test_a_window_ends_with_the_first_checkpoint_at_or_after_it(
@@ -148,9 +149,9 @@ def test_a_window_ends_with_the_first_checkpoint_at_or_after_it(
     for step in (0, 10, 25):
         write_checkpoint(step)
     now = time.time()
-    assert due(settings, store(settings, now)[1]) == []
+    assert due(store(settings, now)[1], settings.end) == []
     write_checkpoint(60)
-    assert due(settings, store(settings, now)[1]) == [10, 25]
+    assert due(store(settings, now)[1], settings.end) == [10, 25]
 
 
 def test_a_window_whose_checkpoints_were_pruned_is_not_announced(
@@ -165,7 +166,7 @@ def test_a_window_whose_checkpoints_were_pruned_is_not_announced(
     events, ledger = look(settings, ledger, now)
     assert names(events) == [CHECKPOINT_READY]
     stored = store(settings, now)[1]
-    assert "steps 10 were observed and have been removed" in describe(settings, stored, ledger)[1]
+    assert "steps 10 were observed and have been removed" in describe(settings, stored, ledger, Armed(settings.end))[1]
 
 
 def test_a_run_started_anew_in_the_same_directory_is_a_new_run(
@@ -208,7 +209,7 @@ def test_a_resumed_run_never_mixes_with_what_it_left_behind(
     write_ledger(settings, ledger)
     events, ledger = look(settings, read_ledger(settings), now + 2)
     assert events == []
-    said = describe(settings, store(settings, now)[1], ledger)[1]
+    said = describe(settings, store(settings, now)[1], ledger, Armed(settings.end))[1]
     assert "steps 30, 40 were left behind by a run that resumed before them" in said
     rewrite(settings, write_checkpoint, 30)
     events, ledger = look(settings, ledger, now + 4)

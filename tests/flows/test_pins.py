@@ -287,7 +287,8 @@ def test_the_window_is_predicted_from_the_pins_alone(pinned: Settings, write_che
     write_checkpoint(60)
     assert "window full" in look(pinned, pins)
     (key,) = read_ledger(pinned).windows
-    models, _ = predict(pinned, [10, 25, 40], key)
+    found = predict(pinned, [10, 25, 40], key)
+    models = [found.observed, *found.candidates]
     base, last = (load_file(Path(path) / "model.safetensors")["weight"] for path in (pinned.base, models[0].directory))
     predicted = load_file(Path(models[1].directory) / "model.safetensors")["weight"]
     torch.testing.assert_close(predicted - base, (last - base) * (models[1].step / 40), rtol=1e-3, atol=1e-5)

@@ -118,7 +118,7 @@ class Watcher:
         kept = scan(self.settings.store, base, now=now) if Path(self.settings.store).exists() else ()
         stored = tuple(item for item in kept if item.step <= end)
         before = read_ledger(self.settings)
-        events, ledger = tick(self.settings, base, stored, before, now=now)
+        events, ledger = tick(self.settings, base, stored, before, now=now, end=WINDOW)
         if ledger != before:
             write_ledger(self.settings, ledger)
         steps = [event.payload["steps"] for event in events if event.name == WINDOW_READY]

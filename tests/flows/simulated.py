@@ -1,0 +1,98 @@
+"""Made-up models with a known accuracy, on which the whole decision procedure runs without a model.
+
+Two models differ on a tenth of the problems in each direction, more or less by their difference in accuracy: what
+independent trainings of one model on MATH do. Candidates differ from each other as much, which makes it hard to choose.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evaluation.gate import Gate, gate
+from evaluation.report import Report
+from flows.deciding import Stages, decide
+from flows.decision import Backtested, Decision, Model, Score
+from flows.predict import Predicted
+from flows.settings import Settings
+
+DISCORDANT = 0.2
+_SELECTION, _GATE = "selection", "gate"
+
+
+class World:
+    """One run: the last observed checkpoint, and candidates whose true accuracy differs from its by `differences`."""
+
+    def __init__(
+        self,
+        differences: Sequence[float],
+        *,
+        selection: int,
+        gate: int,
+        margin: float,
+        seed: int,
+        accuracy: float = 0.6,
+    ) -> None:
+        random = np.random.default_rng(seed)
+        self.settings = Settings(
+            training_run="simulated",
+            checkpoints="run",
+            base="base",
+            window="auto",
+            max_window=100,
+            targets="auto",
+            selection=_SELECTION,
+            gate=_GATE,
+            registered_model="simulated",
+            margin=margin,
+            batch_size=50,
+        )
+        self.observed = Model("observed", 48, "observed")
+        self.candidates = tuple(Model("candidate", 60 + 12 * row, f"{row}") for row in range(len(differences)))
+        self.differences = dict(zip(self.candidates, differences, strict=True))
+        self._sizes = {_SELECTION: selection, _GATE: gate}
+        self._right: dict[tuple[str, Model], NDArray[np.bool_]] = {}
+        for name, count in self._sizes.items():
+            held = random.random(count) < accuracy
+            self._right[name, self.observed] = held
+            for model, difference in self.differences.items():
+                won = (DISCORDANT + difference) / 2 / (1 - accuracy)
+                lost = (DISCORDANT - difference) / 2 / accuracy
+                self._right[name, model] = np.where(held, random.random(count) >= lost, random.random(count) < won)
+
+    def decide(self, *, attempt: tuple[int, int] = (1, 1)) -> Decision:
+        """Decide as for a real run."""
+        found = Predicted(
+            self.observed, self.candidates, (), Backtested("trusted", (40, 44, 48), "relex", 1.0, 0.6, 0.5, 96, "")
+        )
+        stages = Stages(
+            problems=lambda config: self._sizes[_SELECTION],
+            predict=lambda config, steps, key: found,
+            base=lambda config: self.observed,
+            score=self._score,
+            champion=lambda config: [],
+            gate=self._gate,
+        )
+        return decide("relex.yaml", self.settings, [24, 48], "key", stages, attempt=attempt)
+
+    def _score(self, config: str, model: Model, benchmarks: list[str], limit: int | None) -> list[Score]:
+        return [
+            Score(model, name, float(right.mean()), 0.0, len(right))
+            for name in benchmarks
+            for right in [self._right[name, model][:limit]]
+        ]
+
+    def _gate(self, config: str, winner: Model, references: list[Model], looks: int) -> list[Gate]:
+        return [
+            gate(
+                self._report(winner),
+                self._report(reference),
+                margin=self.settings.margin,
+                confidence=1.0 - (1.0 - self.settings.confidence) / looks,
+            )
+            for reference in references
+        ]
+
+    def _report(self, model: Model) -> Report:
+        scores = tuple((str(number), float(right)) for number, right in enumerate(self._right[_GATE, model]))
+        return Report(model.title, "", _GATE, "", "exact_match", scores, {}, {}, 0.0)
