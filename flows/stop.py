@@ -15,6 +15,7 @@ from flows.decision import Decision
 from flows.errors import StopError
 from flows.ledger import known, read_ledger, segment
 from flows.settings import Settings
+from flows.window import key_of, read_decisions
 from relex.errors import RelexError
 from relex.store import State, open_base, scan
 
@@ -168,7 +169,32 @@ def saving(settings: Settings, decision: Decision) -> Saving:
     return Saving(latest, decision.winner.step, "predicted")
 
 
-def latest_decision(decisions: list[Decision]) -> Decision | None:
-    """Return the newest decision that registered a winner, else the newest one, of decisions given oldest first."""
-    registered = [item for item in decisions if not refusal(item)]
-    return next(iter([*registered[-1:], *decisions[-1:]]), None)
+def current_decision(settings: Settings) -> tuple[Decision | None, str]:
+    """Return the newest decision that registered a winner, else the newest one, or why there is none.
+
+    Only decisions on the checkpoints and settings as they are now: a run that was started anew has not been decided.
+    """
+    decisions = read_decisions(settings)
+    current = [item for item in decisions if is_current(settings, item)]
+    registered = [item for item in current if not refusal(item)]
+    if current:
+        return (registered or current)[-1], ""
+    if decisions:
+        counted = "1 decision was" if len(decisions) == 1 else f"{len(decisions)} decisions were"
+        return (
+            None,
+            f"{counted} made about {settings.training_run}, on other checkpoints or settings than there are now.",
+        )
+    return None, f"Nothing is decided about {settings.training_run} yet."
+
+
+def is_current(settings: Settings, decision: Decision) -> bool:
+    """Whether the decision is on the checkpoints, as the watcher knows them, and on the settings as they are now."""
+    base = open_base(settings.base)
+    ledger = read_ledger(settings)
+    checkpoints = ledger.released | ledger.checkpoints
+    if not checkpoints:
+        now = time.time()
+        checkpoints = known(scan(settings.store, base, now=now), ledger, now=now)
+    inside = {int(step): seen.identity for step, seen in checkpoints.items() if int(step) <= decision.window}
+    return key_of(settings, base, inside) == decision.key

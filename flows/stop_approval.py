@@ -23,7 +23,7 @@ from pydantic import Field
 from flows.decision import Decision
 from flows.errors import StopError
 from flows.settings import Settings, load_settings
-from flows.stop import Order, Saving, configured, doubt, finished, order, refusal, saving
+from flows.stop import Order, Saving, configured, doubt, finished, is_current, order, refusal, saving
 from flows.stopping import Stop, decline, read_stop, stop_training, told
 from flows.window import window_directory, write_json
 
@@ -90,6 +90,11 @@ def stop_flow(config: str, key: str) -> State[Any]:
     by = f"{answer.name or 'somebody'} in the Prefect UI"
     if answer.answer == CONTINUE:
         return Completed(message=told(Path(config), decline(settings, key, by=by)))
+    if not is_current(settings, decision):
+        return Failed(
+            message=f"What was approved was decided on other checkpoints or settings than there are now:"
+            f" nothing was done. `relex stop {config}` tells how it stands."
+        )
     if due.to_json() != content["order"]:
         return Failed(
             message=f"What was approved is not what {config} says now, which is: {due.deeds}. Nothing was done;"

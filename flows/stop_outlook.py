@@ -7,9 +7,8 @@ from typing import Any, Literal
 from flows.decision import Decision
 from flows.errors import StopError
 from flows.settings import Settings
-from flows.stop import Order, Saving, doubt, finished, latest_decision, order, saving
+from flows.stop import Order, Saving, current_decision, doubt, finished, order, saving
 from flows.stopping import Stop, read_stop, stop_training, told
-from flows.window import read_decisions
 
 
 @dataclass(frozen=True)
@@ -56,9 +55,9 @@ class Outlook:
 def outlook(config: Path, settings: Settings) -> Outlook:
     """Return how stopping the training run stands now, on the newest decision that registered a winner."""
     record = read_stop(settings)
-    decision = latest_decision(read_decisions(settings))
+    decision, reason = current_decision(settings)
     if decision is None:
-        return Outlook(config, f"Nothing is decided about {settings.training_run} yet.", record=record)
+        return Outlook(config, reason, record=record)
     try:
         due = order(config, settings, decision)
     except StopError as error:

@@ -1,5 +1,6 @@
 """A decided tiny training run that may be stopped, as its files."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,8 @@ import yaml
 
 from flows.decision import Backtested, Decision, Model
 from flows.settings import Settings, load_settings
-from flows.window import decision_path, write_json
+from flows.window import decision_path, window_key, write_json
+from relex.store import open_base, scan
 
 # A line of its own for each time it runs.
 COMMAND = 'echo "$RELEX_TRAINING_RUN $RELEX_WINDOW $RELEX_TARGET_STEP $RELEX_MODEL $RELEX_REGISTERED" >> stopped'
@@ -16,11 +18,13 @@ COMMAND = 'echo "$RELEX_TRAINING_RUN $RELEX_WINDOW $RELEX_TARGET_STEP $RELEX_MOD
 def decided(config: Path, *, trusted: int | None = 400, **changes: Any) -> Decision:
     """Write the decision of a window of `config` that registered step 200, or as `changes` say, and return it."""
     settings = load_settings(config)
+    base, window = open_base(settings.base), changes.get("window", 40)
+    stored = scan(settings.checkpoints, base, now=time.time())
     model = Model("candidate", 200, "models/relex/step-200", "relex", "d1", skill_at_least=0.4)
     registered: dict[str, Any] = {
         "training_run": settings.training_run,
-        "key": "k1",
-        "window": 40,
+        "key": window_key(settings, base, [item for item in stored if item.step <= window]),
+        "window": window,
         "steps": (10, 20, 25, 40),
         "verdict": "registered",
         "reason": "it is better: passed.",

@@ -1,6 +1,7 @@
 """Stopping the training by hand: what stands against it, what it saves, and that it happens once."""
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from flows.cli import main
 from flows.errors import StopError
@@ -73,6 +75,7 @@ def test_a_checkpoint_that_is_not_whole_is_not_counted(ready: Path, tmp_path: Pa
 
 def test_without_a_plan_steps_are_counted_up_to_the_prediction(ready: Path, write_checkpoint: WriteCheckpoint) -> None:
     configure(ready, total_steps=None)
+    decided(ready)
     assert "140 steps are saved up to the predicted step 200 (total_steps is not given)" in look(ready).sentence
     write_checkpoint(220)
     assert "no saved steps are known" in look(ready).sentence
@@ -111,10 +114,10 @@ def test_beyond_trust_somebody_must_say_so_and_a_refused_candidate_stops_nothing
 
 
 def test_the_newest_registered_winner_counts_also_after_a_later_refusal(ready: Path) -> None:
-    decided(ready, key="k2", window=60, verdict="keep training", winner=None)
+    decided(ready, window=60, verdict="keep training", winner=None)
     found = look(ready)
     assert found.order is not None
-    assert found.order.key == "k1"
+    assert found.order.window == 40
 
 
 def test_a_run_that_is_not_decided_finished_or_without_a_way_to_stop_is_left_alone(
@@ -131,13 +134,27 @@ def test_a_run_that_is_not_decided_finished_or_without_a_way_to_stop_is_left_alo
     assert runs(config) == []
 
 
+def test_a_run_that_was_started_anew_is_not_stopped_on_the_decision_about_another(
+    ready: Path, write_checkpoint: WriteCheckpoint, tmp_path: Path
+) -> None:
+    shutil.rmtree(tmp_path / "run/checkpoint-25")
+    path = write_checkpoint(25)
+    weights = load_file(path / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, path / "model.safetensors")
+    assert look(ready).sentence.startswith("1 decision was made about tiny, on other checkpoints or settings")
+    with pytest.raises(StopError, match="other checkpoints"):
+        stop(ready)
+    assert runs(ready) == []
+
+
 def test_a_stop_file_holds_the_facts_and_leaves_nothing_else_behind(ready: Path, tmp_path: Path) -> None:
     configure(ready, stop_command=None, stop_file="signals/STOP")
-    assert stop(ready).exit_status is None
+    first = stop(ready)
+    assert first.exit_status is None
     written = json.loads((tmp_path / "signals/STOP").read_text())
     assert written | {"written": ""} == {
         "training_run": "tiny",
-        "decision": "k1",
+        "decision": first.decision,
         "window": 40,
         "target_step": 200,
         "model": "models/relex/step-200",
