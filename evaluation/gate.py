@@ -1,35 +1,30 @@
 """Gate: is a candidate shown to be no worse than a reference, problem by problem, with stated confidence?
 
-The statistic is the paired difference d of the scores on each problem. A one-sided lower confidence bound on its mean
-is compared with -margin: above it the gate is passed, otherwise nothing is shown. Margin 0 asks whether the candidate
-is better. Which bound:
+The statistic is the paired difference of the scores on each problem. A one-sided lower confidence bound on its mean,
+see evaluation.bounds, is compared with -margin: above it the gate is passed, otherwise nothing is shown. Margin 0 asks
+whether the candidate is better.
 
-- d is the same on every problem: no variance was seen, which is not certainty. With confidence C at most the share
-  1 - (1-C)^(1/n) of all problems, about 3/n, differs from what was seen, and the worst d is -1. So equal scores decide
-  nothing until n exceeds about 3/margin.
-- Scores 0/1 and fewer than 25 discordant problems: the t bound is too optimistic. With margin 0 the exact McNemar test
-  (Clopper-Pearson on the share of wins among the discordant), otherwise the score bound for paired proportions
-  (Tango, Statistics in Medicine 17, 1998).
-- Otherwise the paired t bound.
+Who looks several times at the same problems, with several candidates or several windows of one run, passes one by luck
+more often. With `looks` such comparisons in all, each is made with an error of (1 - confidence) / looks (Bonferroni).
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-from scipy import optimize, stats
-
+from evaluation.bounds import paired_bounds
 from evaluation.errors import ComparisonError
 from evaluation.report import Report
-
-FEW_DISCORDANT = 25
 
 
 @dataclass(frozen=True)
 class Gate:
-    """What the comparison showed; differences and bounds are in score units, candidate minus reference."""
+    """What the comparison showed; differences and bounds are in score units, candidate minus reference.
+
+    `confidence` is that of all `looks` together; bounds and interval are at `confidence_each`. `needed` is how many
+    problems would pass the gate if the differences went on as they were; None where it is passed or no number would.
+    What a gate of an earlier version did not hold is None.
+    """
 
     candidate: str
     reference: str
@@ -43,6 +38,12 @@ class Gate:
     margin: float
     method: str
     verdict: Literal["passed", "not shown"]
+    looks: int = 1
+    interval_low: float | None = None
+    interval_high: float | None = None
+    wins: int | None = None
+    losses: int | None = None
+    needed: int | None = None
 
     @property
     def passed(self) -> bool:
@@ -50,34 +51,67 @@ class Gate:
         return self.verdict == "passed"
 
     @property
+    def confidence_each(self) -> float:
+        """Return the confidence of this comparison, one of `looks`."""
+        return 1 - (1 - self.confidence) / self.looks
+
+    @property
     def sentence(self) -> str:
-        """Return the decision in plain words with every number in it."""
-        if self.margin == 0:
-            outcome = "it is better: passed" if self.passed else "that it is better is not shown"
-        else:
-            loss = f"a loss of {self.margin:g} or more"
-            outcome = f"{loss} is ruled out: passed" if self.passed else f"{loss} is not ruled out: not shown"
+        """Return the decision in plain words with every number in it, differences in points (hundredths)."""
         return (
             f"On {self.n} problems of {self.benchmark}, {self.candidate} scores {self.candidate_accuracy:.4f} and "
-            f"{self.reference} {self.reference_accuracy:.4f}: the difference is {self.difference:+.4f}, with "
-            f"{self.confidence:.4g} confidence at least {self.lower_bound:+.4f} ({self.method}); {outcome}."
+            f"{self.reference} {self.reference_accuracy:.4f}: the difference is {_points(self.difference)} points, "
+            f"with {_percent(self.confidence_each)} confidence at least {_points(self.lower_bound)} ({self.method}"
+            f"{self._correction}); {self.outcome}."
         )
 
+    @property
+    def outcome(self) -> str:
+        """Return the verdict in plain words: what is shown, or why not and whether more problems would help."""
+        if self.passed:
+            return (
+                "it is better: passed"
+                if self.margin == 0
+                else f"a loss of {100 * self.margin:g} points is ruled out: passed"
+            )
+        limit = "0" if self.margin == 0 else f"the margin {_points(-self.margin)}"
+        if self.interval_low is None or self.interval_high is None:
+            return f"not shown: the lower bound is not above {limit}"
+        interval = f"the interval {_points(self.interval_low)} to {_points(self.interval_high)} points"
+        where = f"includes {limit}" if self.interval_high >= -self.margin else f"lies below {limit}"
+        if self.needed is None:
+            return f"not shown: {interval} {where}; the difference points the wrong way, more problems would not help"
+        more = _two_digits(self.needed - self.n)
+        return f"not shown: {interval} {where}; about {more:,} more problems would settle it if it stays as it is"
 
-def gate(candidate: Report, reference: Report, *, margin: float, confidence: float = 0.95) -> Gate:
+    @property
+    def _correction(self) -> str:
+        if self.looks == 1:
+            return ""
+        return f", {_percent(self.confidence)} over {self.looks} looks: {_percent(self.confidence_each)} each"
+
+
+def gate(candidate: Report, reference: Report, *, margin: float, confidence: float = 0.95, looks: int = 1) -> Gate:
     """Return whether `candidate` is shown to be worse than `reference` by less than `margin` (score units; 0: better).
 
+    `looks` is the number of comparisons on these problems, this one included, of which none may pass by luck.
     Refuses with ComparisonError what cannot be paired: another benchmark, digest, metric, set of problems or setting;
-    fewer than two problems; scores outside 0..1; a margin outside [0, 1) or a confidence outside (0.5, 1).
+    fewer than two problems; scores outside 0..1; a margin outside [0, 1), a confidence outside (0.5, 1), no look.
     """
     _refuse_unpaired(candidate, reference)
     if not 0 <= margin < 1:
         raise ComparisonError(f"margin is {margin} and must be in [0, 1): it is a difference in score.")
     if not 0.5 < confidence < 1:
         raise ComparisonError(f"confidence is {confidence} and must be between 0.5 and 1, such as 0.95.")
-    ours = [score for _, score in candidate.scores]
-    theirs = [score for _, score in reference.scores]
-    lower_bound, method = _lower_bound(ours, theirs, margin=margin, confidence=confidence)
+    if looks < 1:
+        raise ComparisonError(f"looks is {looks} and must be at least 1: it counts the comparison itself.")
+    found = paired_bounds(
+        [score for _, score in candidate.scores],
+        [score for _, score in reference.scores],
+        margin=margin,
+        confidence=1 - (1 - confidence) / looks,
+    )
+    passed = found.lower_bound > -margin
     return Gate(
         candidate=candidate.model,
         reference=reference.model,
@@ -85,13 +119,33 @@ def gate(candidate: Report, reference: Report, *, margin: float, confidence: flo
         n=candidate.n,
         candidate_accuracy=candidate.accuracy,
         reference_accuracy=reference.accuracy,
-        difference=math.fsum(a - b for a, b in zip(ours, theirs, strict=True)) / candidate.n,
-        lower_bound=lower_bound,
+        difference=found.difference,
+        lower_bound=found.lower_bound,
         confidence=confidence,
         margin=margin,
-        method=method,
-        verdict="passed" if lower_bound > -margin else "not shown",
+        method=found.method,
+        verdict="passed" if passed else "not shown",
+        looks=looks,
+        interval_low=found.interval[0],
+        interval_high=found.interval[1],
+        wins=found.wins,
+        losses=found.losses,
+        needed=None if passed else found.needed,
     )
+
+
+def _points(score: float) -> str:
+    return f"{100 * score:+.2f}"
+
+
+def _percent(confidence: float) -> str:
+    return f"{100 * confidence:.4g} %"
+
+
+def _two_digits(number: int) -> int:
+    # Rounded up: more digits than these are not known.
+    unit: int = 10 ** max(0, len(str(number)) - 2)
+    return math.ceil(number / unit) * unit
 
 
 def _refuse_unpaired(candidate: Report, reference: Report) -> None:
@@ -122,44 +176,3 @@ def _refuse_unpaired(candidate: Report, reference: Report) -> None:
                 f"{report.model} has scores of {report.metric} from {low} to {high} and they must be in 0..1: "
                 "choose another metric."
             )
-
-
-def _lower_bound(
-    ours: Sequence[float], theirs: Sequence[float], *, margin: float, confidence: float
-) -> tuple[float, str]:
-    difference_N = np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64)
-    n = len(difference_N)
-    mean = float(difference_N.mean())
-    # Not zero: scores averaged over repeats carry rounding.
-    if np.ptp(difference_N) < 1e-9:
-        unseen = 1 - (1 - confidence) ** (1 / n)
-        return (1 - unseen) * mean - unseen, "no variance, rule of three"
-    wins, losses = int((difference_N > 0).sum()), int((difference_N < 0).sum())
-    if {*ours, *theirs} <= {0.0, 1.0} and wins + losses < FEW_DISCORDANT:
-        if margin == 0:
-            return _mcnemar_bound(wins, losses, n=n, confidence=confidence), "exact McNemar"
-        return _tango_bound(wins, losses, n=n, confidence=confidence), "Tango score"
-    error = float(difference_N.std(ddof=1)) / math.sqrt(n)
-    return mean - float(stats.t.ppf(confidence, n - 1)) * error, "paired t"
-
-
-def _mcnemar_bound(wins: int, losses: int, *, n: int, confidence: float) -> float:
-    # Above zero exactly when the one-sided binomial test of wins against losses rejects at 1 - confidence.
-    discordant = wins + losses
-    share = stats.binomtest(wins, discordant, alternative="greater").proportion_ci(confidence, method="exact").low
-    return discordant / n * (2 * float(share) - 1)
-
-
-def _tango_bound(wins: int, losses: int, *, n: int, confidence: float) -> float:
-    quantile = float(stats.norm.ppf(confidence))
-
-    def excess(difference: float) -> float:
-        # Observed minus assumed count of net wins, less the deviation allowed; the share of losses is the restricted
-        # maximum likelihood estimate given the assumed difference, the larger root of a quadratic.
-        linear = (2 * n - wins + losses) * difference - wins - losses
-        constant = -losses * difference * (1 - difference)
-        loss_share = (math.sqrt(linear**2 - 8 * n * constant) - linear) / (4 * n)
-        variance = max(0.0, 2 * loss_share + difference * (1 - difference)) / n
-        return (wins - losses) / n - difference - quantile * math.sqrt(variance)
-
-    return float(optimize.brentq(excess, -1, (wins - losses) / n))

@@ -51,6 +51,14 @@ class Report:
             return math.nan
         return statistics.stdev(score for _, score in self.scores) / math.sqrt(self.n)
 
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Return the two-sided 95 % interval of the accuracy: Wilson for scores 0/1, bootstrap over problems else."""
+        # A second to import, and most readers of a report want no interval.
+        from evaluation.bounds import mean_interval
+
+        return mean_interval([score for _, score in self.scores])
+
     def to_json(self) -> str:
         """Return the report as JSON that `from_json` reads back to an equal report."""
         return json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False) + "\n"

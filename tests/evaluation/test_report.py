@@ -42,6 +42,14 @@ def test_accuracy_and_standard_error_are_those_of_the_problems() -> None:
     assert math.isnan(report(1.0).standard_error)
 
 
+def test_the_interval_is_that_of_shares_or_of_resampled_problems() -> None:
+    # Wilson's for 8 of 10 as printed in textbooks; a symmetric interval would pass 1.
+    assert report(*[1.0] * 8, 0.0, 0.0).interval == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    low, high = report(*[0.25, 0.5, 0.75] * 10).interval
+    assert 0.42 < low < 0.44
+    assert 0.56 < high < 0.58
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"scores": [["a", 1.0]]}', '{"scores": [1]}'])
 def test_a_file_that_is_no_report_is_named(tmp_path: Path, text: str) -> None:
     path = tmp_path / "report.json"

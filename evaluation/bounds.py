@@ -1,0 +1,139 @@
+"""Bound: what scores on a sample of problems show about the mean over all such problems.
+
+Of two models the paired difference d of their scores on each problem counts, d in -1..1. Which bound on its mean:
+
+- d is the same on every problem: no variance was seen, which is not certainty. With confidence C at most the share
+  1 - (1-C)^(1/n) of all problems, about 3/n, differs from what was seen, and the worst d is -1. So equal scores decide
+  nothing until n exceeds about 3/margin.
+- Fewer than 25 discordant problems (d not 0): the t bound is too optimistic. With scores 0/1 and margin 0 the exact
+  McNemar test (Clopper-Pearson on the share of wins among the discordant), otherwise the score bound for paired
+  proportions (Tango, Statistics in Medicine 17, 1998). Scores averaged over repeats enter it by the sums of what was
+  won and lost: it is then the bound for each d rounded at random to -1, 0 or 1 with its mean kept, which varies more.
+- Otherwise the paired t bound.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from scipy import optimize, stats
+
+FloatArray: TypeAlias = npt.NDArray[np.float64]
+
+FEW_DISCORDANT = 25
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class PairedBounds:
+    """What n paired differences show about their mean, in score units.
+
+    `lower_bound` is one-sided; `interval` two-sided at the same confidence, never narrower on its lower side.
+    `needed` is how many problems would put a lower bound above -margin if d went on as it was, None if no number would.
+    """
+
+    difference: float
+    lower_bound: float
+    interval: tuple[float, float]
+    wins: int
+    losses: int
+    method: str
+    needed: int | None
+
+
+def paired_bounds(ours: Sequence[float], theirs: Sequence[float], *, margin: float, confidence: float) -> PairedBounds:
+    """Return the bounds on the mean of ours - theirs; scores are in 0..1, at least two problems, in one order."""
+    difference_N = np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64)
+    # Scores averaged over repeats carry rounding.
+    difference_N[np.abs(difference_N) < 1e-9] = 0.0
+    n, mean = len(difference_N), float(difference_N.mean())
+    wins, losses = int((difference_N > 0).sum()), int((difference_N < 0).sum())
+    if np.ptp(difference_N) < 1e-9:
+        lower, method = _unseen_bound, "no variance, rule of three"
+    elif wins + losses < FEW_DISCORDANT:
+        lower, method = _tango_bound, "Tango score"
+    else:
+        lower, method = _t_bound, "paired t"
+    lower_bound = lower(difference_N, confidence)
+    if lower is _tango_bound and margin == 0 and {*ours, *theirs} <= {0.0, 1.0}:
+        # The exact bound has the sign of the test, and says little where it is not near 0.
+        lower_bound = min(lower_bound, _mcnemar_bound(wins, losses, n=n, confidence=confidence))
+        method = "exact McNemar"
+    room = mean + margin
+    needed = None
+    if room > 0 and lower is _unseen_bound:
+        needed = math.ceil(math.log(1 - confidence) / math.log1p(-room / (1 + mean)))
+    elif room > 0:
+        needed = math.ceil(n * ((mean - lower_bound) / room) ** 2)
+    # One side's error is half of both sides'.
+    sided = (1 + confidence) / 2
+    return PairedBounds(
+        difference=mean,
+        lower_bound=lower_bound,
+        interval=(min(lower(difference_N, sided), lower_bound), -lower(-difference_N, sided)),
+        wins=wins,
+        losses=losses,
+        method=method,
+        needed=needed,
+    )
+
+
+def mean_interval(scores: Sequence[float], *, confidence: float = 0.95) -> tuple[float, float]:
+    """Return the two-sided interval of a mean score: Wilson for scores 0/1, else BCa bootstrap over problems.
+
+    The bootstrap is seeded. Of equal scores in 0..1 at most a share of about 4/n is wrong; (nan, nan) for other equals.
+    """
+    score_N = np.asarray(scores, dtype=np.float64)
+    if not {*score_N} - {0.0, 1.0}:
+        low, high = stats.binomtest(int(score_N.sum()), len(score_N)).proportion_ci(confidence, method="wilson")
+        return float(low), float(high)
+    if np.ptp(score_N) < 1e-9:
+        score = float(score_N[0])
+        if not 0 <= score <= 1:
+            return math.nan, math.nan
+        unseen = _unseen(len(score_N), confidence=(1 + confidence) / 2)
+        return (1 - unseen) * score, (1 - unseen) * score + unseen
+    found = stats.bootstrap(
+        (score_N,), np.mean, confidence_level=confidence, n_resamples=RESAMPLES, rng=np.random.default_rng(0)
+    )
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def _unseen(n: int, *, confidence: float) -> float:
+    return float(1 - (1 - confidence) ** (1 / n))
+
+
+def _unseen_bound(difference_N: FloatArray, confidence: float) -> float:
+    unseen = _unseen(len(difference_N), confidence=confidence)
+    return float((1 - unseen) * difference_N[0] - unseen)
+
+
+def _t_bound(difference_N: FloatArray, confidence: float) -> float:
+    return float(stats.ttest_1samp(difference_N, 0.0, alternative="greater").confidence_interval(confidence).low)
+
+
+def _mcnemar_bound(wins: int, losses: int, *, n: int, confidence: float) -> float:
+    # Above zero exactly when the one-sided binomial test of wins against losses rejects at 1 - confidence.
+    discordant = wins + losses
+    share = stats.binomtest(wins, discordant, alternative="greater").proportion_ci(confidence, method="exact").low
+    return discordant / n * (2 * float(share) - 1)
+
+
+def _tango_bound(difference_N: FloatArray, confidence: float) -> float:
+    n = len(difference_N)
+    won, lost = float(difference_N.clip(min=0).sum()), float(-difference_N.clip(max=0).sum())
+    quantile = float(stats.norm.ppf(confidence))
+
+    def excess(difference: float) -> float:
+        # Observed minus assumed net wins, less the deviation allowed; the share of losses is the restricted maximum
+        # likelihood estimate given the assumed difference, the larger root of a quadratic.
+        linear = (2 * n - won + lost) * difference - won - lost
+        constant = -lost * difference * (1 - difference)
+        loss_share = (math.sqrt(linear**2 - 8 * n * constant) - linear) / (4 * n)
+        variance = max(0.0, 2 * loss_share + difference * (1 - difference)) / n
+        return (won - lost) / n - difference - quantile * math.sqrt(variance)
+
+    return float(optimize.brentq(excess, -1, (won - lost) / n))

@@ -1,0 +1,169 @@
+"""Simulated coverage: what a bound promises, counted over problems drawn many times."""
+
+import functools
+import math
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from scipy import stats
+
+from evaluation.bounds import PairedBounds, mean_interval, paired_bounds
+
+Scores = npt.NDArray[np.float64]
+REPEATS = 4
+ROUNDS = 1500
+
+
+@functools.cache
+def bounds(wins: int, losses: int, n: int, margin: float, confidence: float = 0.95) -> PairedBounds:
+    """Return the bounds for models that are right on all problems but the other's wins."""
+    ours = [1.0] * wins + [0.0] * losses + [1.0] * (n - wins - losses)
+    theirs = [0.0] * wins + [1.0] * losses + [1.0] * (n - wins - losses)
+    return paired_bounds(ours, theirs, margin=margin, confidence=confidence)
+
+
+def slack(level: float, rounds: int = ROUNDS) -> float:
+    """Return three standard errors of a simulated share."""
+    return 3 * math.sqrt(level * (1 - level) / rounds)
+
+
+@pytest.mark.parametrize("confidence", [0.95, 1 - 0.05 / 3])
+@pytest.mark.parametrize(
+    ("joint", "n", "margin"),
+    [
+        ((0.00, 0.03, 0.97), 100, 0.03),  # one-sided losses, few: a t bound passes a fifth of these
+        ((0.02, 0.04, 0.94), 300, 0.02),  # few and many discordant problems both occur
+        ((0.10, 0.12, 0.78), 300, 0.02),
+        ((0.02, 0.02, 0.96), 200, 0.0),
+        ((0.12, 0.12, 0.76), 250, 0.0),
+    ],
+)
+def test_right_or_wrong_scores_keep_the_promise(
+    joint: tuple[float, float, float], n: int, margin: float, confidence: float
+) -> None:
+    truth, level = joint[0] - joint[1], 1 - confidence
+    counts = np.random.default_rng(7).multinomial(n, joint, size=ROUNDS)
+    found = [bounds(int(wins), int(losses), n, margin, confidence) for wins, losses, _ in counts]
+    # Worse by exactly the margin, or not better: passing is the error that is bounded.
+    assert np.mean([each.lower_bound > -margin + 1e-12 for each in found]) <= level + slack(level)
+    inside = [each.interval[0] - 1e-12 <= truth <= each.interval[1] + 1e-12 for each in found]
+    assert np.mean(inside) >= confidence - slack(level)
+    assert all(each.interval[0] <= each.lower_bound <= each.difference <= each.interval[1] for each in found)
+
+
+@pytest.mark.parametrize("joint", [(0.03, 0.00, 0.97), (0.06, 0.02, 0.92), (0.0, 0.03, 0.97), (0.1, 0.3, 0.6)])
+def test_the_number_given_beside_an_exact_test_is_a_bound_too(joint: tuple[float, float, float]) -> None:
+    counts = np.random.default_rng(11).multinomial(100, joint, size=ROUNDS)
+    found = [bounds(int(wins), int(losses), 100, 0.0) for wins, losses, _ in counts]
+    # The score bound it may not exceed is an approximation, at its worst where one model only wins.
+    assert np.mean([each.lower_bound <= joint[0] - joint[1] + 1e-12 for each in found]) >= 0.95 - 0.02 - slack(0.05)
+
+
+def soft(random: np.random.Generator, n: int, loss: float) -> tuple[Scores, Scores]:
+    """Return scores where every problem is uncertain, so that nearly all differ."""
+    ability = random.uniform(loss, 1, size=n)
+    return random.binomial(REPEATS, ability - loss, n) / REPEATS, random.binomial(REPEATS, ability, n) / REPEATS
+
+
+def mostly_sure(random: np.random.Generator, n: int, loss: float) -> tuple[Scores, Scores]:
+    """Return scores where few problems are uncertain and what is lost is lost in every repeat."""
+    unsure, lost = random.random(n) < 0.02, random.random(n) < loss
+    draw = [np.where(unsure, random.binomial(REPEATS, 0.5, n) / REPEATS, 1.0) for _ in range(2)]
+    return np.where(lost, 0.0, draw[0]), np.where(lost, 1.0, draw[1])
+
+
+@pytest.mark.parametrize(
+    ("draw", "n", "margin"),
+    [(soft, 60, 0.05), (soft, 200, 0.0), (mostly_sure, 100, 0.03), (mostly_sure, 300, 0.02), (mostly_sure, 100, 0.0)],
+)
+def test_scores_averaged_over_repeats_keep_the_promise(
+    draw: Callable[[np.random.Generator, int, float], tuple[Scores, Scores]], n: int, margin: float
+) -> None:
+    random = np.random.default_rng(3)
+    pairs = [draw(random, n, margin) for _ in range(600)]
+    found = [paired_bounds(ours.tolist(), theirs.tolist(), margin=margin, confidence=0.95) for ours, theirs in pairs]
+    assert np.mean([each.lower_bound > -margin + 1e-12 for each in found]) <= 0.05 + slack(0.05, 600)
+    assert np.mean([each.interval[0] <= -margin <= each.interval[1] for each in found]) >= 0.95 - slack(0.05, 600)
+
+
+@pytest.mark.parametrize("n", [30, 100, 1000])
+def test_equal_scores_keep_the_promise(n: int) -> None:
+    # The candidate loses a share of all problems and by luck none of those drawn: the share that has this luck with
+    # probability 0.05 is ruled out no more.
+    found = bounds(0, 0, n, 0.01)
+    assert (1 + found.lower_bound) ** n == pytest.approx(0.05)
+    assert found.interval == pytest.approx((-(1 - 0.025 ** (1 / n)), 1 - 0.025 ** (1 / n)))
+
+
+def test_a_candidate_that_is_as_good_passes_when_the_benchmark_is_large_enough() -> None:
+    def share_passed(n: int) -> float:
+        counts = np.random.default_rng(7).multinomial(n, (0.05, 0.05, 0.90), size=300)
+        return float(np.mean([bounds(int(w), int(x), n, 0.03).lower_bound > -0.03 for w, x, _ in counts]))
+
+    assert share_passed(1000) > 0.9
+    assert share_passed(100) < 0.4
+
+
+def test_none_of_several_candidates_passes_by_luck_more_often_than_one_may() -> None:
+    n, margin, looks = 300, 0.02, 3
+    counts = np.random.default_rng(5).multinomial(n, (0.05, 0.07, 0.88), size=(ROUNDS, looks))
+
+    def any_passes(confidence: float) -> float:
+        passes = [
+            [bounds(int(wins), int(losses), n, margin, confidence).lower_bound > -margin for wins, losses, _ in each]
+            for each in counts
+        ]
+        return float(np.mean([any(each) for each in passes]))
+
+    assert any_passes(0.95) > 0.1
+    assert any_passes(1 - 0.05 / looks) <= 0.05 + slack(0.05)
+
+
+@pytest.mark.parametrize(
+    ("wins", "losses", "n", "margin"), [(5, 6, 200, 0.02), (9, 4, 200, 0.0), (40, 44, 1000, 0.01), (0, 0, 40, 0.05)]
+)
+def test_the_problems_said_to_settle_it_do_if_differences_go_on_as_they_were(
+    wins: int, losses: int, n: int, margin: float
+) -> None:
+    found = bounds(wins, losses, n, margin)
+    assert found.lower_bound <= -margin
+    assert found.needed is not None
+
+    def passes(larger: int) -> bool:
+        scaled = (round(count * larger / n) for count in (wins, losses))
+        return bounds(*scaled, larger, margin).lower_bound > -margin
+
+    assert passes(math.ceil(1.1 * found.needed))
+    assert not passes(round(0.8 * found.needed))
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.9])
+def test_the_interval_of_an_accuracy_covers_it(share: float) -> None:
+    # Exactly, over all numbers of right answers; Wilson's coverage oscillates about its level.
+    n = 200
+    ends = [mean_interval([1.0] * right + [0.0] * (n - right)) for right in range(n + 1)]
+    truths = np.linspace(share - 0.01, share + 0.01, 21)
+    inside = [
+        [low <= truth <= high for low, high in ends] @ stats.binom.pmf(np.arange(n + 1), n, truth) for truth in truths
+    ]
+    assert np.mean(inside) == pytest.approx(0.95, abs=0.012)
+
+
+def test_the_interval_of_repeated_samples_covers_their_mean() -> None:
+    random = np.random.default_rng(2)
+    # Hard problems: most abilities near 0, a mean far from the middle.
+    draws = [random.binomial(REPEATS, random.beta(0.5, 1.5, size=60)) / REPEATS for _ in range(250)]
+    ends = [mean_interval(draw.tolist()) for draw in draws]
+    assert np.mean([low <= 0.25 <= high for low, high in ends]) >= 0.95 - slack(0.05, 250)
+    assert ends[0] == mean_interval(draws[0].tolist())
+    width = float(np.mean([high - low for low, high in ends]))
+    assert width == pytest.approx(2 * 1.96 * np.mean([draw.std() for draw in draws]) / math.sqrt(60), rel=0.1)
+
+
+def test_equal_scores_leave_room_for_what_was_not_seen() -> None:
+    low, high = mean_interval([0.5] * 20)
+    assert low + high == pytest.approx(1)
+    assert high - low == pytest.approx(1 - 0.025 ** (1 / 20))
+    assert all(map(math.isnan, mean_interval([7.5] * 20)))
