@@ -1,11 +1,9 @@
 """Benchmark: an lm-eval task in one YAML file, named by the content of everything that defines it."""
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,10 +11,11 @@ import yaml
 
 from evaluation.digest import digest_file, digest_value
 from evaluation.errors import BenchmarkError
-from evaluation.problems import verify_data
+from evaluation.fetched import fetched_yaml, shipped_benchmarks
+from evaluation.problems import files, lines, verify_data
 from evaluation.report import Setting
+from evaluation.task_yaml import SHIPPED, find_task, read_yaml
 
-SHIPPED = Path(__file__).parent / "benchmarks"
 OWN_DATA = "evaluation.problems.load_problems"
 # lm-eval's names for one number, in its order of precedence, and its default.
 TOKEN_LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -41,7 +40,7 @@ def resolve_benchmark(benchmark: str | Path) -> Benchmark:
     but no path. Refuses with BenchmarkError what is unknown, broken, no single task, or has changed data.
     """
     path = _find(benchmark)
-    config = _read(path, seen=())
+    config = read_yaml(path)
     name = config.get("task")
     if not isinstance(name, str):
         raise BenchmarkError(f"{path} names no single task (task is {name!r}): pass the YAML of one lm-eval task.")
@@ -49,7 +48,21 @@ def resolve_benchmark(benchmark: str | Path) -> Benchmark:
     if kind not in TYPES:
         raise BenchmarkError(f"{path} has output_type {kind} and lm-eval knows {', '.join(TYPES)}.")
     content = {**config, "data digests": _data_digests(config, path)}
-    return Benchmark(name=name, path=path, digest=digest_value(content), generation=_generation(config, kind))
+    return Benchmark(name=name, path=path, digest=digest_value(content), generation=generation_settings(config))
+
+
+def generation_settings(config: Mapping[str, Any]) -> dict[str, Setting]:
+    """Return how answers to a task YAML, as `read_yaml` returns it, are generated; nothing when it generates none."""
+    if config.get("output_type", "generate_until") != "generate_until":
+        return {}
+    given = config.get("generation_kwargs") or {}
+    limit = next((given[key] for key in TOKEN_LIMITS if given.get(key) is not None), DEFAULT_TOKEN_LIMIT)
+    return {
+        "max_new_tokens": int(limit),
+        "temperature": float(given.get("temperature", 0.0)),
+        "top_p": float(given.get("top_p", 1.0)),
+        "samples": int(config.get("repeats", 1)),
+    }
 
 
 def write_benchmark(
@@ -70,7 +83,7 @@ def write_benchmark(
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
         raise BenchmarkError(f"{name!r} cannot name a benchmark: use letters, digits, dots, dashes and underscores.")
     _refuse_unfit(name, problems)
-    data = "".join(json.dumps(dict(problem), ensure_ascii=False, sort_keys=True) + "\n" for problem in problems)
+    data = lines(problems)
     directory.mkdir(parents=True, exist_ok=True)
     data_path = directory / f"{name}.jsonl"
     _write_once(data_path, data)
@@ -93,53 +106,25 @@ def write_benchmark(
 
 
 def _find(benchmark: str | Path) -> Path:
-    shipped = SHIPPED / f"{benchmark}.yaml"
-    if isinstance(benchmark, str) and re.fullmatch(r"[\w.-]+", benchmark) and shipped.is_file():
-        return shipped
+    if isinstance(benchmark, str) and re.fullmatch(r"[\w.-]+", benchmark):
+        fetched = fetched_yaml(benchmark)
+        if fetched is not None:
+            return fetched
+        if (SHIPPED / f"{benchmark}.yaml").is_file():
+            if benchmark not in shipped_benchmarks():
+                return SHIPPED / f"{benchmark}.yaml"
+            raise BenchmarkError(f"{benchmark} has not been fetched: run relex benchmarks fetch {benchmark}")
     path = Path(benchmark).absolute()
     if path.is_file():
         return path
-    known = sorted(file.stem for file in SHIPPED.glob("*.yaml") if "task" in _read(file, seen=()))
+    if isinstance(benchmark, str) and find_task(benchmark) is not None:
+        raise BenchmarkError(
+            f"{benchmark} is a task of lm-eval and has not been fetched: run relex benchmarks fetch {benchmark}"
+        )
     raise BenchmarkError(
-        f"benchmark {benchmark} is neither a file nor shipped (shipped: {', '.join(known) or 'none'}): "
+        f"benchmark {benchmark} is no file, not shipped ({', '.join(shipped_benchmarks())}) and no task of lm-eval: "
         "pass the path of an lm-eval task YAML, or write one with evaluation.benchmark.write_benchmark."
     )
-
-
-def _read(path: Path, *, seen: tuple[Path, ...]) -> dict[str, Any]:
-    # As lm-eval reads it, includes merged and local keys winning, but a function becomes its name and source digest:
-    # nothing is imported here, and lm-eval itself takes seconds to import.
-    if path in seen:
-        raise BenchmarkError(f"{path} includes itself: remove one of its include lines.")
-
-    class Loader(yaml.SafeLoader):
-        pass
-
-    Loader.add_constructor("!function", lambda _, node: _function(str(node.value), path))
-    try:
-        config = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise BenchmarkError(f"{path} is no readable YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(config, dict):
-        raise BenchmarkError(f"{path} holds a {type(config).__name__} and must hold the keys of an lm-eval task.")
-    includes = config.pop("include", [])
-    merged: dict[str, Any] = {}
-    for include in [includes] if isinstance(includes, str) else includes:
-        merged.update(_read((path.parent / include).resolve(), seen=(*seen, path)))
-    return {**merged, **config}
-
-
-def _function(name: str, path: Path) -> dict[str, str | None]:
-    module = name.rpartition(".")[0]
-    beside = path.parent / f"{module.replace('.', '/')}.py"
-    if beside.is_file():
-        return {"function": name, "source": digest_file(beside)}
-    if module.startswith("evaluation."):
-        spec = find_spec(module)
-        if spec is None or spec.origin is None:
-            raise BenchmarkError(f"{path} calls {name} and there is no module {module}: correct the name.")
-        return {"function": name, "source": digest_file(Path(spec.origin))}
-    return {"function": name, "source": None}
 
 
 def _data_digests(config: Mapping[str, Any], path: Path) -> dict[str, str]:
@@ -148,7 +133,8 @@ def _data_digests(config: Mapping[str, Any], path: Path) -> dict[str, str]:
     if isinstance(loader, dict) and loader["function"] == OWN_DATA:
         if not {"data", "sha256"} <= {*data}:
             raise BenchmarkError(f"{path} needs dataset_kwargs with data and sha256: see evaluation/benchmarks.")
-        verify_data(path.parent / data["data"], data["sha256"])
+        for name, sha256 in files(data["data"], data["sha256"]).values():
+            verify_data(path.parent / name, sha256)
         return {}
     return {name: digest_file(Path(name)) for name in _texts(data) if Path(name).is_file()}
 
@@ -162,14 +148,6 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for entry in value:
             yield from _texts(entry)
-
-
-def _generation(config: Mapping[str, Any], kind: str) -> dict[str, Setting]:
-    if kind != "generate_until":
-        return {}
-    given = config.get("generation_kwargs") or {}
-    limit = next((given[key] for key in TOKEN_LIMITS if given.get(key) is not None), DEFAULT_TOKEN_LIMIT)
-    return {"max_new_tokens": int(limit), "temperature": float(given.get("temperature", 0.0))}
 
 
 def _refuse_unfit(name: str, problems: Sequence[Mapping[str, str]]) -> None:

@@ -1,7 +1,7 @@
-"""Problem: one line of local JSONL, a prompt and its answer, that lm-eval reads and a digest guards."""
+"""Problem: one line of local JSONL, a question and its answer, that lm-eval reads and a digest guards."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,13 @@ def problem_id(problem: Mapping[str, object]) -> str:
     return digest_value(dict(problem))
 
 
+def lines(problems: Iterable[Mapping[str, object]]) -> str:
+    """Return canonical JSONL: a line a problem, keys in order; TypeError or ValueError if JSON cannot hold one."""
+    return "".join(
+        json.dumps(dict(problem), ensure_ascii=False, sort_keys=True, allow_nan=False) + "\n" for problem in problems
+    )
+
+
 def verify_data(path: Path, sha256: str) -> None:
     """Refuse with BenchmarkError data that is missing or whose sha256 (hex) is another than the benchmark states."""
     if not path.is_file():
@@ -29,14 +36,30 @@ def verify_data(path: Path, sha256: str) -> None:
         )
 
 
-def load_problems(config_source: str, data: str, sha256: str, **_: object) -> "dict[str, datasets.Dataset]":
-    """Return the split `test` of the JSONL file `data`, a path relative to the YAML; lm-eval's `custom_dataset`.
+def load_problems(
+    config_source: str, data: str | Mapping[str, str], sha256: str | Mapping[str, str], **_: object
+) -> "dict[str, datasets.Dataset]":
+    """Return the split `test` of the JSONL file `data`, or of each split its own; lm-eval's `custom_dataset`.
 
-    lm-eval passes the YAML's path as `config_source`, the keys of `dataset_kwargs`, and all its metadata.
+    Paths are relative to the YAML. lm-eval passes the YAML's path as `config_source`, the keys of `dataset_kwargs`, and
+    all its metadata.
     """
     import datasets
 
-    path = Path(config_source).parent / data
-    verify_data(path, sha256)
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return {"test": datasets.Dataset.from_list([json.loads(line) for line in lines])}
+    directory = Path(config_source).parent
+    splits = {}
+    for split, (name, digest) in files(data, sha256).items():
+        verify_data(directory / name, digest)
+        # Not splitlines: a problem may hold U+2028, which JSON leaves as it is.
+        written = (directory / name).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        splits[split] = datasets.Dataset.from_list([json.loads(line) for line in written])
+    return splits
+
+
+def files(data: str | Mapping[str, str], sha256: str | Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """Return file name and sha256 (hex) of each split; both are given for one split `test`, or by split."""
+    if isinstance(data, str) and isinstance(sha256, str):
+        return {"test": (data, sha256)}
+    if isinstance(data, Mapping) and isinstance(sha256, Mapping) and {*data} == {*sha256}:
+        return {split: (data[split], sha256[split]) for split in data}
+    raise BenchmarkError(f"dataset_kwargs has data {data} and sha256 {sha256}: give both once, or both for each split.")

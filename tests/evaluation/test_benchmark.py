@@ -1,10 +1,15 @@
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
-from evaluation.benchmark import SHIPPED, resolve_benchmark, write_benchmark
+from evaluation.benchmark import resolve_benchmark, write_benchmark
 from evaluation.errors import BenchmarkError
+from evaluation.problems import load_problems
+from evaluation.task_yaml import ALSO
 
 PROBLEMS = [{"prompt": "1+1=", "answer": "2"}, {"prompt": "2+2=", "answer": "4"}]
 
@@ -13,7 +18,7 @@ def test_a_benchmark_is_named_by_its_content_and_not_by_its_place(tmp_path: Path
     here = resolve_benchmark(write_benchmark(tmp_path / "here", "sums", PROBLEMS, max_new_tokens=4, stop=["\n"]))
     there = resolve_benchmark(write_benchmark(tmp_path / "there", "sums", PROBLEMS, max_new_tokens=4, stop=["\n"]))
     assert here.name == "sums"
-    assert here.generation == {"max_new_tokens": 4, "temperature": 0.0}
+    assert here.generation == {"max_new_tokens": 4, "temperature": 0.0, "top_p": 1.0, "samples": 1}
     assert here.digest == there.digest
     assert here.path != there.path
 
@@ -59,14 +64,42 @@ def test_changed_data_is_refused_with_both_digests(tmp_path: Path) -> None:
 
 
 def test_an_unknown_benchmark_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(BenchmarkError, match=r"benchmark nonsense is neither a file nor shipped \(shipped: "):
+    with pytest.raises(BenchmarkError, match=r"benchmark nonsense is no file, not shipped \(aime_2025, .* and no"):
         resolve_benchmark("nonsense")
 
 
-@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)
-def test_a_shipped_base_is_a_base_and_no_benchmark(path: Path) -> None:
+@pytest.mark.parametrize("base", ["boxed_math", "exact_match", "paper_greedy", "paper_sampled"])
+def test_a_shipped_base_is_a_base_and_no_benchmark(base: str) -> None:
     with pytest.raises(BenchmarkError, match="names no single task"):
-        resolve_benchmark(path.stem)
+        resolve_benchmark(base)
+
+
+def test_a_grade_is_named_by_all_that_decides_it() -> None:
+    # What grading imports of this package, but for the errors and its own digest.
+    for module, others in ALSO.items():
+        used, new = set(), {module}
+        while new:
+            text = " ".join(Path(each.replace(".", "/") + ".py").read_text() for each in new)
+            used |= new
+            found = re.findall(r"from (evaluation)(?:\.(\w+))? import (\w+)", text)
+            new = {f"{package}.{part or name}" for package, part, name in found} - used - {"evaluation.errors"}
+        assert used == {module, *others}
+
+
+def test_a_problem_keeps_every_kind_of_line_end_inside_it(tmp_path: Path) -> None:
+    problems = [{"prompt": "a\u2028b\x85c\u2029d\n", "answer": "1"}, {"prompt": "e", "answer": "2"}]
+    path = write_benchmark(tmp_path, "ends", problems, max_new_tokens=4)
+    config = yaml.safe_load(path.read_text().replace("!function ", ""))
+    loaded = load_problems(config_source=str(path), **config["dataset_kwargs"])
+    assert loaded["test"].to_list() == problems
+
+
+@pytest.mark.parametrize(
+    ("data", "sha256"), [({"test": "a"}, "b"), ({"test": "a"}, {"train": "b"}), ("a", {"test": "b"})]
+)
+def test_data_and_digests_that_do_not_belong_together_are_refused(data: Any, sha256: Any) -> None:
+    with pytest.raises(BenchmarkError, match="give both once, or both for each split"):
+        load_problems("x.yaml", data, sha256)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """A server that speaks the Hub's API, with repositories made in the test: refs, revisions, trees in pages, files.
 
-Large files are redirected to an address of their own that is signed and expires, as the Hub does it.
+A repository is a model or, when its name begins with datasets/, a data set. Large files are redirected to an address of
+their own that is signed and expires, as the Hub does it.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 TOKEN = "hf_only-a-test"
 PAGE = 3
 _LFS_BYTES = 1000
+_NAME = "(?:datasets/)?[^/]+/[^/]+"
 
 
 @dataclass
@@ -78,16 +80,20 @@ def serve() -> Iterator[Hub]:
             path, query = unquote(url.path), parse_qs(url.query)
             if match := re.fullmatch(r"/cdn/([0-9a-f]+)", path):
                 self._cdn(match[1], query["Signature"][0])
-            elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(refs|revision|tree)(?:/(.*))?", path):
+            elif match := re.fullmatch(rf"/api/(?:models/)?({_NAME})/(refs|revision|tree)(?:/(.*))?", path):
                 repository = self._repository(match[1])
                 if repository is not None:
-                    self._api(repository, match[2], match[3], int(query.get("cursor", ["0"])[0]))
-            elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.*)", path):
+                    cursor = int(query.get("cursor", ["0"])[0])
+                    flat = query.get("recursive") == ["false"]
+                    self._api(repository, match[2], match[3], cursor, flat=flat)
+            elif match := re.fullmatch(rf"/({_NAME})/resolve/([^/]+)/(.*)", path):
                 repository = self._repository(match[1])
                 if repository is not None:
                     self._resolve(repository, match[2], match[3])
             else:
                 self._refuse(404, "no such page")
+
+        do_HEAD = do_GET
 
         def _repository(self, name: str) -> Repository | None:
             found = hub.repositories.get(name)
@@ -101,7 +107,7 @@ def serve() -> Iterator[Hub]:
                 return None
             return found
 
-        def _api(self, repository: Repository, what: str, revision: str, cursor: int) -> None:
+        def _api(self, repository: Repository, what: str, revision: str, cursor: int, *, flat: bool) -> None:
             if what == "refs":
                 branches = [
                     {"name": name, "ref": f"refs/heads/{name}", "targetCommit": sha}
@@ -109,14 +115,17 @@ def serve() -> Iterator[Hub]:
                 ]
                 self._json({"branches": branches, "converts": [], "tags": []})
                 return
+            folder = ""
+            if what == "tree" and revision not in {*repository.branches, *repository.commits}:
+                revision, _, folder = revision.partition("/")
             sha = repository.branches.get(revision, revision)
             if sha not in repository.commits:
                 self._refuse(404, "RevisionNotFound")
             elif what == "revision":
                 self._json({"sha": sha, "id": "whatever", "siblings": []})
             else:
-                items = [_item(name, content) for name, content in sorted(repository.commits[sha].items())]
-                following = f"http://{self.headers['Host']}{urlsplit(self.path).path}?recursive=true"
+                items = _tree(repository.commits[sha], folder, flat=flat)
+                following = f"http://{self.headers['Host']}{urlsplit(self.path).path}?recursive={str(not flat).lower()}"
                 link = f'<{following}&cursor={cursor + PAGE}>; rel="next"'
                 self._json(items[cursor : cursor + PAGE], {"Link": link} if cursor + PAGE < len(items) else {})
 
@@ -173,7 +182,8 @@ def serve() -> Iterator[Hub]:
                 self.send_header(name, value)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            self.wfile.write(content)
+            if self.command != "HEAD":
+                self.wfile.write(content)
 
         def log_message(self, format: str, *args: object) -> None:
             return
@@ -191,6 +201,20 @@ def serve() -> Iterator[Hub]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def _tree(held: Mapping[str, bytes], folder: str, *, flat: bool) -> list[dict[str, Any]]:
+    inside = f"{folder}/" if folder else ""
+    below = {name: content for name, content in sorted(held.items()) if name.startswith(inside)}
+    if not flat:
+        return [_item(name, content) for name, content in below.items()]
+    folders = sorted({name[len(inside) :].split("/")[0] for name in below if "/" in name[len(inside) :]})
+    direct = [_item(name, content) for name, content in below.items() if "/" not in name[len(inside) :]]
+    return [_folder(inside + name) for name in folders] + direct
+
+
+def _folder(name: str) -> dict[str, Any]:
+    return {"type": "directory", "path": name, "oid": hashlib.sha1(name.encode()).hexdigest(), "size": 0}
 
 
 def _item(name: str, content: bytes) -> dict[str, Any]:
