@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, cast
 
-from deploy.runs import KEY_TAG, log_metrics, open_run
+from deploy.runs import KEY_TAG, log_metrics
 from deploy.store import page
 from deploy.versions import AUDIT
 
@@ -74,7 +74,8 @@ def begin(
         "candidate": _text(candidate),
         "from_version": _text(from_version),
     }
-    run = open_run(client, experiment, key=f"audit {number:08d}", title=title, tags=tags)
+    tags[KEY_TAG] = f"audit {number:08d}"
+    run = client.create_run(experiment.experiment_id, run_name=title, tags=tags)
     log_metrics(client, run, metrics)
     return run
 

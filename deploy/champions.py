@@ -20,7 +20,6 @@ from deploy.versions import (
     AUDIT,
     CANDIDATES,
     CHAMPION,
-    MODEL_ID,
     RegisteredModelVersion,
     champion_version,
     ensure_registered_model,
@@ -151,14 +150,15 @@ def candidate(name: str, version: int | None, *, tracking_uri: str) -> Registere
 
 def find_candidate(client: "MlflowClient", name: str, version: int | None) -> RegisteredModelVersion:
     """Return a registered prediction, the newest for None; NoSuchVersionError where there is none."""
-    found = sorted(int(item.version) for item in versions(client, f"name = '{name}{CANDIDATES}'"))
+    found = {int(item.version): item for item in versions(client, f"name = '{name}{CANDIDATES}'")}
     wanted = version if version is not None else max(found, default=None)
     if wanted is None or wanted not in found:
-        there = f"its versions are {', '.join(map(str, found))}" if found else "nothing is registered under that name"
+        known = ", ".join(map(str, sorted(found)))
+        there = f"its versions are {known}" if found else "nothing is registered under that name"
         raise NoSuchVersionError(
             f"{name}{CANDIDATES} has no version {'' if wanted is None else wanted}: {there}. See relex models."
         )
-    return row(client, client.get_model_version(f"{name}{CANDIDATES}", str(wanted)), champion=False)
+    return row(client, found[wanted], champion=False)
 
 
 def _champion(client: "MlflowClient", name: str) -> RegisteredModelVersion | None:
@@ -175,13 +175,13 @@ def _copy(client: "MlflowClient", name: str, candidate: RegisteredModelVersion, 
     if known is not None:
         return int(known.version)
     ensure_registered_model(client, name)
-    tags = client.get_model_version(candidate.name, str(candidate.version)).tags
+    version = client.get_model_version(candidate.name, str(candidate.version))
     # What MlflowClient.copy_model_version does, with the number of the entry from the first moment on.
     copied = client.create_model_version(
         name,
         source=f"models:/{candidate.name}/{candidate.version}",
         run_id=candidate.run_id,
-        model_id=tags[MODEL_ID],
-        tags={**tags, AUDIT: number},
+        model_id=version.model_id,
+        tags={**version.tags, AUDIT: number},
     )
     return int(copied.version)

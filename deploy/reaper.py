@@ -45,6 +45,9 @@ def reap(client: "MlflowClient", name: str, experiment: "Experiment", *, but: st
 
 def _settle(client: "MlflowClient", name: str, run: "Run") -> None:
     """Complete the audit run of a promotion or rollback if the alias was moved, otherwise undo what it had begun."""
+    if run.data.tags["verdict"] != "under way":
+        client.set_terminated(run.info.run_id, "FINISHED")
+        return
     champion = champion_version(client, name)
     if champion is not None and run.data.tags.get(audit.TO_VERSION) == str(champion.version):
         audit.close(client, run, audit.DONE[run.data.tags["action"]])

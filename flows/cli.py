@@ -6,7 +6,7 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import ByteSize, TypeAdapter, ValidationError
@@ -16,6 +16,9 @@ from deploy.errors import DeployError
 from evaluation.errors import EvaluationError
 from flows.errors import FlowError
 from relex.errors import RelexError
+
+if TYPE_CHECKING:
+    from flows.promote import Promotion
 
 app = typer.Typer(
     name="relex",
@@ -435,7 +438,7 @@ def up(
     Example: relex up relex.yaml
     """
     from evaluation.benchmark import resolve_benchmark
-    from flows import stack
+    from flows import promoter, stack
     from flows.settings import load_settings
 
     configs = {}
@@ -448,6 +451,7 @@ def up(
         started = stack.up(home)
         for name, path in configs.items():
             stack.spawn_watcher(started, name, path)
+        promoter.revive(started)
     _show_stack(home, as_json=as_json)
 
 
@@ -529,22 +533,103 @@ def stop(
 
 @app.command()
 def models(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the registered model.")],
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="Name of the registered model (default: all).")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read every byte of the weights (default: compare sizes).")
+    ] = False,
     home: Home = HOME,
     as_json: Json = False,
 ) -> None:
-    """List the registered predictions of a model: digest, step, verdict, where the weights lie.
+    """List registered predictions: step, verdict, gate, champion, whether the weights are whole and where they lie.
 
     Example: relex models qwen
     """
     from deploy import registry
     from flows import stack, tables
+    from flows.listing import listing
 
-    rows = registry.models(name, tracking_uri=stack.tracking_uri(home))
+    uri = stack.tracking_uri(home)
+    found = [
+        listing(item, tracking_uri=uri, downloads=home / "models", contents="read" if verify else "sizes")
+        for item in ([name] if name is not None else registry.names(tracking_uri=uri))
+    ]
     if as_json:
-        _print_json([asdict(row) for row in rows])
-    else:
-        tables.show_models(out, name, rows)
+        _print_json([item.to_json() for item in found])
+        return
+    if not found:
+        out.print("nothing is registered")
+    for item in found:
+        tables.show_models(out, item)
+
+
+@app.command()
+def promote(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the registered model.")],
+    version: Annotated[
+        int | None, typer.Argument(metavar="[VERSION]", help="Version of NAME-candidates (default: the newest).")
+    ] = None,
+    approve: Annotated[
+        bool, typer.Option("--approve", help="Ask in the Prefect UI, and promote when somebody there says so.")
+    ] = False,
+    home: Home = HOME,
+    as_json: Json = False,
+) -> None:
+    """Make a registered prediction the champion, if its weights are whole and its stored gate results say so.
+
+    Nothing is scored and nothing is forced; every attempt is a run in MLflow.
+    Example: relex promote qwen 3
+    """
+    import psutil
+
+    from flows import stack
+    from flows.promote import promote as move
+
+    by = psutil.Process().username()
+    if approve:
+        running = stack.running(home)
+        os.environ.update(stack.environment(running))
+        from flows.promote_approval import ask
+
+        asked = ask(running, name, version, by=by)
+        if as_json:
+            _print_json(asdict(asked))
+        else:
+            out.print(asked.sentence, markup=False, highlight=False, soft_wrap=True)
+        return
+    _show_promotion(
+        move(name, version, tracking_uri=stack.tracking_uri(home), by=by, downloads=home / "models"), as_json=as_json
+    )
+
+
+@app.command()
+def rollback(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the registered model.")],
+    home: Home = HOME,
+    as_json: Json = False,
+) -> None:
+    """Give the place of champion back to the one before, if its weights are whole.
+
+    Example: relex rollback qwen
+    """
+    import psutil
+
+    from flows import stack
+    from flows.promote import rollback as move
+
+    by = psutil.Process().username()
+    _show_promotion(
+        move(name, tracking_uri=stack.tracking_uri(home), by=by, downloads=home / "models"), as_json=as_json
+    )
+
+
+def _show_promotion(done: "Promotion", *, as_json: bool) -> None:
+    if as_json:
+        _print_json(done.to_json())
+        return
+    for line in filter(None, (done.sentence, done.entry.url)):
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -17,10 +18,10 @@ from relex.manifest import Manifest
 from relex.store import State
 
 if TYPE_CHECKING:
-    from deploy.registry import RegisteredModelVersion
     from evaluation.report import Report
     from flows.analyze import Analyzed
     from flows.comparison import Comparison
+    from flows.listing import Listing
     from flows.stack import Service
     from relex.backtest import Backtest
     from relex.inspection import Inspection
@@ -232,23 +233,39 @@ def show_services(console: Console, services: Sequence["Service"]) -> None:
     _print_line(console, f"logs: {services[0].log.parent}")
 
 
-def show_models(console: Console, name: str, rows: Sequence["RegisteredModelVersion"]) -> None:
-    """Print the registered predictions, newest first."""
-    if not rows:
-        console.print(f"no prediction of {name} is registered")
+def show_models(console: Console, found: "Listing") -> None:
+    """Print the registered predictions, newest first, and how the champion came to be it."""
+    if not found.versions:
+        console.print(f"no prediction of {found.name} is registered")
         return
-    table = plain_table("version", "step", "digest", "verdict", "champion")
-    for row in rows:
+    table = plain_table("version", "step", "digest", "verdict", "promoted", "weights", title=found.versions[0].row.name)
+    for item in found.versions:
+        row = item.row
         table.add_row(
-            f"{row.name} v{row.version}",
+            f"v{row.version}",
             str(row.target_step),
             row.digest[:12],
             row.tags.get("verdict", ""),
-            "yes" if row.champion else "",
+            "" if item.promoted is None else f"{found.name} v{item.promoted}{', champion' * row.champion}",
+            item.state.split(":", maxsplit=1)[0],
         )
     console.print(table)
-    for row in rows:
-        _print_line(console, f"weights of v{row.version}: {row.weights}")
+    for item in found.versions:
+        if item.gate:
+            _print_line(console, f"gate of v{item.row.version}: {item.gate}")
+        _print_line(console, f"weights of v{item.row.version}: {item.row.weights}")
+    print_warnings(console, [item.state for item in found.versions if item.state.startswith("damaged")])
+    if not found.trail:
+        return
+    trail = plain_table("#", "when", "who", "what", "verdict")
+    for entry in found.trail[-_ROWS:]:
+        when = datetime.fromtimestamp(entry.at_ms / 1000).astimezone().strftime("%Y-%m-%d %H:%M")
+        before, after = (
+            "—" if version is None else f"v{version}" for version in (entry.from_version, entry.to_version)
+        )
+        what = f"{entry.action} {'' if entry.candidate is None else f'candidate v{entry.candidate} '}{before} → {after}"
+        trail.add_row(str(entry.number), when, entry.by, what, entry.verdict)
+    console.print(trail)
 
 
 def print_warnings(console: Console, warnings: Sequence[str]) -> None:
