@@ -1,0 +1,323 @@
+"""What is decided on real tiny runs when 5, 10 and 20 % of their steps are observed, against what came later.
+
+Trains what the cache lacks of the runs of benchmarks/runs.py, makes each decision as the watcher would, with targets
+and methods left to the backtest, and scores on the report problems, which decide nothing: the real checkpoints, plain
+RELEX at 2, 4 and 8 times the window and at the run's end, and what was registered. Writes decisions.json and
+decisions.md to --out; a second call trains and scores only what is missing. --keep writes the Grams of the runs that
+the tests read.
+
+    python -m benchmarks.decisions --cache ablation-runs --out decisions [--keep tests/runs]
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+# Before anything imports torch: the threads of a model this small only fight each other.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch
+import yaml
+
+from benchmarks.runs import RUNS, SAVE_STEPS, STEPS, Run, held_out, keep_gram, train
+from evaluation.gate import gate
+from evaluation.report import Report
+from flows.deciding import Stages, decide
+from flows.decision import Decision, Model, Score
+from flows.extrapolate import count_problems, gate_model
+from flows.predict import Predicted, predict
+from flows.score import reports, score
+from flows.settings import Settings, load_settings
+from flows.window import decided, decision_path, read_decisions, window_key, write_json
+from relex.backtest import Recommendation, backtest
+from relex.extrapolation import extrapolate_run
+from relex.gram import cached
+from relex.predictors import parse_method
+from relex.store import open_base, scan
+from relex.trajectory import open_run
+
+SHARES = (5, 10, 20)
+MULTIPLES = (2, 4, 8)
+# Every window is a step of the curve.
+CURVE = (0, 24, 48, 96, 192, 288, 384, 480)
+
+
+@dataclass(frozen=True)
+class Point:
+    """Plain RELEX at one step, and the real run there: accuracies on the report problems.
+
+    `observed_is_better` says whether the last observed checkpoint is shown to be better (paired, one-sided 95 %).
+    """
+
+    step: int
+    accuracy: float
+    real: float
+    observed_is_better: bool
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A decision and what came of it: accuracies on the report problems.
+
+    `chosen` is of what one is left with, registered or else last observed, `real` of the run itself at that step,
+    `best` of the best that was scored. `trusted` says that the training would have been stopped. `wrong` is a wrong
+    yes: the last observed checkpoint is shown to be better than what was registered (paired, one-sided 95 %).
+    """
+
+    verdict: str
+    model: str
+    chosen: float
+    real: float
+    best: float
+    trusted: bool
+    wrong: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One window of one run: what was observed, what plain RELEX makes of it, what the backtest says, the decision."""
+
+    run: str
+    share: int
+    window: int
+    observed: float
+    end: float
+    relex: tuple[Point, ...]
+    recommendation: Recommendation
+    outcome: Outcome
+
+    @property
+    def regret(self) -> float | None:
+        """The real end less what was registered; None when training goes on to it."""
+        return self.end - self.outcome.chosen if self.outcome.verdict == "registered" else None
+
+    @property
+    def missed(self) -> float:
+        """The best that was scored less what one is left with."""
+        return self.outcome.best - self.outcome.chosen
+
+    @property
+    def saved(self) -> int:
+        """Steps that are not trained when a trusted decision stops the run."""
+        return STEPS - self.window if self.outcome.trusted else 0
+
+
+def prepare(run: Run, root: Path, out: Path, window: int) -> Path:
+    """Write the relex.yaml of one window and return its path."""
+    splits = held_out(out / "benchmarks", run.task)
+    content = {
+        "training_run": run.name,
+        "checkpoints": str(root / "run"),
+        "base": str(root / "base"),
+        "window": window,
+        "targets": "auto",
+        "methods": "auto",
+        "total_steps": STEPS,
+        "selection": str(splits["selection"]),
+        "gate": str(splits["gate"]),
+        "report": [str(splits["report"])],
+        "registered_model": run.task,
+        "state": str(out / "state"),
+        "batch_size": 250,
+        "memory": "1GiB",
+        "threads": 1,
+    }
+    config = out / "configs" / f"{run.name}-{window}.yaml"
+    config.parent.mkdir(parents=True, exist_ok=True)
+    config.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    return config
+
+
+def predict_models(config: str, steps: list[int], key: str) -> Predicted:
+    return predict(load_settings(Path(config)), steps, key)
+
+
+def find_base(config: str) -> Model:
+    return Model("base", 0, load_settings(Path(config)).base)
+
+
+def score_model(config: str, model: Model, benchmarks: list[str], limit: int | None) -> list[Score]:
+    settings = load_settings(Path(config))
+    return [score(model, report) for report in reports(settings, model, benchmarks, limit=limit)]
+
+
+# Without a server: there is no champion, and nothing is registered.
+STAGES = Stages(
+    problems=count_problems,
+    predict=predict_models,
+    base=find_base,
+    score=score_model,
+    champion=lambda _: [],
+    gate=gate_model,
+)
+
+
+def decision(config: Path, settings: Settings, number: int) -> Decision:
+    """Return what is decided; the windows share the gate's error, as those of one run do that is watched."""
+    base = open_base(settings.base)
+    inside = [item for item in scan(settings.store, base, now=time.time()) if item.step <= settings.end]
+    key = window_key(settings, base, inside)
+    if decided(settings, key):
+        return next(found for found in read_decisions(settings) if found.key == key)
+
+    steps = [item.step for item in inside]
+    found = decide(str(config), settings, steps, key, STAGES, attempt=(number, len(SHARES)))
+    write_json(decision_path(settings, key), found.to_json())
+    return found
+
+
+def measure(run: Run, root: Path, out: Path) -> tuple[dict[int, float], list[Row]]:
+    """Return the accuracy of the run's real checkpoints by step, and a row for each window."""
+
+    def report(settings: Settings, directory: Path) -> Report:
+        return reports(settings, Model("observed", 0, str(directory)), settings.report)[0]
+
+    def real(settings: Settings, step: int) -> Report:
+        return report(settings, root / "run" / f"checkpoint-{step}" if step else root / "base")
+
+    rows: list[Row] = []
+    curve: dict[int, float] = {}
+    for number, share in enumerate(SHARES, start=1):
+        window = STEPS * share // 100
+        config = prepare(run, root, out, window)
+        settings = load_settings(config)
+        curve = curve or {step: real(settings, step).accuracy for step in CURVE}
+        observed = real(settings, window)
+        points = tuple(
+            Point(target, found.accuracy, real(settings, target).accuracy, _is_better(observed, found))
+            for target, found in ((step, report(settings, path)) for step, path in plain(settings, out).items())
+        )
+        looked = backtest(
+            cached(
+                open_run(settings.checkpoints, settings.base, window=window),
+                settings.home / "grams",
+                memory=int(settings.memory),
+                threads=1,
+            )
+        )
+        made = decision(config, settings, number)
+        scored = [item.accuracy for item in made.report if item.model.role == "candidate"]
+        best = max(observed.accuracy, *(point.accuracy for point in points), *scored)
+        outcome = Outcome(made.verdict, "", observed.accuracy, observed.accuracy, best, False, False, made.reason)
+        if made.verdict == "registered" and made.winner is not None:
+            winner = report(settings, Path(made.winner.directory))
+            # Every second step is there.
+            reached = real(settings, made.winner.step + made.winner.step % SAVE_STEPS)
+            outcome = Outcome(
+                made.verdict,
+                made.winner.title,
+                winner.accuracy,
+                reached.accuracy,
+                best,
+                made.trusted_step is not None and made.winner.step <= made.trusted_step,
+                _is_better(observed, winner),
+                made.reason,
+            )
+        rows.append(
+            Row(run.title, share, window, observed.accuracy, curve[STEPS], points, looked.recommendation, outcome)
+        )
+    return curve, rows
+
+
+def plain(settings: Settings, out: Path) -> dict[int, Path]:
+    """Return the directories of plain RELEX by target step, written once."""
+    targets = [*(settings.end * multiple for multiple in MULTIPLES if settings.end * multiple < STEPS), STEPS]
+    made = extrapolate_run(
+        settings.checkpoints,
+        settings.base,
+        targets=targets,
+        out=out / "plain" / settings.training_run / f"window-{settings.end}",
+        window=settings.end,
+        method=parse_method("relex"),
+        memory=int(settings.memory),
+        threads=1,
+        grams=settings.home / "grams",
+        staging=out,
+    )
+    return dict(zip(targets, map(Path, made), strict=True))
+
+
+def _is_better(candidate: Report, reference: Report) -> bool:
+    return gate(candidate, reference, margin=0.0).passed
+
+
+def relex_table(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield the table of plain RELEX; what is worse than the last observed checkpoint for sure is marked."""
+    yield "Plain RELEX / the real run there; ↓: the last observed checkpoint is better (paired, one-sided 95 %)."
+    yield ""
+    yield "| run | window | last observed | 2 × | 4 × | 8 × | end (480) | backtest |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for row in rows:
+        by_target = {point.step: point for point in row.relex}
+        targets = [*(row.window * multiple for multiple in MULTIPLES), STEPS]
+        cells = [_cell(by_target[target]) if target in by_target else "" for target in targets]
+        advice = row.recommendation
+        said = "hold" if advice.way is None else f"`{advice.method}` from {advice.start}, to {advice.target_step}"
+        yield f"| {row.run} | {_window(row)} | {row.observed:.3f} | {' | '.join(cells)} | {said} |"
+
+
+def decision_table(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield the table of what was decided; a wrong yes is flagged."""
+    yield "What was decided, and the accuracy on report problems of what that leaves one with."
+    yield ""
+    yield (
+        "| run | window | last observed | decision | chosen | real run there | real end | end - chosen | best - chosen"
+        " | stop trusted | steps saved |"
+    )
+    yield "|---" * 11 + "|"
+    for row in rows:
+        found = row.outcome
+        said = f"`{found.model}`" if found.model else found.verdict
+        regret = "" if row.regret is None else f"{row.regret:+.3f}"
+        cells = [
+            f"{row.run} | {_window(row)} | {row.observed:.3f}",
+            f"{said}{' **wrong yes**' if found.wrong else ''}",
+            f"{found.chosen:.3f} | {found.real:.3f} | {row.end:.3f} | {regret} | {row.missed:.3f}",
+            f"{'yes' if found.trusted else 'no'} | {row.saved}",
+        ]
+        yield f"| {' | '.join(cells)} |"
+
+
+def _window(row: Row) -> str:
+    return f"{row.window} ({row.share} %)"
+
+
+def _cell(point: Point) -> str:
+    return f"{point.accuracy:.3f}{' ↓' if point.observed_is_better else ''} / {point.real:.3f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--cache", type=Path, required=True, help="directory for the training runs, reused")
+    parser.add_argument("--out", type=Path, required=True, help="directory for the results, and for what was scored")
+    parser.add_argument("--keep", type=Path, help="directory for the Grams of the runs that the tests read")
+    chosen = parser.parse_args()
+    torch.set_num_threads(1)
+    out = chosen.out.absolute()
+    results: dict[str, Any] = {}
+    rows: list[Row] = []
+    for run in RUNS:
+        root = train(chosen.cache.absolute(), run)
+        curve, found = measure(run, root, out)
+        rows += found
+        content = {"run": asdict(run) | {"dtype": str(run.dtype)}, "curve": curve, "windows": list(map(asdict, found))}
+        results[run.name] = content
+        print("\n".join([*relex_table(found), "", *decision_table(found), ""]), flush=True)
+        if chosen.keep is not None and run.kept:
+            whole = open_run(root / "run", root / "base", window=None)
+            gram = cached(whole, out / "state" / run.name / "grams", memory=1 << 30, threads=1)
+            keep_gram(gram, chosen.keep / f"{run.name}.safetensors")
+            write_json(chosen.keep / f"{run.name}.json", content)
+    write_json(out / "decisions.json", results)
+    text = "\n".join([*relex_table(rows), "", *decision_table(rows)]) + "\n"
+    (out / "decisions.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
