@@ -11,7 +11,7 @@ import yaml
 
 from evaluation.digest import digest_file, digest_value
 from evaluation.errors import BenchmarkError
-from evaluation.fetched import fetched_yaml, shipped_benchmarks
+from evaluation.fetched import CHAT, fetched_yaml, shipped_benchmarks
 from evaluation.problems import files, lines, verify_data
 from evaluation.report import Setting
 from evaluation.task_yaml import SHIPPED, find_task, read_yaml
@@ -34,8 +34,9 @@ class Benchmark:
 
 
 def resolve_benchmark(benchmark: str | Path) -> Benchmark:
-    """Return the benchmark behind a shipped name or the path of an lm-eval task YAML.
+    """Return the benchmark behind the name of a fetched one or the path of an lm-eval task YAML.
 
+    `@chat` behind a name asks in the model's own chat template instead of the format that the benchmark is written in.
     The digest covers the YAML with its includes, the source of functions that are not lm-eval's, and local data files,
     but no path. Refuses with BenchmarkError what is unknown, broken, no single task, or has changed data.
     """
@@ -106,21 +107,21 @@ def write_benchmark(
 
 
 def _find(benchmark: str | Path) -> Path:
-    if isinstance(benchmark, str) and re.fullmatch(r"[\w.-]+", benchmark):
-        fetched = fetched_yaml(benchmark)
+    name = str(benchmark).removesuffix(CHAT)
+    named = isinstance(benchmark, str) and re.fullmatch(r"[\w.-]+", name) is not None
+    if named:
+        fetched = fetched_yaml(str(benchmark))
         if fetched is not None:
             return fetched
-        if (SHIPPED / f"{benchmark}.yaml").is_file():
-            if benchmark not in shipped_benchmarks():
-                return SHIPPED / f"{benchmark}.yaml"
-            raise BenchmarkError(f"{benchmark} has not been fetched: run relex benchmarks fetch {benchmark}")
+        if (SHIPPED / f"{name}.yaml").is_file():
+            if name not in shipped_benchmarks():
+                return SHIPPED / f"{name}.yaml"
+            raise BenchmarkError(f"{name} has not been fetched: run relex benchmarks fetch {name}")
     path = Path(benchmark).absolute()
     if path.is_file():
         return path
-    if isinstance(benchmark, str) and find_task(benchmark) is not None:
-        raise BenchmarkError(
-            f"{benchmark} is a task of lm-eval and has not been fetched: run relex benchmarks fetch {benchmark}"
-        )
+    if named and find_task(name) is not None:
+        raise BenchmarkError(f"{name} is a task of lm-eval and has not been fetched: run relex benchmarks fetch {name}")
     raise BenchmarkError(
         f"benchmark {benchmark} is no file, not shipped ({', '.join(shipped_benchmarks())}) and no task of lm-eval: "
         "pass the path of an lm-eval task YAML, or write one with evaluation.benchmark.write_benchmark."

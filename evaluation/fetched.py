@@ -3,6 +3,7 @@
     <data>/math/manifest.json   data set, commit, how it was read, and the sha256 of every file: written last
     <data>/math/test.jsonl      the problems, a file a split
     <data>/math/math.yaml       the task with these files in the place of the Hub
+    <data>/math/math@chat.yaml  the same, asked in the chat template that the model brings
 
 The directory is RELEX_BENCHMARKS, otherwise the user's data directory.
 """
@@ -23,6 +24,8 @@ from evaluation.problems import verify_data
 from evaluation.task_yaml import SHIPPED, find_task, read_yaml
 
 VARIABLE = "RELEX_BENCHMARKS"
+# Behind a name: ask in the model's own chat template.
+CHAT = "@chat"
 
 
 @dataclass(frozen=True)
@@ -92,11 +95,12 @@ def verify(name: str, manifest: Manifest) -> None:
         verify_data(data_directory() / name / split.file, split.sha256)
 
 
-def fetched_yaml(name: str) -> Path | None:
-    """Return the YAML of a fetched benchmark, None when it has not been fetched.
+def fetched_yaml(benchmark: str) -> Path | None:
+    """Return the YAML of a fetched benchmark, None when it has not been fetched; `@chat` may follow its name.
 
     It includes the task's own YAML by its place in this installation, so it is written again where that has moved.
     """
+    name = benchmark.removesuffix(CHAT)
     manifest = read_manifest(name)
     if manifest is None:
         return None
@@ -105,16 +109,26 @@ def fetched_yaml(name: str) -> Path | None:
         raise BenchmarkError(
             f"{name} was fetched for {manifest.task}, which is gone: run relex benchmarks fetch {name}"
         )
-    kwargs = {
-        "data": {split: entry.file for split, entry in manifest.splits.items()},
-        "sha256": {split: entry.sha256 for split, entry in manifest.splits.items()},
+    content: dict[str, Any] = {
+        "include": str(task),
+        "dataset_kwargs": {
+            "data": {split: entry.file for split, entry in manifest.splits.items()},
+            "sha256": {split: entry.sha256 for split, entry in manifest.splits.items()},
+        },
     }
+    functions = "custom_dataset: !function evaluation.problems.load_problems\n"
+    if benchmark != name:
+        config = read_yaml(task)
+        content |= {"task": benchmark, "metadata": {**(config.get("metadata") or {}), "chat_template": True}}
+        asks = config.get("doc_to_text")
+        if isinstance(asks, dict) and asks["function"] == "evaluation.prompts.raw_chat":
+            functions += "doc_to_text: !function evaluation.prompts.instructed\n"
     text = (
         "# Written by relex benchmarks fetch; manifest.json says what the data is.\n"
-        + yaml.safe_dump({"include": str(task), "dataset_kwargs": kwargs}, sort_keys=False)
-        + "custom_dataset: !function evaluation.problems.load_problems\n"
+        + yaml.safe_dump(content, sort_keys=False)
+        + functions
     )
-    path = data_directory() / name / f"{name}.yaml"
+    path = data_directory() / name / f"{benchmark}.yaml"
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
         replace(path, text)
     return path

@@ -18,6 +18,7 @@ from flows.errors import FlowError
 from relex.errors import RelexError
 
 if TYPE_CHECKING:
+    from evaluation.catalog import Entry
     from flows.promote import Promotion
 
 app = typer.Typer(
@@ -360,6 +361,61 @@ def evaluate(
         )
     else:
         tables.show_reports(out, reports)
+
+
+benchmarks = typer.Typer(rich_markup_mode=None)
+app.add_typer(benchmarks, name="benchmarks")
+
+
+@benchmarks.callback(invoke_without_command=True)
+def list_benchmarks(context: typer.Context, as_json: Json = False) -> None:
+    """List the benchmarks that can be named: what each measures, how, and whether its problems are here.
+
+    Fetched ones lie in the user's data directory, or where RELEX_BENCHMARKS says. With @chat behind its name a
+    benchmark is asked in the model's own chat template.
+
+    Example: relex benchmarks
+    """
+    if context.invoked_subcommand is None:
+        from evaluation.catalog import catalog
+
+        _show_benchmarks(catalog(), as_json=as_json)
+
+
+@benchmarks.command("fetch")
+def fetch_benchmarks(
+    name: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="Shipped, or a task of lm-eval (default: shipped).")
+    ] = None,
+    include_path: Annotated[
+        list[Path] | None, typer.Option(help="Directory of lm-eval task YAMLs to look in first; may be repeated.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Fetch the problems of benchmarks from the Hub, once; everything after that runs offline.
+
+    The manifest.json of another machine, copied here, brings the same bytes or a refusal.
+
+    Example: relex benchmarks fetch math_select math_gate gsm8k
+    """
+    from evaluation.catalog import entry
+    from evaluation.fetch import fetch
+    from evaluation.fetched import shipped_benchmarks
+
+    names = list(dict.fromkeys(name or shipped_benchmarks()))
+    for each in names:
+        with err.status(f"fetching {each}"):
+            fetch(each, include=include_path or [])
+    _show_benchmarks([entry(each) for each in names], as_json=as_json)
+
+
+def _show_benchmarks(found: "list[Entry]", *, as_json: bool) -> None:
+    from flows import tables
+
+    if as_json:
+        _print_json([asdict(item) for item in found])
+    else:
+        tables.show_benchmarks(out, found)
 
 
 @app.command()

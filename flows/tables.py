@@ -18,7 +18,8 @@ from relex.manifest import Manifest
 from relex.store import State
 
 if TYPE_CHECKING:
-    from evaluation.report import Report
+    from evaluation.catalog import Entry
+    from evaluation.report import Report, Setting
     from flows.analyze import Analyzed
     from flows.comparison import Comparison
     from flows.listing import Listing
@@ -161,6 +162,35 @@ def show_extrapolation(console: Console, manifests: Mapping[str, Manifest]) -> N
     )
     print_warnings(console, first.warnings)
     console.print(table)
+
+
+def show_benchmarks(console: Console, found: Sequence["Entry"]) -> None:
+    """Print what each benchmark measures and how, and where its problems lie."""
+    table = plain_table("benchmark", "problems", "measures", "samples; tokens", "fetched")
+    for item in found:
+        count = "?" if item.problems is None else f"{item.problems:,}"
+        table.add_row(item.name, count, item.measures, _generated(item.settings), item.commit[:7] or "no")
+    console.print(table)
+    for place in dict.fromkeys(str(Path(item.directory).parent) for item in found if item.directory):
+        _print_line(console, f"fetched benchmarks lie in {place}")
+    print_warnings(
+        console,
+        [
+            f"{item.left_out} rows of {item.hub} have no answer to grade by and are not in {item.name}"
+            for item in found
+            if item.left_out
+        ],
+    )
+
+
+def _generated(settings: "Mapping[str, Setting]") -> str:
+    if not settings:
+        return "likelihoods"
+    if settings["temperature"] == 0:
+        how = "greedy"
+    else:
+        how = f"{settings['samples']} x T {settings['temperature']:g}, top-p {settings['top_p']:g}"
+    return f"{how}; {settings['max_new_tokens']}"
 
 
 def show_reports(console: Console, reports: Sequence["Report"]) -> None:
