@@ -588,6 +588,30 @@ def stop(
 
 
 @app.command()
+def drift(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A relex.yaml.")],
+    as_json: Json = False,
+) -> None:
+    """Show what was predicted next to what the run has reached since; what is missing is compared now, without servers.
+
+    Example: relex drift relex.yaml
+    """
+    from flows import tables
+    from flows.drift_page import show, to_json
+    from flows.drifting import catch_up
+    from flows.settings import load_settings
+    from relex.layouts.block_cache import BlockCache
+
+    settings = load_settings(config)
+    with tables.Bars(err) as bars, BlockCache(settings.home, size=int(settings.cache)) as blocks:
+        rows, waiting = catch_up(settings, blocks=blocks, tell=bars)
+    if as_json:
+        _print_json(to_json(settings.training_run, rows, waiting))
+    else:
+        show(out, rows, waiting)
+
+
+@app.command()
 def models(
     name: Annotated[
         str | None, typer.Argument(metavar="[NAME]", help="Name of the registered model (default: all).")

@@ -117,8 +117,6 @@ def _models(decision: Decision) -> list[Model]:
 
 def _is_continued(decision: Decision, last: int, seen: Mapping[str, Seen], behind: set[int]) -> bool:
     """Whether all that is known of the run up to step `last` is what was observed."""
-    if behind & set(decision.steps):
-        return False
     written = dict(zip(decision.steps, decision.written or (None,) * len(decision.steps), strict=True))
     inside = {int(step): item.written for step, item in seen.items() if int(step) <= last and int(step) not in behind}
     return all(step in written and written[step] in (None, time) for step, time in inside.items())

@@ -1,6 +1,8 @@
 """How old predictions and what the run really reached are shown: one table, and one sentence on what to do."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
 
 from rich.console import Console
 
@@ -22,6 +24,16 @@ def show(console: Console, rows: Sequence[Compared], waiting: Sequence[Waiting])
         console.print(line, soft_wrap=True, highlight=False)
     print_warnings(console, list(warnings(rows)))
     console.print(summary(rows), soft_wrap=True, highlight=False)
+
+
+def to_json(training_run: str, rows: Sequence[Compared], waiting: Sequence[Waiting]) -> dict[str, Any]:
+    """Return it as plain JSON types."""
+    return {
+        "training_run": training_run,
+        "summary": summary(rows),
+        "compared": [asdict(row) | {"verdict": verdict(row)} for row in rows],
+        "waiting": [asdict(item) for item in waiting],
+    }
 
 
 def page(training_run: str, rows: Sequence[Compared]) -> str:
@@ -86,7 +98,7 @@ def summary(rows: Sequence[Compared]) -> str:
         return f"{_count(len(rows), 'prediction was', 'predictions were')} compared with what the run reached: {kept}."
     last = max(row.observed for row in worse)
     registered = ", ".join(dict.fromkeys(row.registered for row in worse if row.registered))
-    use = f"do not promote {registered}, or roll it back; " if registered else ""
+    use = f"do not promote {registered} (roll back where that is done), " if registered else ""
     return (
         f"{len(worse)} of {_count(len(promised), 'prediction was', 'predictions were')} worse than promised: the run"
         f" has left the line it was on up to step {last}, so {use}trust no later target of that window, train on, and"

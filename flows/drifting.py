@@ -12,8 +12,8 @@ from pathlib import Path
 from evaluation.harness import Progress
 from flows.compare import difference
 from flows.decision import Model
-from flows.drift_outlook import Reached
-from flows.drift_record import Against, Compared, keep
+from flows.drift_outlook import Reached, Waiting, look
+from flows.drift_record import Against, Compared, comparing, keep, read_compared
 from flows.score import reports
 from flows.settings import Settings
 from relex.drift import drift, write_as_predicted
@@ -24,9 +24,33 @@ from relex.errors import (
     NonFiniteError,
 )
 from relex.extrapolation import Tell, telling
+from relex.layouts.block_cache import BlockCache
 from relex.layouts.weights import Weights
 
 logger = logging.getLogger(__name__)
+
+
+def catch_up(
+    settings: Settings, *, blocks: BlockCache | None = None, tell: Tell | None = None
+) -> tuple[list[Compared], list[Waiting]]:
+    """Compare what can be compared now; return every comparison made so far, and what is not compared and why.
+
+    What another process is comparing now is among the latter. Raises RelexError, EvaluationError.
+    """
+    settings.home.mkdir(parents=True, exist_ok=True)
+    with comparing(settings) as mine:
+        found = look(settings, blocks=blocks)
+        if found is None:
+            return read_compared(settings), []
+        base, due, waiting = found
+        if mine:
+            compare(settings, base, due, tell=tell)
+        else:
+            waiting += [
+                Waiting(item.before.method, item.before.target, item.before.observed, "another process is at it")
+                for item in due
+            ]
+    return read_compared(settings), waiting
 
 
 def compare(settings: Settings, base: Weights, due: Sequence[Reached], *, tell: Tell | None = None) -> list[Compared]:
