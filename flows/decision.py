@@ -1,4 +1,4 @@
-"""What was decided about one window, with every number that decided it, and the page a reader sees."""
+"""What was decided about one window, with every number that decided it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -32,13 +32,15 @@ class Model:
 
 @dataclass(frozen=True)
 class Score:
-    """One model on one benchmark: mean score and its standard error, both in 0..1."""
+    """One model on one benchmark: mean score, its standard error and its 95 % interval, all in 0..1."""
 
     model: Model
     benchmark: str
     accuracy: float
     standard_error: float
     n: int
+    low: float = 0.0
+    high: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -137,44 +139,3 @@ def choose(selection: Sequence[Score], *, margin: float) -> tuple[Score | None, 
         behind = "is ahead of" if margin == 0 else f"is within {margin:g} of"
         return None, f"No candidate {behind} the last observed checkpoint on the selection benchmark: {numbers}."
     return best, f"Chosen on the selection benchmark: {numbers}."
-
-
-def page(decision: Decision, *, figure: str = "") -> str:
-    """Return the decision as Markdown; `figure` is an image URI."""
-    lines = [
-        f"# {decision.training_run}: {decision.verdict}",
-        "",
-        decision.reason,
-        "",
-        f"Observed: {len(decision.steps)} checkpoints, steps {decision.steps[0]} to {decision.steps[-1]}"
-        f" (window {decision.window}).",
-    ]
-    lines += ["", *(f"- Warning: {text}" for text in decision.warnings), ""] if decision.warnings else []
-    if decision.registered:
-        lines.append(f"Registered: [{decision.registered}]({decision.registered_url}).")
-    if decision.record_url:
-        lines.append(f"Record: [MLflow run]({decision.record_url}).")
-    lines += _scores("Selection (chooses)", decision.selection)
-    lines += _scores("Report (decides nothing)", decision.report)
-    if decision.gates:
-        lines += ["", "## Gate (decides)", "", *(f"- {gate.sentence}" for gate in decision.gates)]
-    if figure:
-        lines += ["", f"![accuracy by training step]({figure})"]
-    return "\n".join(lines) + "\n"
-
-
-def _scores(title: str, scores: Sequence[Score]) -> list[str]:
-    if not scores:
-        return []
-    rows = [
-        f"| {item.model.title} | {item.benchmark} | {item.accuracy:.4f} | {item.standard_error:.4f} | {item.n} |"
-        for item in scores
-    ]
-    return [
-        "",
-        f"## {title}",
-        "",
-        "| model | benchmark | accuracy | ± s.e. | problems |",
-        "|---|---|---|---|---|",
-        *rows,
-    ]

@@ -22,12 +22,15 @@ from evaluation.harness import Progress
 from evaluation.overlap import refuse_overlap
 from flows.arming import attempt
 from flows.deciding import Stages, decide
-from flows.decision import Decision, Model, Score, page
+from flows.decision import Decision, Model, Score
+from flows.decision_page import page
+from flows.gate_results import gate_results_path, write_gate_results
 from flows.ledger import read_ledger
 from flows.predict import Predicted, predict
 from flows.publish import ProgressArtifact, curves, draw, metrics, show
 from flows.score import reports, score
 from flows.settings import Settings, load_settings
+from flows.stop_approval import offer
 from flows.window import claim, decided, decision_path, window_directory, write_json
 from relex.download import local_model
 from relex.errors import CheckpointDamagedError, DuplicateError, NonFiniteError, TargetError
@@ -72,20 +75,31 @@ def gate_model(config: str, winner: Model, references: list[Model], looks: int) 
     `looks` windows of the run share the error.
     """
     settings = load_settings(Path(config))
-    candidate = reports(settings, winner, [settings.gate])[0]
+    scored = [(model, reports(settings, model, [settings.gate])[0]) for model in (winner, *references)]
+    confidence = settings.confidence
+    # A promotion judges again by them, without a model.
+    write_gate_results(
+        gate_results_path(settings, winner),
+        scored[0],
+        scored[1:],
+        margin=settings.margin,
+        confidence=confidence,
+        looks=looks,
+    )
     return [
         replace(
             gate(
-                candidate,
-                reports(settings, reference, [settings.gate])[0],
+                scored[0][1],
+                report,
                 # Non-inferior to what was observed, but better than what people already use.
                 margin=settings.margin if reference.role == "observed" else 0.0,
-                confidence=1.0 - (1.0 - settings.confidence) / looks,
+                confidence=confidence,
+                looks=looks,
             ),
             candidate=winner.title,
             reference=reference.title,
         )
-        for reference in references
+        for reference, report in scored[1:]
     ]
 
 
@@ -127,6 +141,7 @@ def register_decision(config: str, decision: Decision, tracking_uri: str) -> Dec
         run_id=recorded.run_id,
         metrics=metrics(decision),
         tags={"verdict": decision.verdict, "training_run": decision.training_run, "window": str(decision.window)},
+        gate_reports=[gate_results_path(settings, decision.winner)],
     )
     return replace(decision, registered=f"{done.name} version {done.version}", registered_url=done.url or "")
 
@@ -183,6 +198,7 @@ def extrapolate(config: str, steps: list[int], key: str, tracking_uri: str) -> S
         figure = draw(decision, directory / "accuracy.png")
         directory.joinpath("decision.md").write_text(page(decision), encoding="utf-8")
         decision = register_task(config, decision, tracking_uri)
+        decision = replace(decision, stop=offer(config, settings, decision))
         show(decision, figure)
         write_json(decision_path(settings, key), decision.to_json())
     return Completed(message=f"{decision.verdict}: {decision.registered or decision.reason}")

@@ -13,7 +13,8 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 
-from flows.decision import Decision, Model, Score, page
+from flows.decision import Decision, Model, Score
+from flows.decision_page import page
 from relex import plots
 
 # A progress artifact is a row in the server's database: more than one a second is noise.

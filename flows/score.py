@@ -35,4 +35,5 @@ def reports(
 
 def score(model: Model, report: Report) -> Score:
     """Return what a table shows of a report."""
-    return Score(model, report.benchmark, report.accuracy, report.standard_error, report.n)
+    low, high = report.interval
+    return Score(model, report.benchmark, report.accuracy, report.standard_error, report.n, low, high)

@@ -1,4 +1,4 @@
-"""The process that answers for one training run: serves its two deployments and runs their flow runs.
+"""The process that answers for one training run: serves its deployments and runs their flow runs.
 
 python -m flows.serve CONFIG --tracking-uri URI
 """
@@ -26,31 +26,34 @@ from prefect.schedules import Interval
 from prefect.states import Crashed
 from prefect.types.entrypoint import EntrypointType
 
+from flows.drift import drift_deployment
 from flows.extrapolate import extrapolate
 from flows.ledger import WINDOW_READY, resource
-from flows.settings import load_settings
+from flows.settings import Settings, load_settings
+from flows.stop_approval import stop_deployment
 from flows.watch import RUN_SECONDS, SCHEDULE_SECONDS, watch
 
 
 def deployments(
     config: Path, *, tracking_uri: str, run_seconds: float = RUN_SECONDS, schedule_seconds: float = SCHEDULE_SECONDS
 ) -> list[RunnerDeployment]:
-    """Return the watcher's and the extrapolation's deployment of one training run.
+    """Return the deployments of one training run, the watcher's first.
 
-    The watcher runs every `schedule_seconds`; the extrapolation starts on the window event.
+    The watcher runs every `schedule_seconds`; the extrapolation starts on the window event, drift when the run reaches
+    what was predicted, and the question whether to stop is asked by the extrapolation.
     """
     settings = load_settings(config)
     where = str(config.absolute())
     watcher = watch.to_deployment(
         name=settings.training_run,
-        description=f"Watches {settings.checkpoints} until step {settings.window} is there.",
+        description=f"Watches {settings.checkpoints}; a decision is due {_until(settings)}.",
         parameters={"config": where, "seconds": run_seconds},
         schedule=Interval(timedelta(seconds=schedule_seconds)),
         entrypoint_type=EntrypointType.MODULE_PATH,
     )
     extrapolation = extrapolate.to_deployment(
         name=settings.training_run,
-        description=f"Decides on steps {', '.join(map(str, settings.targets))} once step {settings.window} is there.",
+        description=f"Decides {_on(settings)}, {_until(settings)}.",
         parameters={"config": where, "tracking_uri": tracking_uri},
         triggers=[
             DeploymentEventTrigger(
@@ -65,7 +68,24 @@ def deployments(
     )
     assert isinstance(watcher, RunnerDeployment)  # outside an event loop nothing is left to await
     assert isinstance(extrapolation, RunnerDeployment)
-    return [watcher, extrapolation]
+    return [
+        watcher,
+        extrapolation,
+        drift_deployment(config, settings, tracking_uri=tracking_uri),
+        stop_deployment(config, settings),
+    ]
+
+
+def _until(settings: Settings) -> str:
+    if settings.window != "auto":
+        return f"once step {settings.window} is there"
+    return f"once the backtest has converged, or step {settings.end} is there"
+
+
+def _on(settings: Settings) -> str:
+    if settings.targets == "auto":
+        return "on steps that the backtest proposes"
+    return f"on steps {', '.join(map(str, settings.targets))}"
 
 
 async def clear(deployment: UUID) -> None:

@@ -20,6 +20,7 @@ from prefect.events import emit_event
 from prefect.states import Completed
 
 from flows.arming import Armed, arm
+from flows.drift import announce, write_sent
 from flows.errors import WatchError
 from flows.ledger import (
     Ledger,
@@ -116,7 +117,8 @@ def _look(settings: Settings, pins: Pins | None, on_look: Look | None) -> str:
 
     armed = arm(settings, base, newest, ours, tell=tell)
     events, ledger = tick(settings, base, stored, ledger, now=now, end=armed.end)
-    for event in events:
+    drifted, sent = announce(settings, stored, ledger, now=now) if settings.drift != "off" else ([], {})
+    for event in (*events, *drifted):
         emit_event(event.name, {"prefect.resource.id": event.resource}, payload=event.payload, id=event.id)
         logger.info("%s %s", event.name, event.payload)
     if pins is not None:
@@ -124,6 +126,7 @@ def _look(settings: Settings, pins: Pins | None, on_look: Look | None) -> str:
     # After sending: what a crash in between repeats has the same id, and is claimed once.
     if ledger != before:
         write_ledger(settings, ledger)
+    write_sent(settings, sent)
     warned = warning(run, window=settings.end) if pins is None else ""
     if on_look is not None:
         gone = pins.vanished(stored) if pins is not None else ()

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,7 +60,9 @@ def server_environment(servers: Stack) -> dict[str, str]:
     return {**os.environ, **stack.environment(servers), "OMP_NUM_THREADS": "1"}
 
 
-def write_config(directory: Path, trained: TrainedRun, *, name: str, targets: list[int]) -> Path:
+def write_config(
+    directory: Path, trained: TrainedRun, *, name: str, targets: list[int], changes: Mapping[str, object] | None = None
+) -> Path:
     """Write a relex.yaml and its benchmarks for the trained run; the checkpoints are to appear in directory/run."""
     for split, count in (("selection", 200), ("gate", 300)):
         write_benchmark(
@@ -83,5 +85,5 @@ def write_config(directory: Path, trained: TrainedRun, *, name: str, targets: li
         "poll_seconds": 0.5,
     }
     path = directory / "relex.yaml"
-    path.write_text(yaml.safe_dump(content))
+    path.write_text(yaml.safe_dump(content | dict(changes or {})))
     return path

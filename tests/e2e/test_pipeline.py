@@ -207,6 +207,31 @@ def test_a_prediction_that_is_no_better_is_refused_with_its_numbers(
     assert "is decided" in log
 
 
+def test_window_targets_and_attempts_are_left_to_the_backtest(
+    tmp_path: Path, trained: TrainedRun, servers: Stack, serve: Serve
+) -> None:
+    changes = {"window": "auto", "max_window": STEPS, "targets": "auto", "total_steps": 150, "attempts": 2}
+    config = write_config(tmp_path, trained, name="automatic", targets=[], changes=changes)
+    settings = load_settings(config)
+    shutil.copytree(trained.checkpoints, settings.checkpoints)
+    serve(config, "automatic")
+    decision = wait_for("the decision", lambda: next(iter(read_decisions(settings)), None))
+    assert decision.verdict == "registered", decision.reason
+    assert decision.window <= STEPS
+    assert decision.backtested is not None
+    assert decision.backtested.state == "trusted", decision.backtested.reason
+    # What is trusted is among the targets, and the planned end is the last of them.
+    targets = {score.model.step for score in (*decision.selection, *decision.dropped)}
+    assert decision.trusted_step in targets
+    assert max(targets) == 150
+    # Five hundredths, shared by two windows.
+    assert [(item.confidence, item.looks) for item in decision.gates] == [(0.95, 2)]
+    (page,) = httpx.post(
+        f"{servers.prefect_api_url}/artifacts/filter", json={"artifacts": {"key": {"any_": ["decision-automatic"]}}}
+    ).json()
+    assert "Backtest" in page["data"]
+
+
 def test_a_candidate_must_be_better_than_the_champion(
     tmp_path: Path, trained: TrainedRun, servers: Stack, server_environment: dict[str, str]
 ) -> None:

@@ -88,7 +88,8 @@ class World:
                 self._report(winner),
                 self._report(reference),
                 margin=self.settings.margin,
-                confidence=1.0 - (1.0 - self.settings.confidence) / looks,
+                confidence=self.settings.confidence,
+                looks=looks,
             )
             for reference in references
         ]

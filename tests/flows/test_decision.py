@@ -1,7 +1,8 @@
 import json
 
 from evaluation.gate import Gate
-from flows.decision import Decision, Model, Score, choose, page
+from flows.decision import Decision, Model, Score, choose
+from flows.decision_page import page
 
 OBSERVED = Model("observed", 48, "/models/observed/step-48")
 
