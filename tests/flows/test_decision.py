@@ -55,5 +55,5 @@ def test_a_decision_survives_its_json_and_its_page_has_every_number() -> None:
     )
     assert Decision.from_json(json.loads(json.dumps(decision.to_json()))) == decision
     text = page(decision)
-    for piece in ("0.7100", "0.4100", "+0.2700", "tiny-candidates version 1", "steps 8 to 48"):
+    for piece in ("0.7100", "0.4100", "+27.00", "tiny-candidates version 1", "steps 8 to 48"):
         assert piece in text
