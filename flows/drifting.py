@@ -37,7 +37,6 @@ def catch_up(
 
     What another process is comparing now is among the latter. Raises RelexError, EvaluationError.
     """
-    settings.home.mkdir(parents=True, exist_ok=True)
     with comparing(settings) as mine:
         found = look(settings, blocks=blocks)
         if found is None:

@@ -1,5 +1,6 @@
 """Old predictions against real later checkpoints, on stores that go straight, turn, are pruned, resumed, cut short."""
 
+import json
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from flows import drifting
+from flows.cli import main
 from flows.decision import Decision, Model, Score
 from flows.drift import TARGET_REACHED, announce, write_sent
 from flows.drift_outlook import Reached, Waiting, look
@@ -365,3 +367,48 @@ def test_switched_off_nothing_is_looked_at(settings: Settings, write: Write) -> 
     off = settings.model_copy(update={"drift": "off"})
     assert look(off) is None
     assert announce(off, store(off), remember(off), now=0.0)[0] == []
+
+
+@pytest.fixture
+def relex_drift(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, config: Path
+) -> Callable[..., str]:
+    monkeypatch.setenv("COLUMNS", "140")
+
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["relex", "drift", str(config), *arguments])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert not stop.value.code
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_the_command_compares_what_is_missing_and_says_what_is_not_reached(
+    settings: Settings, write: Write, relex_drift: Callable[..., str]
+) -> None:
+    write(0)
+    (Path(settings.checkpoints)).mkdir()
+    assert "No prediction has been compared" in relex_drift()
+    decide(settings, write)
+    write(100, turn=45)
+    out = relex_drift()
+    assert "relex @ 100" in out
+    assert "worse than promised" in out
+    assert "not compared: relex @ 200 (the run is at step 100)" in out
+    found = json.loads(relex_drift("--json"))
+    assert [(row["target"], row["verdict"]) for row in found["compared"]] == [(100, "worse than promised")]
+    assert [row["target"] for row in found["waiting"]] == [200]
+    # The pages of the stack show it all the same.
+    assert not told(settings, read_compared(settings)[0])
+
+
+def test_the_command_leaves_to_another_process_what_that_compares(
+    settings: Settings, write: Write, relex_drift: Callable[..., str]
+) -> None:
+    decide(settings, write)
+    write(100)
+    with comparing(settings):
+        assert "not compared: relex @ 100 (another process is at it)" in relex_drift()
+    assert read_compared(settings) == []
