@@ -20,7 +20,13 @@ from evaluation.errors import EvaluationError
 Send: TypeAlias = Callable[[Mapping[str, Any]], None]
 
 PR_SET_PDEATHSIG = 1
-OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
+# lm-eval forks a pool for the error of some metrics, which is no good with a model in memory.
+ENVIRONMENT = {
+    "DISABLE_MULTIPROC": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TQDM_DISABLE": "1",
+}
 
 
 def run_child(module: str, line: bytes, *, log_path: Path, on_event: Callable[[Mapping[str, Any]], None]) -> int:
@@ -37,7 +43,7 @@ def run_child(module: str, line: bytes, *, log_path: Path, on_event: Callable[[M
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
-            env={**os.environ, **OFFLINE},
+            env={**os.environ, **ENVIRONMENT},
             start_new_session=True,
         ) as child,
     ):

@@ -22,11 +22,39 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 @dataclass(frozen=True)
 class Progress:
-    """How far one benchmark is, counted in answers; answers kept from an earlier run count as done."""
+    """How far one benchmark is, counted in answers; answers kept from an earlier run count as done.
+
+    `generated` of the answers, with `tokens` in all, took `seconds` in the model now.
+    """
 
     benchmark: str
     done: int
     total: int
+    generated: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    @property
+    def remaining(self) -> float | None:
+        """Return the seconds that the missing answers will take at the pace so far, None when there is none yet."""
+        return (self.total - self.done) * self.seconds / self.generated if self.generated else None
+
+    @property
+    def pace(self) -> str:
+        """Return answers and tokens a second in words, empty while nothing was generated."""
+        if not self.seconds:
+            return ""
+        tokens = f", {self.tokens / self.seconds:,.0f} tokens/s" if self.tokens else ""
+        return f"{self.generated / self.seconds:,.1f} answers/s{tokens}"
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A report and where lm-eval's own results (JSON) and samples (JSONL) lie that it was made of."""
+
+    report: Report
+    results: Path
+    samples: Path
 
 
 def evaluate(
@@ -48,23 +76,65 @@ def evaluate(
     "auto" is the dtype the model is stored in. `limit` scores the first problems only; limits share their answers, all
     of them where limit times repeats is a multiple of batch_size. Raises EvaluationError, see evaluation.errors.
     """
+    job = _job(model, benchmarks, cache=cache, device=device, dtype=dtype, batch_size=batch_size, limit=limit)
+    missing = tuple(assignment for assignment in job.assignments if not assignment.report_path.exists())
+    return [each.report for each in _finish(job, missing, on_progress)]
+
+
+def evaluate_in_detail(
+    model: Path | LogitsExtrapolation,
+    benchmarks: Sequence[str | Path],
+    *,
+    cache: Path,
+    device: str = "cpu",
+    dtype: str = "auto",
+    batch_size: int = 64,
+    limit: int | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> list[Evaluated]:
+    """Return what `evaluate` does, with lm-eval's results and samples, which an older cache makes from its journal."""
+    job = _job(model, benchmarks, cache=cache, device=device, dtype=dtype, batch_size=batch_size, limit=limit)
+    missing = tuple(assignment for assignment in job.assignments if not assignment.complete)
+    return _finish(job, missing, on_progress)
+
+
+def _job(
+    model: Path | LogitsExtrapolation,
+    benchmarks: Sequence[str | Path],
+    *,
+    cache: Path,
+    device: str,
+    dtype: str,
+    batch_size: int,
+    limit: int | None,
+) -> Job:
     subject = fingerprint(model)
     resolved = [resolve_benchmark(benchmark) for benchmark in benchmarks]
     settings = _settings(subject, device=device, dtype=dtype, batch_size=batch_size, limit=limit)
-    assignments = tuple(_assignment(subject, benchmark, settings, cache) for benchmark in resolved)
-    missing = tuple(assignment for assignment in assignments if not assignment.report_path.exists())
+    return Job(
+        model=subject.model,
+        device=device,
+        dtype=str(settings["dtype"]),
+        batch_size=batch_size,
+        limit=limit,
+        assignments=tuple(_assignment(subject, benchmark, settings, cache) for benchmark in resolved),
+    )
+
+
+def _finish(
+    job: Job, missing: tuple[Assignment, ...], on_progress: Callable[[Progress], None] | None
+) -> list[Evaluated]:
     if missing:
-        job = Job(
-            model=subject.model,
-            device=device,
-            dtype=str(settings["dtype"]),
-            batch_size=batch_size,
-            limit=limit,
-            assignments=missing,
+        _run_worker(replace(job, assignments=missing), on_progress)
+    return [
+        Evaluated(
+            # The content decides, but the path in a report from the cache may be that of a copy.
+            replace(Report.read(assignment.report_path), model=str(job.model)),
+            assignment.results_path,
+            assignment.samples_path,
         )
-        _run_worker(job, on_progress)
-    # The content decides, but the path in a report from the cache may be that of a copy.
-    return [replace(Report.read(assignment.report_path), model=str(subject.model)) for assignment in assignments]
+        for assignment in job.assignments
+    ]
 
 
 def _settings(
@@ -108,7 +178,7 @@ def _run_worker(job: Job, on_progress: Callable[[Progress], None] | None) -> Non
 
     def tell(event: Mapping[str, Any]) -> None:
         if on_progress is not None:
-            on_progress(Progress(event["benchmark"], event["done"], event["total"]))
+            on_progress(Progress(**{name: value for name, value in event.items() if name != "event"}))
 
     code = run_child("evaluation.worker", job.to_line(), log_path=log_path, on_event=tell)
     if code != 0:

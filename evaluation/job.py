@@ -35,8 +35,27 @@ class Assignment:
     @property
     def report_path(self) -> Path:
         """Return the path of the report, which is complete or absent."""
+        return self.directory / f"report{self._part}.json"
+
+    @property
+    def results_path(self) -> Path:
+        """Return the path of lm-eval's own results, complete or absent."""
+        return self.directory / f"results{self._part}.json"
+
+    @property
+    def samples_path(self) -> Path:
+        """Return the path of lm-eval's own samples, complete or absent."""
+        return self.directory / f"samples{self._part}.jsonl"
+
+    @property
+    def complete(self) -> bool:
+        """Return whether the report and what it was made of are there."""
+        return all(path.exists() for path in (self.report_path, self.results_path, self.samples_path))
+
+    @property
+    def _part(self) -> str:
         limit = self.settings.get("limit")
-        return self.directory / ("report.json" if limit is None else f"report-first-{limit}.json")
+        return "" if limit is None else f"-first-{limit}"
 
     @property
     def journal_path(self) -> Path:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,21 @@ from evaluation.errors import BenchmarkError, ModelError
 from evaluation.journal import Journal
 
 
+@dataclass(frozen=True)
+class Spent:
+    """What was generated, not found in a journal: answers, their tokens (0 for likelihoods), seconds in the model."""
+
+    answers: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
 class JournalledLM(HFLM):  # type: ignore[misc]  # lm_eval carries no types
     """A model whose answers depend on the requests alone, never on what was answered before.
 
     A chunk is `batch_size` requests in the benchmark's order, so padding and batching are the same whatever the journal
     holds already, and each chunk starts from a seed of its own. `truncated` tells, for each answer of the last call of
-    `generate_until`, whether the token limit cut it off.
+    `generate_until`, whether the token limit cut it off; `spent` what was generated since the journal was given.
     """
 
     def __init__(self, path: Path, *, device: str, dtype: str, batch_size: int) -> None:
@@ -32,11 +42,13 @@ class JournalledLM(HFLM):  # type: ignore[misc]  # lm_eval carries no types
         super().__init__(pretrained=model.to(device), tokenizer=tokenizer, batch_size=batch_size, backend="causal")
         self._stop_at(stop_tokens(model, tokenizer))
         self.truncated: list[bool] = []
+        self.spent = Spent()
 
     def keep(self, journal: Journal, on_chunk: Callable[[int, int], None]) -> None:
         """Answer from and into `journal` from now on, calling `on_chunk(done, total)` in requests after each chunk."""
         self._journal = journal
         self._on_chunk = on_chunk
+        self.spent = Spent()
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Return the text generated for each request, up to its first stop sequence."""
@@ -71,8 +83,12 @@ class JournalledLM(HFLM):  # type: ignore[misc]  # lm_eval carries no types
             if kept is None:
                 torch.manual_seed(int(key[:12], 16))
                 started = time.perf_counter()
+                self._tokens = 0
                 kept = answer(chunk)
-                self._journal.append(key, kept, seconds=time.perf_counter() - started)
+                seconds = time.perf_counter() - started
+                self._journal.append(key, kept, seconds=seconds)
+                spent = self.spent
+                self.spent = Spent(spent.answers + len(chunk), spent.tokens + self._tokens, spent.seconds + seconds)
             answers += kept
             self._on_chunk(len(answers), len(requests))
         return answers
@@ -98,6 +114,7 @@ class JournalledLM(HFLM):  # type: ignore[misc]  # lm_eval carries no types
 
     def _decode(self, tokens: list[int], until: list[str]) -> tuple[str, bool]:
         end = next((position for position, token in enumerate(tokens) if token in self._stops), None)
+        self._tokens += len(tokens) if end is None else end + 1
         raw = self.tokenizer.decode(tokens[:end], skip_special_tokens=True)
         text = postprocess_generated_text(raw, until, None)
         return text, end is None and text == raw

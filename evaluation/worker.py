@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from evaluation.child import Send, serve
+from evaluation.details import BOOTSTRAPS, write_details
 from evaluation.errors import BenchmarkError, DeviceError
 from evaluation.fingerprint import LogitsExtrapolation
 from evaluation.job import Assignment, Job
@@ -38,7 +39,7 @@ def run(job: Job, send: Send) -> None:
         # In one order for everybody: two jobs with the same benchmarks cannot wait for each other.
         for directory in sorted({assignment.directory for assignment in job.assignments}):
             locks.enter_context(FileLock(directory / "lock"))
-        pending = [assignment for assignment in job.assignments if not assignment.report_path.exists()]
+        pending = [assignment for assignment in job.assignments if not assignment.complete]
         if not pending:
             return
         _refuse_absent_device(job.device)
@@ -51,15 +52,22 @@ def run(job: Job, send: Send) -> None:
         gc.enable()
         for assignment, task in zip(pending, tasks, strict=True):
             with Journal(assignment.journal_path) as journal:
-                lm.keep(journal, partial(_report_progress, send, assignment.benchmark))
-                report = score(lm, task, assignment=assignment, model=str(job.model), limit=job.limit, journal=journal)
+                lm.keep(journal, partial(_report_progress, send, lm, assignment.benchmark))
+                report, results = score(
+                    lm, task, assignment=assignment, model=str(job.model), limit=job.limit, journal=journal
+                )
+            # Last the report, which says that the evaluation is done.
+            write_details(results, report=report, lm=lm, assignment=assignment)
             report.write(assignment.report_path)
 
 
 def score(
     lm: "JournalledLM", task: Any, *, assignment: Assignment, model: str, limit: int | None, journal: Journal
-) -> Report:
-    """Return the report of `lm` on a task by its first metric; BenchmarkError when that scores no single problem."""
+) -> tuple[Report, dict[str, Any]]:
+    """Return the report of `lm` on a task by its first metric, and lm-eval's own results, samples included.
+
+    Raises BenchmarkError when the metric scores no single problem.
+    """
     from lm_eval.evaluator import evaluate
 
     metric = next(iter(task.aggregation()))
@@ -67,7 +75,7 @@ def score(
         lm=lm,
         task_dict={"tasks": {assignment.benchmark: task}},
         limit=limit,
-        bootstrap_iters=0,
+        bootstrap_iters=BOOTSTRAPS,
         log_samples=True,
     )
     samples = results["samples"][assignment.benchmark]
@@ -75,7 +83,7 @@ def score(
     rates = {name: _mean_rate(samples, name) for name in samples[0]["metrics"] if name != metric}
     if task.OUTPUT_TYPE == "generate_until":
         rates["truncated"] = sum(lm.truncated) / len(lm.truncated)
-    return Report(
+    report = Report(
         model=model,
         model_digest=assignment.model_digest,
         benchmark=assignment.benchmark,
@@ -86,6 +94,7 @@ def score(
         settings=assignment.settings,
         seconds=journal.seconds,
     )
+    return report, results
 
 
 def load_task(assignment: Assignment) -> Any:  # lm_eval's Task
@@ -148,8 +157,9 @@ def _mean_rate(samples: list[dict[str, Any]], name: str) -> float | None:
     return float(sum(values) / len(values))
 
 
-def _report_progress(send: Send, benchmark: str, done: int, total: int) -> None:
-    send({"event": "progress", "benchmark": benchmark, "done": done, "total": total})
+def _report_progress(send: Send, lm: "JournalledLM", benchmark: str, done: int, total: int) -> None:
+    spent = {"generated": lm.spent.answers, "tokens": lm.spent.tokens, "seconds": lm.spent.seconds}
+    send({"event": "progress", "benchmark": benchmark, "done": done, "total": total, **spent})
 
 
 if __name__ == "__main__":

@@ -142,7 +142,8 @@ def test_a_second_evaluation_waits_for_the_first_and_takes_its_report(
                 time.sleep(0.01)
             # Long enough for a worker that would not wait to see that there is no report yet.
             time.sleep(1.5)
-            shutil.copy(finished / "report.json", directory)
+            for name in ("results.json", "samples.jsonl", "report.json"):
+                shutil.copy(finished / name, directory)
         assert waiting.result() == reports[:1]
     # Loading a model leaves warnings there.
     assert (directory / "worker.log").read_bytes() == b""
@@ -258,7 +259,7 @@ def test_bad_input_is_refused_before_a_child_starts(model: Path, benchmark: Path
     cache = tmp_path / "cache"
     with pytest.raises(ModelError, match="is not a directory"):
         evaluate(tmp_path / "absent", [benchmark], cache=cache)
-    with pytest.raises(BenchmarkError, match="neither a file nor shipped"):
+    with pytest.raises(BenchmarkError, match="benchmark nonsense is no file, not shipped"):
         evaluate(model, [benchmark, "nonsense"], cache=cache)
     with pytest.raises(DeviceError, match="device is gpu and must be cpu, cuda or cuda:N"):
         evaluate(model, [benchmark], cache=cache, device="gpu")

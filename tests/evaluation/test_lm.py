@@ -48,7 +48,7 @@ def assignment(path: Path) -> Assignment:
 def run(lm: JournalledLM, path: Path, journal: Journal, *, limit: int | None = None) -> Report:
     lm.keep(journal, lambda done, total: None)
     wanted = assignment(path)
-    return score(lm, load_task(wanted), assignment=wanted, model="/models/m", limit=limit, journal=journal)
+    return score(lm, load_task(wanted), assignment=wanted, model="/models/m", limit=limit, journal=journal)[0]
 
 
 def chunks(journal: Path) -> list[list[tuple[str, bool]]]:
@@ -249,10 +249,10 @@ def test_boxed_mathematics_is_graded_through_lm_eval(journal: Journal, tmp_path:
     problems = [{"prompt": prompt, "answer": answer} for prompt, answer, _, _ in MATHEMATICS]
     path = write_benchmark(tmp_path, "boxes", problems, max_new_tokens=40, base="boxed_math")
     boxes = assignment(path)
-    report = score(Canned(), load_task(boxes), assignment=boxes, model="canned", limit=None, journal=journal)
+    report, _ = score(Canned(), load_task(boxes), assignment=boxes, model="canned", limit=None, journal=journal)
     assert [score for _, score in report.scores] == [expected for _, _, _, expected in MATHEMATICS]
     assert report.metric == "correct"
-    assert report.rates == {"answered": 10 / 12, "truncated": 0.0}
+    assert report.rates == {"boxed": 10 / 12, "repeated": 0.0, "truncated": 0.0}
 
 
 def test_weights_that_leave_a_tensor_unfilled_are_refused(model: Path, tmp_path: Path) -> None:
