@@ -81,6 +81,19 @@ def log_series(
     return _recorded(tracking_uri, run)
 
 
+def annotate(
+    name: str, *, tracking_uri: str, key: str, title: str, metrics: Mapping[str, float], tags: Mapping[str, str]
+) -> Recorded:
+    """Add to the run of `key` what came of its decision later; again with the same values it adds nothing."""
+    client = connect(tracking_uri)
+    with locked_experiment(client, name) as experiment:
+        run = open_run(client, experiment, key=key, title=title, tags={})
+        for tag, value in tags.items():
+            client.set_tag(run.info.run_id, tag, value)
+        log_metrics(client, run, metrics)
+    return _recorded(tracking_uri, run)
+
+
 def open_run(
     client: "MlflowClient", experiment: "Experiment", *, key: str, title: str, tags: Mapping[str, str]
 ) -> "Run":

@@ -557,6 +557,7 @@ def stop(
     again: Annotated[
         bool, typer.Option("--again", help="Although it was done before, or may have been: see what is shown.")
     ] = False,
+    home: Home = HOME,
     as_json: Json = False,
 ) -> None:
     """Show whether the training can be stopped, how, and how many steps that saves; with --confirm, stop it, once.
@@ -565,21 +566,23 @@ def stop(
     """
     import psutil
 
-    from flows import stop_outlook
+    from flows import stack, stop_outlook
     from flows.settings import load_settings
+    from flows.stopping import log_stop
 
     if (beyond_trust or again) and not confirm:
         raise typer.BadParameter("--beyond-trust and --again go with --confirm")
     settings = load_settings(config)
     found = stop_outlook.outlook(config, settings)
     if confirm:
-        stop_outlook.confirm(
+        done = stop_outlook.confirm(
             settings,
             found,
             by=psutil.Process().username(),
             beyond_trust="allow" if beyond_trust else "refuse",
             again="allow" if again else "refuse",
         )
+        log_stop(settings, done, tracking_uri=stack.tracking_uri(home))
         found = stop_outlook.outlook(config, settings)
     if as_json:
         _print_json(found.to_json())

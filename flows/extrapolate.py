@@ -198,7 +198,7 @@ def extrapolate(config: str, steps: list[int], key: str, tracking_uri: str) -> S
         figure = draw(decision, directory / "accuracy.png")
         directory.joinpath("decision.md").write_text(page(decision), encoding="utf-8")
         decision = register_task(config, decision, tracking_uri)
-        decision = replace(decision, stop=offer(config, settings, decision))
+        decision = replace(decision, stop=offer(config, settings, decision, tracking_uri=tracking_uri))
         show(decision, figure)
         write_json(decision_path(settings, key), decision.to_json())
     return Completed(message=f"{decision.verdict}: {decision.registered or decision.reason}")

@@ -72,7 +72,7 @@ def deployments(
         watcher,
         extrapolation,
         drift_deployment(config, settings, tracking_uri=tracking_uri),
-        stop_deployment(config, settings),
+        stop_deployment(config, settings, tracking_uri=tracking_uri),
     ]
 
 

@@ -196,5 +196,5 @@ def is_current(settings: Settings, decision: Decision) -> bool:
     if not checkpoints:
         now = time.time()
         checkpoints = known(scan(settings.store, base, now=now), ledger, now=now)
-    inside = {int(step): seen.identity for step, seen in checkpoints.items() if int(step) <= decision.window}
+    inside = {step: checkpoints[str(step)].identity for step in decision.steps if str(step) in checkpoints}
     return key_of(settings, base, inside) == decision.key

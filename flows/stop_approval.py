@@ -24,7 +24,7 @@ from flows.decision import Decision
 from flows.errors import StopError
 from flows.settings import Settings, load_settings
 from flows.stop import Order, Saving, configured, doubt, finished, is_current, order, refusal, saving
-from flows.stopping import Stop, decline, read_stop, stop_training, told
+from flows.stopping import Stop, decline, log_stop, read_stop, stop_training, told
 from flows.window import window_directory, write_json
 
 STOP = "stop the training"
@@ -38,7 +38,7 @@ class Approval(RunInput):
     name: str = Field(default="", description="Who says so, for the record.")
 
 
-def offer(config: str, settings: Settings, decision: Decision) -> str:
+def offer(config: str, settings: Settings, decision: Decision, *, tracking_uri: str) -> str:
     """Offer to stop the training, or stop it where the settings say at once; return one sentence for a reader.
 
     Nothing where the decision registered nothing. The same decision again is the same offer.
@@ -54,7 +54,9 @@ def offer(config: str, settings: Settings, decision: Decision) -> str:
         return why_not
     due = order(Path(config), settings, decision)
     if settings.stop == "at-once":
-        return told(Path(config), stop_training(settings, decision, due, by="the setting stop: at-once"))
+        done = stop_training(settings, decision, due, by="the setting stop: at-once")
+        log_stop(settings, done, tracking_uri=tracking_uri)
+        return told(Path(config), done)
     write_json(
         window_directory(settings, decision.key) / "offer.json",
         {"decision": decision.to_json(), "order": due.to_json()},
@@ -76,7 +78,7 @@ def offer(config: str, settings: Settings, decision: Decision) -> str:
 
 
 @flow(name="stop-training", flow_run_name="stop {key}", retries=0)
-def stop_flow(config: str, key: str) -> State[Any]:
+def stop_flow(config: str, key: str, tracking_uri: str) -> State[Any]:
     """Ask whether the training run described in the file `config` is to be stopped, wait, and do as is answered."""
     settings = load_settings(Path(config))
     content = json.loads((window_directory(settings, key) / "offer.json").read_bytes())
@@ -89,7 +91,9 @@ def stop_flow(config: str, key: str) -> State[Any]:
     answer = suspend_flow_run(wait_for_input=form, key="approval")
     by = f"{answer.name or 'somebody'} in the Prefect UI"
     if answer.answer == CONTINUE:
-        return Completed(message=told(Path(config), decline(settings, key, by=by)))
+        declined = decline(settings, key, by=by)
+        log_stop(settings, declined, tracking_uri=tracking_uri)
+        return Completed(message=told(Path(config), declined))
     if not is_current(settings, decision):
         return Failed(
             message=f"What was approved was decided on other checkpoints or settings than there are now:"
@@ -104,15 +108,16 @@ def stop_flow(config: str, key: str) -> State[Any]:
         done = stop_training(settings, decision, due, by=by)
     except StopError as error:
         return Failed(message=str(error))
+    log_stop(settings, done, tracking_uri=tracking_uri)
     return (Completed if done.state == "stopped" else Failed)(message=told(Path(config), done))
 
 
-def stop_deployment(config: Path, settings: Settings) -> RunnerDeployment:
+def stop_deployment(config: Path, settings: Settings, *, tracking_uri: str) -> RunnerDeployment:
     """Return the deployment that asks; `offer` starts its runs."""
     deployment = stop_flow.to_deployment(
         name=settings.training_run,
         description="Asks whether the training is to be stopped, and does as is answered.",
-        parameters={"config": str(config.absolute())},
+        parameters={"config": str(config.absolute()), "tracking_uri": tracking_uri},
         entrypoint_type=EntrypointType.MODULE_PATH,
     )
     assert isinstance(deployment, RunnerDeployment)  # outside an event loop nothing is left to await

@@ -5,6 +5,7 @@ not known whether the command ran.
 """
 
 import json
+import logging
 import os
 import subprocess
 from collections.abc import Iterator
@@ -14,12 +15,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from deploy import runs
+from deploy.errors import DeployError
 from flows.decision import Decision
 from flows.errors import StopError
 from flows.lock import held
 from flows.settings import Settings
 from flows.stop import Order, Saving, saving
 from flows.window import write_json
+
+logger = logging.getLogger(__name__)
 
 # Longer than the moment in which another one reads the record.
 _LOCK_SECONDS = 2.0
@@ -125,6 +130,25 @@ def stop_training(
         stop = replace(stop, state=state, ended=_now(), exit_status=status, failure=failure, saving=counted)
         write_json(record_path(settings), stop.to_json())
         return stop
+
+
+def log_stop(settings: Settings, stop: Stop, *, tracking_uri: str) -> None:
+    """Add to the MLflow run of the decision what became of stopping, and the steps saved; again it adds nothing.
+
+    A server that is away is a warning: the training is stopped all the same.
+    """
+    saved = stop.saving
+    try:
+        runs.annotate(
+            settings.registered_model,
+            tracking_uri=tracking_uri,
+            key=f"{settings.training_run} {stop.decision}",
+            title=f"{settings.training_run} decision {stop.decision}",
+            metrics={} if saved is None else {"steps_saved": saved.steps, "stopped_at_step": saved.latest},
+            tags={"stop": stop.state, "stop_by": stop.by, "stop_at": stop.ended or stop.began},
+        )
+    except DeployError as error:
+        logger.warning("what became of stopping %s is not in MLflow: %s", settings.training_run, error)
 
 
 def _write(order: Order, *, by: str) -> str:

@@ -4,7 +4,7 @@ import pytest
 
 from deploy.errors import RegistryError
 from deploy.registry import register
-from deploy.runs import Recorded, log_series, record
+from deploy.runs import Recorded, annotate, log_series, record
 from deploy.store import Store, connect
 
 
@@ -33,6 +33,28 @@ def test_a_refused_decision_is_recorded_once(store: Store, tmp_path: Path) -> No
     assert run.data.tags["verdict"] == "refused"
     assert [metric.value for metric in client.get_metric_history(first.run_id, "accuracy")] == [0.25]
     assert [file.path for file in client.list_artifacts(first.run_id)] == ["decision.json"]
+
+
+def test_what_comes_of_a_decision_is_added_to_its_run(store: Store, tmp_path: Path) -> None:
+    decision = tmp_path / "decision.json"
+    decision.write_text("{}")
+    first = _refuse(store, decision)
+    for _ in range(2):
+        added = annotate(
+            "tiny",
+            tracking_uri=store.tracking_uri,
+            key="window 10..75 target 240",
+            title="step 240",
+            metrics={"steps_saved": 425.0},
+            tags={"stop": "stopped"},
+        )
+        assert added == first
+    client = connect(store.tracking_uri)
+    run = client.get_run(first.run_id)
+    assert run.data.tags["stop"] == "stopped"
+    assert run.data.tags["verdict"] == "refused"
+    assert run.info.status == "FINISHED"
+    assert [metric.value for metric in client.get_metric_history(first.run_id, "steps_saved")] == [425.0]
 
 
 def test_a_decision_cut_short_is_completed_by_the_next_call(store: Store, tmp_path: Path) -> None:

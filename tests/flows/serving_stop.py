@@ -1,4 +1,4 @@
-"""Serves nothing but the approval of stopping one training run: `python -m tests.flows.serving_stop CONFIG`."""
+"""Serves nothing but the approval of stopping one training run: `python -m tests.flows.serving_stop CONFIG URI`."""
 
 import asyncio
 import sys
@@ -22,4 +22,4 @@ async def serve(deployment: RunnerDeployment) -> None:
 
 if __name__ == "__main__":
     config = Path(sys.argv[1])
-    asyncio.run(serve(stop_deployment(config, load_settings(config))))
+    asyncio.run(serve(stop_deployment(config, load_settings(config), tracking_uri=sys.argv[2])))

@@ -11,10 +11,16 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from deploy.runs import record
+from deploy.store import connect
 from flows.cli import main
 from flows.errors import StopError
+from flows.ledger import Ledger, Seen, write_ledger
+from flows.stack import tracking_uri
+from flows.stop import saving
 from flows.stop_outlook import Outlook, confirm, outlook
 from flows.stopping import Stop, read_stop, record_path, told
+from flows.window import read_decisions
 from tests.flows.conftest import WriteCheckpoint
 from tests.flows.stopped import COMMAND, configure, decided, runs
 
@@ -71,6 +77,14 @@ def test_the_steps_saved_are_counted_from_the_step_the_run_has_reached_by_then(
 def test_a_checkpoint_that_is_not_whole_is_not_counted(ready: Path, tmp_path: Path) -> None:
     (tmp_path / "run/checkpoint-80").mkdir()
     assert "step 60 of 500" in look(ready).sentence
+
+
+def test_while_the_store_is_away_steps_are_counted_from_the_last_one_known(ready: Path, tmp_path: Path) -> None:
+    settings = configure(ready)
+    (tmp_path / "run").rename(tmp_path / "away")
+    known = {str(step): Seen("identity", step) for step in (10, 50)}
+    write_ledger(settings, Ledger(checkpoints=known))
+    assert saving(settings, read_decisions(settings)[0]).latest == 50
 
 
 def test_without_a_plan_steps_are_counted_up_to_the_prediction(ready: Path, write_checkpoint: WriteCheckpoint) -> None:
@@ -276,10 +290,10 @@ def test_a_record_tells_who_and_when(ready: Path) -> None:
 
 
 def test_the_command_shows_and_does_nothing_until_it_is_confirmed(
-    ready: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def relex(*options: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["relex", "stop", str(ready), *options])
+        monkeypatch.setattr(sys, "argv", ["relex", "stop", str(ready), "--home", str(tmp_path / "home"), *options])
         status = 0
         try:
             main()
@@ -292,7 +306,7 @@ def test_the_command_shows_and_does_nothing_until_it_is_confirmed(
     assert (status, runs(ready)) == (0, [])
     assert "440 steps are saved" in out
     assert relex("--again")[0] == 2
-    decided(ready, trusted=78)
+    found = decided(ready, trusted=78)
     assert relex()[0] == 0
     status, _, err = relex("--confirm")
     assert (status, len(err.splitlines())) == (1, 1)
@@ -302,3 +316,7 @@ def test_the_command_shows_and_does_nothing_until_it_is_confirmed(
     assert json.loads(out)["record"]["state"] == "stopped"
     assert json.loads(out)["record"]["steps_saved"] == 440
     assert len(runs(ready)) == 1
+    # Recorded with the decision's own run in MLflow, by its key.
+    uri = tracking_uri(tmp_path / "home")
+    run = record("tiny", tracking_uri=uri, key=f"tiny {found.key}", title="").run_id
+    assert connect(uri).get_run(run).data.metrics == {"steps_saved": 440, "stopped_at_step": 60}
