@@ -58,6 +58,7 @@ def decide(
         backtested=predicted.backtested,
         attempt=attempt[0],
         attempts=attempt[1],
+        written=predicted.written,
     )
     if not predicted.candidates:
         return decision

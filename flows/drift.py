@@ -10,7 +10,6 @@ from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-from uuid import NAMESPACE_URL, uuid5
 
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
@@ -27,7 +26,7 @@ from flows.drift_outlook import look, reached
 from flows.drift_page import page, summary, warnings
 from flows.drift_record import Compared, comparing, is_comparing, mark_told, read_compared, told
 from flows.drifting import compare
-from flows.ledger import Event, Ledger, Sent, resource
+from flows.ledger import Event, Ledger, Sent, event, resource
 from flows.publish import ProgressArtifact
 from flows.settings import Settings, load_settings
 from flows.window import write_json
@@ -38,9 +37,6 @@ TARGET_REACHED = "relex.target.reached"
 PREDICTION_DRIFTED = "relex.prediction.drifted"
 
 logger = logging.getLogger(__name__)
-
-_RESEND_SECONDS = 30.0
-_RESEND_SECONDS_AT_MOST = 300.0
 
 
 def announce(
@@ -63,8 +59,7 @@ def announce(
     events = []
     for name, payload in due.items():
         before = sent.get(name, Sent(0, 0.0))
-        wait = min(_RESEND_SECONDS * 2 ** max(before.times - 1, 0), _RESEND_SECONDS_AT_MOST)
-        if (before.times > 0 and now - before.last < wait) or is_comparing(settings):
+        if not before.due(now) or is_comparing(settings):
             continue
         attempt = before.times + 1
         sent[name] = Sent(attempt, now)
@@ -148,12 +143,6 @@ def drift_deployment(config: Path, settings: Settings, *, tracking_uri: str) -> 
     )
     assert isinstance(made, RunnerDeployment)  # outside an event loop nothing is left to await
     return made
-
-
-def event(name: str, settings: Settings, what: str, payload: dict[str, Any]) -> Event:
-    """Return an event whose id is the same whenever the same thing is told."""
-    where = resource(settings)
-    return Event(name, uuid5(NAMESPACE_URL, f"{where} {settings.home} {name} {what}"), where, payload)
 
 
 def _warn(settings: Settings, row: Compared) -> None:

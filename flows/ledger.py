@@ -49,10 +49,15 @@ class Seen:
 
 @dataclass(frozen=True)
 class Sent:
-    """How often a window was announced, and when last (seconds since the epoch)."""
+    """How often something was announced, and when last (seconds since the epoch)."""
 
     times: int
     last: float
+
+    def due(self, now: float) -> bool:
+        """Whether it is announced again at time `now`: the pauses grow."""
+        wait = min(_RESEND_SECONDS * 2 ** max(self.times - 1, 0), _RESEND_SECONDS_AT_MOST)
+        return self.times == 0 or now - self.last >= wait
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,7 @@ def tick(
     """
     checkpoints = known(stored, ledger, now=now)
     events = [
-        _event(
+        event(
             CHECKPOINT_READY,
             settings,
             f"{item.step} {item.weights.identity}",
@@ -100,13 +105,11 @@ def tick(
     if steps and not gone:
         key = window_key(settings, base, [item for item in stored if item.step in steps])
         sent = windows.get(key, Sent(0, 0.0))
-        wait = min(_RESEND_SECONDS * 2 ** max(sent.times - 1, 0), _RESEND_SECONDS_AT_MOST)
-        waiting = sent.times > 0 and now - sent.last < wait
-        if not waiting and not decided(settings, key) and not claimed(settings, key):
+        if sent.due(now) and not decided(settings, key) and not claimed(settings, key):
             windows[key] = Sent(sent.times + 1, now)
             payload = {"training_run": settings.training_run, "key": key, "steps": steps, "attempt": sent.times + 1}
             # The attempt is part of the id: a server ignores an id it has seen.
-            events.append(_event(WINDOW_READY, settings, f"{key} {sent.times + 1}", payload))
+            events.append(event(WINDOW_READY, settings, f"{key} {sent.times + 1}", payload))
     there = {item.step for item in stored}
     checkpoints = {step: seen for step, seen in checkpoints.items() if int(step) in there | gone}
     return events, replace(ledger, checkpoints=checkpoints, windows=windows)
@@ -216,6 +219,7 @@ def _times(directory: Directory) -> list[int]:
     return [file.mtime_ns for file in directory.files().values()] + inner
 
 
-def _event(name: str, settings: Settings, what: str, payload: dict[str, Any]) -> Event:
+def event(name: str, settings: Settings, what: str, payload: dict[str, Any]) -> Event:
+    """Return the event that tells `what`; its id is the same whenever that is told."""
     where = resource(settings)
     return Event(name, uuid5(NAMESPACE_URL, f"{where} {settings.home} {name} {what}"), where, payload)

@@ -22,12 +22,16 @@ from relex.trajectory import Trajectory, open_trajectory
 
 @dataclass(frozen=True)
 class Predicted:
-    """The last observed checkpoint and the candidates as directories, what looks wrong, and what the backtest says."""
+    """The last observed checkpoint and the candidates as directories, what looks wrong, and what the backtest says.
+
+    `written` is when each observed checkpoint was written, as the ledger has it (ns since the epoch).
+    """
 
     observed: Model
     candidates: tuple[Model, ...]
     warnings: tuple[str, ...]
     backtested: Backtested
+    written: tuple[int, ...] = ()
 
 
 def predict(
@@ -47,7 +51,8 @@ def predict(
     base = open_base(settings.base, blocks=blocks)
     now = time.time()
     stored = scan(settings.store, base, now=now, blocks=blocks)
-    stored = segment(stored, known(stored, read_ledger(settings), now=now))
+    seen = known(stored, read_ledger(settings), now=now)
+    stored = segment(stored, seen)
     inside = [item for item in stored if item.step <= max(steps)]
     found = window_key(settings, base, inside)
     if found != key:
@@ -84,7 +89,8 @@ def predict(
         for item, request, made in zip(proposed, requests[1:], forecasts[1:], strict=True)
     )
     observed_model = Model("observed", last, str(requests[0].directory))
-    return Predicted(observed_model, candidates, forecasts[0].warnings, _told(converged))
+    written = tuple(seen[str(item.step)].written for item in inside)
+    return Predicted(observed_model, candidates, forecasts[0].warnings, _told(converged), written)
 
 
 def backtest_window(

@@ -17,18 +17,16 @@ from safetensors.torch import save_file
 
 from flows import drifting
 from flows.cli import main
-from flows.decision import Decision, Model, Score
+from flows.decision import Decision, Score
 from flows.drift import TARGET_REACHED, announce, write_sent
 from flows.drift_outlook import Reached, Waiting, look
 from flows.drift_page import page, summary, warnings
 from flows.drift_record import Compared, comparing, mark_told, read_compared, told
 from flows.ledger import Ledger, known, read_ledger, write_ledger
+from flows.predict import predict
 from flows.settings import Settings
-from flows.window import decision_path, window_directory, write_json
-from relex.extrapolation import Request, extrapolate
-from relex.predictors import parse_method
-from relex.store import StoredCheckpoint, observed, open_base, scan
-from relex.trajectory import open_trajectory
+from flows.window import decision_path, window_key, write_json
+from relex.store import StoredCheckpoint, open_base, scan
 
 WINDOW = (10, 25, 40)
 Write = Callable[..., Path]
@@ -75,19 +73,11 @@ def decide(
     """Predict from the window and keep a decision that registered the first of the candidates."""
     for step in (0, *WINDOW):
         write(step)
-    seen, key = remember(settings).checkpoints, "0123456789abcdef"
-    directory = window_directory(settings, key) / "models"
-    requests = [Request(parse_method("hold"), WINDOW[-1], directory / "observed" / f"step-{WINDOW[-1]}")]
-    for method in map(parse_method, methods):
-        requests += [Request(method, step, directory / method.directory / f"step-{step}") for step in targets]
-    trajectory = open_trajectory(open_base(settings.base), observed(store(settings), settings.checkpoints))
-    forecasts = extrapolate(trajectory, requests, grams=settings.home / "grams", memory=64 << 20, threads=1)
-    models = [Model("observed", WINDOW[-1], str(requests[0].directory))]
-    for request, made in zip(requests[1:], forecasts[1:], strict=True):
-        directory = request.directory
-        models.append(
-            Model("candidate", request.target_step, str(directory), request.method.spec, made.digest, promised)
-        )
+    remember(settings)
+    settings = settings.model_copy(update={"methods": list(methods), "targets": list(targets)})
+    key = window_key(settings, open_base(settings.base), list(store(settings)))
+    predicted = predict(settings, WINDOW, key)
+    models = [predicted.observed, *(replace(model, skill_at_least=promised) for model in predicted.candidates)]
     scores = [Score(model, "selection", 0.5, 0.02, 500) for model in models]
     decision = Decision(
         settings.training_run,
@@ -96,7 +86,7 @@ def decide(
         WINDOW,
         "registered",
         "because",
-        written=tuple(seen[str(step)].written for step in WINDOW),
+        written=predicted.written,
         selection=tuple(scores[:2]),
         dropped=tuple(scores[2:]),
         winner=models[1],
@@ -326,7 +316,7 @@ def announced(settings: Settings, now: float) -> list[dict[str, object]]:
 def test_a_target_is_announced_with_growing_pauses_until_its_comparison_is_shown(
     settings: Settings, write: Write
 ) -> None:
-    decide(settings, write, methods=["relex", "expo"])
+    decision = decide(settings, write, methods=["relex", "expo"])
     assert announced(settings, 0.0) == []
     write(100)
     remember(settings)
@@ -337,7 +327,7 @@ def test_a_target_is_announced_with_growing_pauses_until_its_comparison_is_shown
     (payload,) = announced(settings, 2000.0)
     assert payload == {
         "training_run": "tiny",
-        "key": "0123456789abcdef",
+        "key": decision.key,
         "target": 100,
         "step": 100,
         "methods": ["relex", "expo"],
