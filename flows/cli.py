@@ -311,8 +311,16 @@ def analyze(
 
 @app.command()
 def evaluate(
-    model: Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="A model directory.")],
+    model: Annotated[list[Path], typer.Argument(metavar="MODEL_DIR", help="A model directory; two with --compare.")],
     benchmark: Annotated[list[str], typer.Option(help="Benchmark: a shipped name or a YAML file; may be repeated.")],
+    compared: Annotated[
+        bool, typer.Option("--compare", help="Compare two models problem by problem, the first against the second.")
+    ] = False,
+    margin: Annotated[
+        float, typer.Option(help="With --compare: how much worse the first may be, in accuracy; 0: must be better.")
+    ] = 0.0,
+    confidence: Annotated[float, typer.Option(help="With --compare: one-sided confidence of the verdict.")] = 0.95,
+    problems: Annotated[int, typer.Option(min=0, help="With --compare: show so many problems that differ.")] = 10,
     logits_from: Annotated[
         Path | None,
         typer.Option(
@@ -325,6 +333,9 @@ def evaluate(
             help="How far: 1 is MODEL_DIR; for a target step, (target - earlier's) / (MODEL_DIR's - earlier's)."
         ),
     ] = None,
+    directory: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Write results and samples as lm-eval does.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="Precision to run in; auto: the model's own.")] = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Problems at once.")] = 64,
@@ -335,32 +346,67 @@ def evaluate(
     """Score a model on benchmarks; what was scored before is not paid for again.
 
     Example: relex evaluate predicted/step-500 --benchmark my-benchmark.yaml
+    Two models: relex evaluate --compare predicted/step-500 runs/qwen/checkpoint-75 --benchmark my-benchmark.yaml
     Logits Extrapolation: relex evaluate runs/qwen/checkpoint-75 --logits-from models/qwen-base --alpha 4 --benchmark …
     """
+    from evaluation.export import export
     from evaluation.fingerprint import LogitsExtrapolation
-    from evaluation.harness import evaluate as score
+    from evaluation.harness import Evaluated, evaluate_in_detail
     from flows import tables
+    from flows.versus import compare_pair, show_versus
 
     if (logits_from is None) != (alpha is None):
         raise typer.BadParameter("--logits-from and --alpha are given together or not at all")
-    pair = None if logits_from is None or alpha is None else LogitsExtrapolation(logits_from, model, alpha)
-    with tables.Bars(err) as bars:
-        reports = score(
-            pair or model,
+    if len(model) != (2 if compared else 1):
+        raise typer.BadParameter(f"{len(model)} models are given: one, or two with --compare")
+    if compared and logits_from is not None:
+        raise typer.BadParameter("--compare is for two directories, without --logits-from")
+
+    def score(subject: Path | LogitsExtrapolation) -> list[Evaluated]:
+        found = evaluate_in_detail(
+            subject,
             benchmark,
             cache=_cache(cache) / "evaluations",
             device=device,
             dtype=dtype,
             batch_size=batch_size,
             limit=limit,
-            on_progress=lambda step: bars(step.benchmark, step.done, step.total),
+            on_progress=lambda step: bars(
+                f"{Path(str(subject)).name} {step.benchmark}" if compared else step.benchmark,
+                step.done,
+                step.total,
+                step.pace,
+            ),
         )
-    if as_json:
+        for path in export(found, directory) if directory is not None else []:
+            err.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
+        return found
+
+    with tables.Bars(err) as bars:
+        if compared:
+            pairs = compare_pair(model, score, margin=margin, confidence=confidence)
+        elif logits_from is None or alpha is None:
+            scored = score(model[0])
+        else:
+            scored = score(LogitsExtrapolation(logits_from, model[0], alpha))
+    if compared and as_json:
+        _print_json([each.to_json() for each in pairs])
+    elif compared:
+        show_versus(out, pairs, problems=problems)
+    elif as_json:
         _print_json(
-            [asdict(item) | {"accuracy": item.accuracy, "standard_error": item.standard_error} for item in reports]
+            [
+                asdict(each.report)
+                | {
+                    "accuracy": each.report.accuracy,
+                    "standard_error": each.report.standard_error,
+                    "interval": each.report.interval,
+                }
+                for each in scored
+            ]
         )
     else:
-        tables.show_reports(out, reports)
+        tables.show_evaluated(out, scored)
 
 
 benchmarks = typer.Typer(rich_markup_mode=None)

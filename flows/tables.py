@@ -19,7 +19,8 @@ from relex.store import State
 
 if TYPE_CHECKING:
     from evaluation.catalog import Entry
-    from evaluation.report import Report, Setting
+    from evaluation.harness import Evaluated
+    from evaluation.report import Setting
     from flows.analyze import Analyzed
     from flows.comparison import Comparison
     from flows.listing import Listing
@@ -37,7 +38,13 @@ class Bars(AbstractContextManager["Bars"]):
     """Progress bars on a terminal, one a piece of work; call with (what, done, total)."""
 
     def __init__(self, console: Console) -> None:
-        columns = (TextColumn("{task.description:>24}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description:>24}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[pace]}"),
+        )
         self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._tasks: dict[str, TaskID] = {}
 
@@ -50,11 +57,11 @@ class Bars(AbstractContextManager["Bars"]):
     ) -> None:
         self._progress.stop()
 
-    def __call__(self, what: str, done: int, total: int) -> None:
-        """Show that `done` of `total` are done."""
+    def __call__(self, what: str, done: int, total: int, pace: str = "") -> None:
+        """Show that `done` of `total` are done, and at which pace in words."""
         if what not in self._tasks:
-            self._tasks[what] = self._progress.add_task(what)
-        self._progress.update(self._tasks[what], completed=done, total=total)
+            self._tasks[what] = self._progress.add_task(what, pace="")
+        self._progress.update(self._tasks[what], completed=done, total=total, pace=pace)
 
 
 class JsonLines:
@@ -137,8 +144,8 @@ def show_backtest(console: Console, found: "Backtest") -> None:
         aim += (
             f" (‖Δ‖ {advice.norm_band[0]:.2f} – {advice.norm_band[1]:.2f} of the latest if it goes on straight, 90 %)"
         )
-    _print_line(console, f"recommended: {advice.method}{aim}")
-    _print_line(console, advice.reason)
+    print_line(console, f"recommended: {advice.method}{aim}")
+    print_line(console, advice.reason)
 
 
 def show_extrapolation(console: Console, manifests: Mapping[str, Manifest]) -> None:
@@ -172,7 +179,7 @@ def show_benchmarks(console: Console, found: Sequence["Entry"]) -> None:
         table.add_row(item.name, count, item.measures, _generated(item.settings), item.commit[:7] or "no")
     console.print(table)
     for place in dict.fromkeys(str(Path(item.directory).parent) for item in found if item.directory):
-        _print_line(console, f"fetched benchmarks lie in {place}")
+        print_line(console, f"fetched benchmarks lie in {place}")
     print_warnings(
         console,
         [
@@ -193,20 +200,36 @@ def _generated(settings: "Mapping[str, Setting]") -> str:
     return f"{how}; {settings['max_new_tokens']}"
 
 
-def show_reports(console: Console, reports: Sequence["Report"]) -> None:
-    """Print scores with their standard errors."""
-    table = plain_table("benchmark", "metric", "score", "± s.e.", "problems", "rates")
-    for item in reports:
-        rates = ", ".join(f"{name} {value:.3f}" for name, value in item.rates.items())
-        table.add_row(
-            item.benchmark,
-            item.metric,
-            f"{item.accuracy:.4f}",
-            f"{item.standard_error:.4f}",
-            str(item.n),
-            rates,
-        )
+def show_evaluated(console: Console, found: Sequence["Evaluated"]) -> None:
+    """Print scores as lm-eval's command line does, with 95 % intervals, and what else was counted."""
+    from evaluation.export import read_rows
+
+    table = plain_table("Tasks", "Version", "Filter", "n-shot", "Metric", "", "Value", "", "Stderr", "95 %")
+    # Ten columns side by side need every one of a terminal's 80.
+    table.collapse_padding = True
+    arrows = {True: "↑", False: "↓", None: ""}
+    for item in found:
+        name, version = item.report.benchmark, None
+        for row in read_rows(item):
+            error = ("", "") if row.stderr is None else ("±", f"{row.stderr:.4f}")
+            ends = "" if row.interval is None else f"{row.interval[0]:.4f}–{row.interval[1]:.4f}"
+            table.add_row(
+                name,
+                row.version if version is None else "",
+                row.filter,
+                row.n_shot,
+                row.metric,
+                arrows[row.higher_is_better],
+                f"{row.value:.4f}",
+                *error,
+                ends,
+            )
+            name, version = "", row.version
     console.print(table)
+    for item in found:
+        report = item.report
+        truncated = f", {100 * report.rates['truncated']:.1f} % cut off" if "truncated" in report.rates else ""
+        print_line(console, f"{report.benchmark}: {report.n} problems{truncated}, {report.seconds:,.1f} s in the model")
 
 
 def show_comparison(console: Console, found: "Comparison", directory: Path) -> None:
@@ -232,7 +255,7 @@ def show_comparison(console: Console, found: "Comparison", directory: Path) -> N
         scores = 2 + 2 * len(found.scored)
         console.print(table(range(scores)))
         console.print(table([0, 1, *range(scores, len(names))]))
-    _print_line(console, f"more, and a figure: {directory / 'compare.md'}")
+    print_line(console, f"more, and a figure: {directory / 'compare.md'}")
 
 
 def show_analysis(console: Console, found: "Analyzed", directory: Path) -> None:
@@ -248,7 +271,7 @@ def show_analysis(console: Console, found: "Analyzed", directory: Path) -> None:
     console.print(described("weights", analysis.whole.weights), highlight=False)
     if found.tokens is not None:
         console.print(described("token log-probabilities", found.tokens), highlight=False)
-    _print_line(console, f"more, and figures: {directory / 'analysis.md'}")
+    print_line(console, f"more, and figures: {directory / 'analysis.md'}")
 
 
 def show_services(console: Console, services: Sequence["Service"]) -> None:
@@ -260,7 +283,7 @@ def show_services(console: Console, services: Sequence["Service"]) -> None:
     for item in services:
         table.add_row(item.name, item.state, str(item.pid or ""), item.url or "")
     console.print(table)
-    _print_line(console, f"logs: {services[0].log.parent}")
+    print_line(console, f"logs: {services[0].log.parent}")
 
 
 def show_models(console: Console, found: "Listing") -> None:
@@ -282,8 +305,8 @@ def show_models(console: Console, found: "Listing") -> None:
     console.print(table)
     for item in found.versions:
         if item.gate:
-            _print_line(console, f"gate of v{item.row.version}: {item.gate}")
-        _print_line(console, f"weights of v{item.row.version}: {item.row.weights}")
+            print_line(console, f"gate of v{item.row.version}: {item.gate}")
+        print_line(console, f"weights of v{item.row.version}: {item.row.weights}")
     print_warnings(console, [item.state for item in found.versions if item.state.startswith("damaged")])
     if not found.trail:
         return
@@ -301,9 +324,10 @@ def show_models(console: Console, found: "Listing") -> None:
 def print_warnings(console: Console, warnings: Sequence[str]) -> None:
     """Print a line for each thing that looks wrong."""
     for text in warnings:
-        _print_line(console, f"warning: {text}")
+        print_line(console, f"warning: {text}")
 
 
-def _print_line(console: Console, text: str) -> None:
+def print_line(console: Console, text: str) -> None:
+    """Print a line that no terminal breaks."""
     # A path that is broken into lines cannot be copied.
     console.print(text, soft_wrap=True, highlight=False)
