@@ -5,7 +5,7 @@ may not have moved; deploy.reaper settles one whose process died.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, cast
 
 from deploy.runs import KEY_TAG, log_metrics
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Action = Literal["promote", "rollback"]
 Verdict = Literal["promoted", "rolled back", "refused", "abandoned", "under way"]
-TO_VERSION = "to_version"
+_TO_VERSION = "to_version"
 DONE: Mapping[str, Verdict] = {"promote": "promoted", "rollback": "rolled back"}
 
 
@@ -62,7 +62,7 @@ def begin(
     candidate: int | None,
     from_version: int | None,
     metrics: Mapping[str, float],
-) -> "Run":
+) -> Entry:
     """Open the entry `number` of the trail, one more than the last."""
     tags = {
         AUDIT: str(number),
@@ -77,19 +77,20 @@ def begin(
     tags[KEY_TAG] = f"audit {number:08d}"
     run = client.create_run(experiment.experiment_id, run_name=title, tags=tags)
     log_metrics(client, run, metrics)
-    return run
+    return replace(entry_of(client, run), metrics=metrics)
 
 
-def aim(client: "MlflowClient", run: "Run", to_version: int) -> None:
+def aim(client: "MlflowClient", entry: Entry, to_version: int) -> Entry:
     """Note where the alias is about to go."""
-    client.set_tag(run.info.run_id, TO_VERSION, str(to_version))
+    client.set_tag(entry.run_id, _TO_VERSION, str(to_version))
+    return replace(entry, to_version=to_version)
 
 
-def close(client: "MlflowClient", run: "Run", verdict: Verdict) -> Entry:
+def close(client: "MlflowClient", entry: Entry, verdict: Verdict) -> Entry:
     """End an entry and return it."""
-    client.set_tag(run.info.run_id, "verdict", verdict)
-    client.set_terminated(run.info.run_id, "KILLED" if verdict == "abandoned" else "FINISHED")
-    return _entry(client, client.get_run(run.info.run_id))
+    client.set_tag(entry.run_id, "verdict", verdict)
+    client.set_terminated(entry.run_id, "KILLED" if verdict == "abandoned" else "FINISHED")
+    return replace(entry, verdict=verdict)
 
 
 def read(client: "MlflowClient", experiment: "Experiment") -> list[Entry]:
@@ -99,7 +100,7 @@ def read(client: "MlflowClient", experiment: "Experiment") -> list[Entry]:
         found = client.search_runs(
             [experiment.experiment_id], filter_string=f"tags.`{KEY_TAG}` LIKE 'audit %'", page_token=token
         )
-        entries += [_entry(client, run) for run in found]
+        entries += [entry_of(client, run) for run in found]
         token = found.token
         if not token:
             return sorted(entries, key=lambda entry: entry.number)
@@ -138,7 +139,8 @@ def before(entries: list[Entry], champion: int) -> int | None:
     return stack[-2] if len(stack) > 1 else None
 
 
-def _entry(client: "MlflowClient", run: "Run") -> Entry:
+def entry_of(client: "MlflowClient", run: "Run") -> Entry:
+    """Return the entry that a run holds."""
     tags = run.data.tags
     return Entry(
         number=int(tags[AUDIT]),
@@ -149,7 +151,7 @@ def _entry(client: "MlflowClient", run: "Run") -> Entry:
         digest=tags["digest"],
         candidate=_number(tags["candidate"]),
         from_version=_number(tags["from_version"]),
-        to_version=_number(tags.get(TO_VERSION, "")),
+        to_version=_number(tags.get(_TO_VERSION, "")),
         metrics=dict(run.data.metrics),
         at_ms=run.info.start_time,
         run_id=run.info.run_id,

@@ -73,7 +73,7 @@ def promote(name: str, version: int | None, *, tracking_uri: str, by: str, judge
             judgement = judge(candidate, None if is_champion else champion)
         except CandidateError as error:
             judgement = Judgement(passed=False, reason=str(error), metrics={})
-        run = audit.begin(
+        entry = audit.begin(
             client,
             experiment,
             "promote",
@@ -87,11 +87,11 @@ def promote(name: str, version: int | None, *, tracking_uri: str, by: str, judge
             metrics=judgement.metrics,
         )
         if not judgement.passed:
-            return audit.close(client, run, "refused")
-        copied = _copy(client, name, candidate, number=run.data.tags[AUDIT])
-        audit.aim(client, run, copied)
+            return audit.close(client, entry, "refused")
+        copied = _copy(client, name, candidate, number=entry.number)
+        entry = audit.aim(client, entry, copied)
         client.set_registered_model_alias(name, CHAMPION, str(copied))
-        return audit.close(client, run, "promoted")
+        return audit.close(client, entry, "promoted")
 
 
 def rollback(name: str, *, tracking_uri: str, by: str, downloads: Path) -> Entry:
@@ -115,7 +115,7 @@ def rollback(name: str, *, tracking_uri: str, by: str, downloads: Path) -> Entry
             )
         target = row(client, found[0], champion=False)
         verified(target, tracking_uri=tracking_uri, downloads=downloads)
-        run = audit.begin(
+        entry = audit.begin(
             client,
             experiment,
             "rollback",
@@ -128,9 +128,9 @@ def rollback(name: str, *, tracking_uri: str, by: str, downloads: Path) -> Entry
             from_version=champion.version,
             metrics={},
         )
-        audit.aim(client, run, target.version)
+        entry = audit.aim(client, entry, target.version)
         client.set_registered_model_alias(name, CHAMPION, str(target.version))
-        return audit.close(client, run, "rolled back")
+        return audit.close(client, entry, "rolled back")
 
 
 def history(name: str, *, tracking_uri: str) -> list[Entry]:
@@ -170,7 +170,7 @@ def _next(trail: list[Entry]) -> int:
     return trail[-1].number + 1 if trail else 1
 
 
-def _copy(client: "MlflowClient", name: str, candidate: RegisteredModelVersion, *, number: str) -> int:
+def _copy(client: "MlflowClient", name: str, candidate: RegisteredModelVersion, *, number: int) -> int:
     known = known_version(client, name, candidate.digest)
     if known is not None:
         return int(known.version)
@@ -182,6 +182,6 @@ def _copy(client: "MlflowClient", name: str, candidate: RegisteredModelVersion, 
         source=f"models:/{candidate.name}/{candidate.version}",
         run_id=candidate.run_id,
         model_id=version.model_id,
-        tags={**version.tags, AUDIT: number},
+        tags={**version.tags, AUDIT: str(number)},
     )
     return int(copied.version)

@@ -30,8 +30,10 @@ def reap(client: "MlflowClient", name: str, experiment: "Experiment", *, but: st
         if digest is None or digest == but or VERSIONS_TAG in logged.tags:
             continue
         if known_version(client, f"{name}{CANDIDATES}", digest) is None:
-            if (directory := local_path(logged.artifact_location)) is not None:
-                shutil.rmtree(directory, ignore_errors=True)
+            directory = local_path(logged.artifact_location)
+            if directory is not None and directory.exists():
+                # MLflow gives each model a directory of its name with artifacts/ in it.
+                shutil.rmtree(directory.parent if directory.parent.name == logged.model_id else directory)
             client.delete_logged_model(logged.model_id)
     for run in _running(client, experiment):
         if AUDIT in run.data.tags:
@@ -45,16 +47,16 @@ def reap(client: "MlflowClient", name: str, experiment: "Experiment", *, but: st
 
 def _settle(client: "MlflowClient", name: str, run: "Run") -> None:
     """Complete the audit run of a promotion or rollback if the alias was moved, otherwise undo what it had begun."""
-    if run.data.tags["verdict"] != "under way":
-        client.set_terminated(run.info.run_id, "FINISHED")
-        return
+    entry = audit.entry_of(client, run)
     champion = champion_version(client, name)
-    if champion is not None and run.data.tags.get(audit.TO_VERSION) == str(champion.version):
-        audit.close(client, run, audit.DONE[run.data.tags["action"]])
-        return
-    for copy in versions(client, f"name = '{name}' and tags.`{AUDIT}` = '{run.data.tags[AUDIT]}'"):
-        client.delete_model_version(name, str(copy.version))
-    audit.close(client, run, "abandoned")
+    if entry.verdict != "under way":
+        audit.close(client, entry, entry.verdict)
+    elif champion is not None and entry.to_version == int(champion.version):
+        audit.close(client, entry, audit.DONE[entry.action])
+    else:
+        for copy in versions(client, f"name = '{name}' and tags.`{AUDIT}` = '{entry.number}'"):
+            client.delete_model_version(name, str(copy.version))
+        audit.close(client, entry, "abandoned")
 
 
 def _models(client: "MlflowClient", experiment: "Experiment") -> Iterator["LoggedModel"]:

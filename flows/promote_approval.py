@@ -68,15 +68,26 @@ def ask(running: Stack, name: str, version: int | None, *, by: str) -> Asked:
     if not judgement.passed:
         raise PromotionError(f"{candidate.title} would not be promoted. {judgement.reason}")
     spawn(running)
-    against = 0 if champion is None else champion.version
+    against = "none" if champion is None else champion.digest
+    attempt = 0
+    while True:
+        parameters = {"name": name, "version": candidate.version, "by": by, "question": judgement.reason}
+        run = _run(running, parameters, key=f"{candidate.title} {candidate.digest} {against} {attempt}")
+        if run.state is None or not run.state.is_final():
+            return Asked(name, candidate.version, str(run.id), url_for("flow-run", obj_id=run.id))
+        # Answered with no, or failed: who asks again is asked again.
+        attempt += 1
+
+
+def _run(running: Stack, parameters: dict[str, Any], *, key: str) -> FlowRun:
     deadline = time.monotonic() + _START_SECONDS
     while True:
         try:
             run = run_deployment(
                 f"{promotion.name}/{_DEPLOYMENT}",
-                parameters={"name": name, "version": candidate.version, "by": by, "question": judgement.reason},
+                parameters=parameters,
                 timeout=0,
-                idempotency_key=f"{candidate.title} {candidate.digest} against {against}",
+                idempotency_key=key,
                 as_subflow=False,
             )
         except ObjectNotFound:
@@ -87,7 +98,7 @@ def ask(running: Stack, name: str, version: int | None, *, by: str) -> Asked:
             time.sleep(0.2)
             continue
         assert isinstance(run, FlowRun)  # outside an event loop nothing is left to await
-        return Asked(name, candidate.version, str(run.id), url_for("flow-run", obj_id=run.id))
+        return run
 
 
 @flow(name="promote", flow_run_name="promote {name} {version}", retries=0)

@@ -21,7 +21,7 @@ from sqlalchemy.engine import Engine
 from deploy.registry import register
 
 
-def _watch(step: Callable[[], None]) -> None:
+def watch(step: Callable[[], None]) -> None:
     """Call `step` before every change this process makes to the file system or a database."""
 
     def heard(name: str, arguments: tuple[object, ...]) -> None:
@@ -44,7 +44,7 @@ def _watch(step: Callable[[], None]) -> None:
     event.listen(Engine, "commit", commits)
 
 
-def _child(work: Callable[[], None]) -> int:
+def child(work: Callable[[], None]) -> int:
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -70,11 +70,11 @@ def _count(model: Path, home: Path) -> int:
         steps += 1
 
     def work() -> None:
-        _watch(step)
+        watch(step)
         _register(model, home)
         (home / "steps").write_text(str(steps))
 
-    assert _child(work) == 0
+    assert child(work) == 0
     return int((home / "steps").read_text())
 
 
@@ -88,10 +88,10 @@ def _die(model: Path, home: Path, last: int) -> None:
         left -= 1
 
     def work() -> None:
-        _watch(step)
+        watch(step)
         _register(model, home)
 
-    assert _child(work) == signal.SIGKILL
+    assert child(work) == signal.SIGKILL
 
 
 def main(model: Path, template: str, homes: Path, stride: int) -> None:
@@ -111,7 +111,7 @@ def main(model: Path, template: str, homes: Path, stride: int) -> None:
     for last in sorted({*range(0, steps, stride), steps - 1}):
         killed.append(home(f"killed-before-{last}"))
         _die(model, killed[-1], last)
-        assert _child(lambda: _register(model, killed[-1])) == 0
+        assert child(lambda: _register(model, killed[-1])) == 0
     sys.stdout.write(json.dumps({"steps": steps, "homes": [str(path) for path in killed]}))
 
 

@@ -1,63 +1,24 @@
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 
+from deploy import store
 from deploy.candidate import verify
-from deploy.errors import RegistryError
-from deploy.registry import models, register
+from deploy.errors import CandidateError, RegistryError
+from deploy.registry import gate_reports, models, register, verified
 from deploy.runs import record
-from deploy.store import connect, prepare
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+from deploy.store import connect
+from tests.deploy.served import free_port, serve
+from tests.deploy.tiny import write_prediction
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    home = tmp_path_factory.mktemp("served")
-    store = prepare(home)
-    port = _free_port()
-    arguments = {
-        "--backend-store-uri": store.tracking_uri,
-        "--default-artifact-root": str(store.artifacts),
-        "--artifacts-destination": str(home / "proxied"),
-        "--host": "127.0.0.1",
-        "--port": str(port),
-        "--workers": "1",
-    }
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mlflow", "server", *(word for pair in arguments.items() for word in pair)],
-        env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        deadline = time.monotonic() + 120
-        while True:
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            try:
-                if httpx.get(f"http://127.0.0.1:{port}/health", trust_env=False).is_success:
-                    break
-            except httpx.TransportError:
-                time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(20)
+    with serve(tmp_path_factory.mktemp("served")) as uri:
+        yield uri
 
 
 def test_through_a_server_the_files_are_still_hard_links(model: Path, server: str) -> None:
@@ -98,9 +59,49 @@ def test_where_the_artifacts_are_remote_they_are_uploaded_once(model: Path, serv
     assert not register(model, name="remote", tracking_uri=server).created
 
 
+def test_remote_weights_and_gate_results_are_brought_here_and_verified(server: str, tmp_path: Path) -> None:
+    connect(server).create_experiment("far", artifact_location="mlflow-artifacts:/far")
+    results = tmp_path / "results.json"
+    results.write_text('{"scores": []}')
+    register(
+        write_prediction(tmp_path / "predicted", number=5), name="far", tracking_uri=server, gate_reports=[results]
+    )
+    (row,) = models("far", tracking_uri=server)
+    assert gate_reports(row, tracking_uri=server) == ['{"scores": []}']
+    downloads = tmp_path / "downloads"
+    brought = verified(row, tracking_uri=server, downloads=downloads)
+    assert brought == downloads / row.digest
+    assert verified(row, tracking_uri=server, downloads=downloads) == brought
+    (brought / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CandidateError, match="far-candidates version 1 is not what was registered"):
+        verified(row, tracking_uri=server, downloads=downloads)
+
+
+def test_where_artifacts_are_remote_a_name_in_mlflow_is_the_lock_and_goes_with_a_dead_process(
+    server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = connect(server)
+    client.create_experiment("locked", artifact_location="mlflow-artifacts:/locked")
+    with store.locked_experiment(client, "locked"):
+        held = client.get_registered_model("locked.lock")
+    assert [model.name for model in client.search_registered_models("name = 'locked.lock'")] == []
+    # One that died here held the file lock too, which went with it.
+    client.create_registered_model("locked.lock", tags=held.tags)
+    record("locked", tracking_uri=server, key="after", title="")
+    assert [model.name for model in client.search_registered_models("name = 'locked.lock'")] == []
+    # One elsewhere may be alive.
+    client.create_registered_model("locked.lock", tags={"relex.place": "elsewhere", "relex.owner": "process 7 of far"})
+    monkeypatch.setattr(store, "_LOCK_SECONDS", 0.5)
+    with pytest.raises(
+        RegistryError, match=r"still held by process 7 of far .* delete the registered model"
+    ) as refusal:
+        record("locked", tracking_uri=server, key="again", title="")
+    assert "\n" not in str(refusal.value)
+
+
 def test_a_server_that_does_not_answer_is_reported_in_seconds_and_one_line(model: Path) -> None:
     started = time.monotonic()
     with pytest.raises(RegistryError) as refusal:
-        register(model, name="tiny", tracking_uri=f"http://127.0.0.1:{_free_port()}")
+        register(model, name="tiny", tracking_uri=f"http://127.0.0.1:{free_port()}")
     assert time.monotonic() - started < 20
     assert "\n" not in str(refusal.value)
