@@ -95,8 +95,12 @@ def _boxed(solution: str) -> str:
 def part_of(problems: Sequence[Mapping[str, str]], part: str, count: int) -> list[Mapping[str, str]]:
     """Return the problems whose text is among the `count` distinct texts of least sha256 (`least`), or the `rest`.
 
-    Case and runs of white space do not count, so the two parts never share a problem; their order does not matter.
+    Case and runs of white space do not count, and of one text the first problem is taken: the two parts share no
+    problem and have none twice, whatever their order.
     """
-    digests = [hashlib.sha256(" ".join(each["problem"].split()).casefold().encode()).hexdigest() for each in problems]
-    least = set(sorted(set(digests))[:count])
-    return [each for each, digest in zip(problems, digests, strict=True) if (digest in least) == (part == "least")]
+    distinct: dict[str, Mapping[str, str]] = {}
+    for each in problems:
+        text = " ".join(each["problem"].split()).casefold()
+        distinct.setdefault(hashlib.sha256(text.encode()).hexdigest(), each)
+    least = set(sorted(distinct)[:count])
+    return [each for digest, each in distinct.items() if (digest in least) == (part == "least")]

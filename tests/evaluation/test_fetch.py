@@ -5,22 +5,30 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import datasets
 import datasets.config
 import huggingface_hub.constants
 import pytest
+from lm_eval.api.model import LM
 
 from evaluation.benchmark import resolve_benchmark
 from evaluation.catalog import catalog
 from evaluation.errors import BenchmarkError
 from evaluation.fetch import fetch
 from evaluation.fetched import VARIABLE, read_manifest
+from evaluation.job import Assignment
+from evaluation.journal import Journal
 from evaluation.prompts import instructed, raw_chat
 from evaluation.recipe import part_of
 from evaluation.task_yaml import SHIPPED, find_task, read_yaml
+from evaluation.worker import load_any_task, load_task, score
+from flows.cli import main
 from tests.remote.hub_server import Hub, serve
+
+if TYPE_CHECKING:
+    from evaluation.lm import JournalledLM
 
 MATH = [
     {"problem": "Compute $1+1$.", "level": "Level 1", "type": "Algebra", "solution": r"It is $\boxed{2}$."},
@@ -152,9 +160,12 @@ def test_selection_and_gate_are_the_whole_and_share_no_problem(place: Path) -> N
     def texts(part: list[dict[str, Any]]) -> set[str]:
         return {" ".join(each["problem"].split()) for each in part}
 
-    assert len(texts(select)) == 500
+    assert len(texts(select)) == len(select) == 500
     assert texts(select).isdisjoint(texts(gate))
-    assert sorted(map(str, select + gate)) == sorted(map(str, whole))
+    assert texts(select + gate) == texts(whole)
+    # The same text as test/0.
+    twice = [each for each in whole if each["id"] in {"test/2"}]
+    assert sorted(map(str, select + gate + twice)) == sorted(map(str, whole))
 
 
 def test_a_part_depends_on_the_texts_alone() -> None:
@@ -163,8 +174,8 @@ def test_a_part_depends_on_the_texts_alone() -> None:
     other = [{"id": "x", "problem": row["problem"].upper().replace("  ", "\n")} for row in reversed(rows)]
     again = part_of(other, "least", 10)
     assert {row["problem"].casefold().split()[1] for row in least} == {row["problem"].split()[1] for row in again}
-    assert len({row["problem"] for row in least}) == 10
-    assert part_of(rows, "rest", 10) == [row for row in rows if row not in least]
+    assert len(least) == 10
+    assert part_of(rows, "rest", 10) == [row for row in rows[:40] if row not in least]
 
 
 def test_what_is_there_needs_no_hub(hub: Hub, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,8 +260,6 @@ def test_a_digest_is_of_the_data_and_not_of_its_place(
 
 
 def test_a_task_of_lm_eval_is_fetched_by_name_and_loads_with_its_own_metric(place: Path) -> None:
-    from evaluation.worker import load_any_task
-
     manifest = fetch("gsm8k")
     assert {split: entry.problems for split, entry in manifest.splits.items()} == {"test": 1, "train": 8}
     resolved = resolve_benchmark("gsm8k")
@@ -336,9 +345,57 @@ def test_the_prompt_is_the_papers_raw_chat_format() -> None:
     assert instructed(problem) in raw_chat(problem)
 
 
-def test_a_shipped_benchmark_loads_in_lm_eval_and_asks_the_papers_prompt(place: Path) -> None:
-    from evaluation.worker import load_any_task
+class Scripted(LM):  # type: ignore[misc]  # lm_eval carries no types
+    """Answers every other request with the right box; cuts the last one off."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[str] = []
+        self.truncated: list[bool] = []
+
+    def generate_until(self, requests: list[Any]) -> list[str]:
+        self.asked = [request.args[0] for request in requests]
+        self.truncated = [number == len(requests) - 1 for number in range(len(requests))]
+        return [r"so \boxed{103}" if number % 2 else "hmm " * 200 for number in range(len(requests))]
+
+    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+        raise NotImplementedError
+
+    def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
+        raise NotImplementedError
+
+
+def test_eight_samples_become_one_score_a_problem_and_a_chance_of_passing(place: Path, tmp_path: Path) -> None:
+    fetch("hmmt_feb_2025")
+    resolved = resolve_benchmark("hmmt_feb_2025")
+    assignment = Assignment(
+        resolved.name, str(resolved.path), resolved.digest, "model", resolved.generation, str(place)
+    )
+    lm = Scripted()
+    with Journal(tmp_path / "journal.jsonl") as journal:
+        report, _ = score(
+            cast("JournalledLM", lm),
+            load_task(assignment),
+            assignment=assignment,
+            model="model",
+            limit=None,
+            journal=journal,
+        )
+    kept = problems(place, "hmmt_feb_2025")
+    assert lm.asked == [raw_chat(each) for each in kept for _ in range(8)]
+    assert report.metric == "correct"
+    assert [value for _, value in report.scores] == [0.0, 0.5]
+    assert report.rates == {
+        "boxed": 0.5,
+        "repeated": 0.5,
+        "pass@2": pytest.approx((1 - 6 / 28) / 2),
+        "pass@4": pytest.approx((1 - 1 / 70) / 2),
+        "pass@8": 0.5,
+        "truncated": 1 / 16,
+    }
+
+
+def test_a_shipped_benchmark_loads_in_lm_eval_and_asks_the_papers_prompt(place: Path) -> None:
     for name in ("math", "aime_2026"):
         fetch(name)
         task = load_any_task(name, str(resolve_benchmark(name).path))
@@ -349,3 +406,49 @@ def test_a_shipped_benchmark_loads_in_lm_eval_and_asks_the_papers_prompt(place: 
         scored = task.process_results(problem, [answers])
         assert {*scored} == {*task.aggregation()}
         assert scored["correct"] == (0.5 if task.config.repeats == 8 else 1.0)
+
+
+def test_a_benchmark_is_asked_in_the_models_own_template_under_another_name(place: Path) -> None:
+    for name in ("aime_2026", "gsm8k"):
+        fetch(name)
+    raw, chat = resolve_benchmark("aime_2026"), resolve_benchmark("aime_2026@chat")
+    assert (raw.name, chat.name) == ("aime_2026", "aime_2026@chat")
+    assert raw.digest != chat.digest
+    assert raw.generation == chat.generation
+    task = load_any_task(chat.name, str(chat.path))
+    problem = next(iter(task.eval_docs))
+    assert task.doc_to_text(problem) == instructed(problem)
+    assert task.config.metadata["chat_template"] is True
+    assert "chat_template" not in load_any_task(raw.name, str(raw.path)).config.metadata
+    foreign = load_any_task("gsm8k@chat", str(resolve_benchmark("gsm8k@chat").path))
+    assert foreign.doc_to_text(next(iter(foreign.eval_docs))) == "Question: What is 3+4?\nAnswer:"
+    assert foreign.config.metadata["version"] == 3.0
+    with pytest.raises(BenchmarkError, match="math has not been fetched"):
+        resolve_benchmark("math@chat")
+
+
+def test_the_command_fetches_lists_and_refuses(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def relex(*words: str) -> tuple[int, str, str]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sys.argv", ["relex", "benchmarks", *words])
+            with pytest.raises(SystemExit) as end:
+                main()
+        told = capsys.readouterr()
+        return int(end.value.code or 0), told.out, told.err
+
+    status, out, _ = relex("fetch", "math_select", "gsm8k", "--json")
+    assert status == 0
+    assert [(each["name"], each["problems"], each["left_out"]) for each in json.loads(out)] == [
+        ("math_select", 500, 1),
+        ("gsm8k", 1, 0),
+    ]
+    status, out, _ = relex()
+    lines = {line.split()[0]: line for line in out.splitlines() if line.split()}
+    assert status == 0
+    assert fetch("gsm8k").commit[:7] in lines["gsm8k"]
+    assert lines["aime_2025"].split()[-1] == "no"
+    assert f"fetched benchmarks lie in {place}" in out
+    assert "warning: 1 rows of TianHongZXY/MATH have no answer to grade by and are not in math_select" in out
+    status, _, err = relex("fetch", "nonsense")
+    assert (status, len(err.splitlines())) == (1, 1)
+    assert "BenchmarkError: nonsense is not shipped and no task of lm-eval" in err
