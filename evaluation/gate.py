@@ -68,12 +68,10 @@ class Gate:
     @property
     def outcome(self) -> str:
         """Return the verdict in plain words: what is shown, or why not and whether more problems would help."""
+        if self.passed and self.margin == 0:
+            return "it is better: passed"
         if self.passed:
-            return (
-                "it is better: passed"
-                if self.margin == 0
-                else f"a loss of {100 * self.margin:g} points is ruled out: passed"
-            )
+            return f"a loss of {100 * self.margin:g} point{'' if self.margin == 0.01 else 's'} is ruled out: passed"
         limit = "0" if self.margin == 0 else f"the margin {_points(-self.margin)}"
         if self.interval_low is None or self.interval_high is None:
             return f"not shown: the lower bound is not above {limit}"

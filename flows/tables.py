@@ -205,8 +205,8 @@ def show_evaluated(console: Console, found: Sequence["Evaluated"]) -> None:
     from evaluation.export import read_rows
 
     table = plain_table("Tasks", "Version", "Filter", "n-shot", "Metric", "", "Value", "", "Stderr", "95 %")
-    # Ten columns side by side need every one of a terminal's 80.
-    table.collapse_padding = True
+    # Ten columns need all of a terminal's 80 characters.
+    table.padding = 0
     arrows = {True: "↑", False: "↓", None: ""}
     for item in found:
         name, version = item.report.benchmark, None

@@ -52,7 +52,7 @@ def compare_pair(
 def show_versus(console: Console, found: Sequence[Versus], *, problems: int) -> None:
     """Print the paired comparisons, their verdicts, and at most `problems` problems of each that differ."""
     table = plain_table("benchmark", "n", "candidate", "reference", "wins", "losses", "difference", "interval")
-    table.collapse_padding = True
+    table.padding = 0
     for each in found:
         item = each.gate
         assert item.interval_low is not None

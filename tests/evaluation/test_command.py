@@ -1,0 +1,87 @@
+"""relex evaluate: what a person reads, and the same for machines."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from flows.cli import app
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def relex(cache: Path, *arguments: object) -> Result:
+    command = ["evaluate", *map(str, arguments), "--cache", str(cache), "--batch-size", "6"]
+    return CliRunner().invoke(app, command, env={"COLUMNS": "80"})
+
+
+def lines(text: str) -> list[str]:
+    """Return the lines that say something, runs of blanks as one."""
+    return [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+
+
+def test_the_table_is_lm_evals_with_intervals_and_fits_a_terminal(
+    model: Path, benchmark: Path, cache: Path, tmp_path: Path
+) -> None:
+    shown = relex(cache, model, "--benchmark", benchmark, "--out", tmp_path)
+    assert shown.exit_code == 0, shown.output
+    head, _, first, second, counted = lines(shown.stdout)
+    assert head == "Tasks Version Filter n-shot Metric Value Stderr 95 %"
+    assert first == "plus Yaml all 0 exact_match ↑ 0.3333 ± 0.1421 0.1381–0.6094"
+    assert second.startswith("all 0 answered ↑ ")
+    assert counted.startswith("plus: 12 problems, ")
+    assert max(map(len, shown.stdout.splitlines())) <= 80
+    written = sorted(tmp_path.rglob("*.json*"))
+    assert [path.name.partition("_2")[0] for path in written] == ["results", "samples_plus"]
+    assert [line for line in lines(shown.stderr) if line.startswith("wrote")] == [f"wrote {path}" for path in written]
+
+    (report,) = json.loads(relex(cache, model, "--benchmark", benchmark, "--json").stdout)
+    assert report["accuracy"] == pytest.approx(1 / 3)
+    assert report["interval"] == pytest.approx([0.1381, 0.6094], abs=1e-4)
+
+
+def test_two_models_are_compared_problem_by_problem(
+    model: Path, other_model: Path, benchmark: Path, cache: Path, problems: list[dict[str, str]]
+) -> None:
+    command = ("--compare", model, other_model, "--benchmark", benchmark)
+    shown = relex(cache, *command, "--problems", "3", "--margin", "0.2")
+    assert shown.exit_code == 0, shown.output
+    head, _, row, sentence, *rest = lines(shown.stdout)
+    assert head == "benchmark n candidate reference wins losses difference interval"
+    assert row.startswith("plus 12 0.3333 0.0000 4 0 +0.3333 +")
+    assert f"{model} scores 0.3333 and {other_model} 0.0000" in sentence
+    assert sentence.endswith("(Tango score); a loss of 20 points is ruled out: passed.")
+    assert rest[0] == "problem 0 of plus: the candidate is better"
+    assert rest[1] == f"prompt {problems[0]['prompt']}"
+    answer = " ".join(problems[0]["answer"].split())
+    assert rest[2] == f"answer {answer}"
+    assert rest[3] == f"candidate 1.00 {answer}"
+    assert rest[4].startswith("reference 0.00 ")
+    assert [line for line in rest if line.startswith("problem ")] == [
+        f"problem {number} of plus: the candidate is better" for number in (0, 3, 6)
+    ]
+    assert rest[-1] == "1 more problems of plus differ: --problems or --json"
+
+    (found,) = json.loads(relex(cache, *command, "--json").stdout)
+    assert (found["gate"]["verdict"], found["gate"]["margin"]) == ("not shown", 0.0)
+    assert found["gate"]["sentence"].endswith("more problems would settle it if it stays as it is.")
+    assert [each["problem"] for each in found["differences"]] == [0, 3, 6, 9]
+    assert found["differences"][1]["candidate_answers"] == [problems[3]["answer"]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("a", "b"), "2 models are given: one, or two with --compare"),
+        (("--compare", "a"), "1 models are given: one, or two with --compare"),
+        (("--compare", "a", "b", "--logits-from", "c", "--alpha", "2"), "--compare is for two directories"),
+    ],
+)
+def test_a_wrong_number_of_models_is_a_usage_error(arguments: tuple[str, ...], message: str, cache: Path) -> None:
+    shown = relex(cache, *arguments, "--benchmark", "x")
+    assert shown.exit_code == 2
+    assert message in " ".join(shown.stderr.replace("│", " ").split())
