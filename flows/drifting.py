@@ -87,7 +87,7 @@ def _compare(settings: Settings, base: Weights, item: Reached, *, tell: Tell | N
             # Trying again would find the same.
             row = replace(row, problem=str(error))
         keep(settings, row)
-    if settings.drift == "accuracy" and row.asked == "weights":
+    if settings.drift == "accuracy":
         row = replace(row, asked="accuracy", accuracies=_accuracies(settings, base, item, tell) if row.drift else ())
         keep(settings, row)
     return row

@@ -76,7 +76,7 @@ class _Written:
         entry = self.weights.tensors[spec.name]
         stored_N = torch.empty(len(base_N), dtype=entry.dtype)
         self.weights.read_into(entry, start * entry.dtype.itemsize, as_bytes(stored_N))
-        rounded = source == "latest" and not spec.relative and _finer(base_N.dtype, spec.dtype)
+        rounded = source == "latest" and _finer(base_N.dtype, spec.dtype)
         return stored_N.to(dtype) - (base_N.to(spec.dtype) if rounded else base_N).to(dtype)
 
 
