@@ -40,9 +40,17 @@ def test_the_example_config_is_accepted(tmp_path: Path) -> None:
     assert settings.selection == str(tmp_path / "benchmarks" / "select.yaml")
 
 
+def test_the_automatic_example_is_accepted(tmp_path: Path) -> None:
+    path = tmp_path / "relex.yaml"
+    path.write_text(blocks("yaml")[1])
+    settings = load_settings(path)
+    assert (settings.window, settings.targets, settings.methods) == ("auto", "auto", "auto")
+    assert settings.end == 100
+
+
 def test_the_example_of_re_grounding_is_accepted(tmp_path: Path) -> None:
     path = tmp_path / "reground.yaml"
-    path.write_text(blocks("yaml")[1])
+    path.write_text(blocks("yaml")[2])
     assert load_reground_settings(path).jump_steps == 100
 
 
