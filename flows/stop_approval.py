@@ -41,16 +41,19 @@ class Approval(RunInput):
 def offer(config: str, settings: Settings, decision: Decision, *, tracking_uri: str) -> str:
     """Offer to stop the training, or stop it where the settings say at once; return one sentence for a reader.
 
-    Nothing where the decision registered nothing. The same decision again is the same offer.
+    Nothing where the decision registered nothing, and where it is neither trusted nor configured. The same decision
+    again is the same offer.
     """
     if refusal(decision):
         return ""
+    untrusted = doubt(Path(config), decision)
     if not configured(settings):
-        return "Nothing stops the training: relex.yaml has neither stop_command nor stop_file."
+        way = f"To stop the training, add stop_command or stop_file to {config}; then `relex stop {config}`."
+        return "" if untrusted else way
     if done := _on_record(settings):
         return told(Path(config), done)
     counted = saving(settings, decision)
-    if why_not := doubt(Path(config), decision) or finished(counted):
+    if why_not := untrusted or finished(counted):
         return why_not
     due = order(Path(config), settings, decision)
     if settings.stop == "at-once":

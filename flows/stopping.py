@@ -75,7 +75,7 @@ def told(config: Path, stop: Stop) -> str:
     """Return what is on record in plain words, with the way out where something is to be done."""
     again = f"`relex stop {config} --confirm --again` does it again"
     if stop.state == "declined":
-        return f"Stopping was declined by {stop.by} at {stop.began}: training goes on. `relex stop {config} --confirm`"
+        return f"Stopping was declined by {stop.by} at {stop.began}: the training goes on."
     if stop.state == "stopping":
         return (
             f"It is not known whether the training was stopped: stopping began at {stop.began} by {stop.by} and did not"

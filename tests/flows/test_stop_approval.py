@@ -14,17 +14,20 @@ from uuid import UUID
 import httpx
 import psutil
 import pytest
+from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.exceptions import Pause
 from prefect.flow_engine import run_flow
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
 
+from deploy.runs import record
+from deploy.store import connect, prepare
 from flows import service, stack
 from flows.server import PREFECT, answers, launch, still_starting
 from flows.stack import Stack
 from flows.stop_approval import CONTINUE, STOP, offer, stop_deployment, stop_flow
 from flows.stop_outlook import confirm, outlook
-from flows.stopping import read_stop
+from flows.stopping import Stop, read_stop
 from tests.flows.conftest import WriteCheckpoint
 from tests.flows.stopped import COMMAND, configure, decided, runs
 
@@ -43,8 +46,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
                 found = still_starting(home, found, PREFECT, seconds=seconds, limit=120)
                 time.sleep(0.1)
         api = f"{found.url}/api"
-        with temporary_settings({PREFECT_API_URL: api}):
-            yield Stack(home, str(found.url), api, "")
+        with temporary_settings({PREFECT_API_URL: api, PREFECT_LOGGING_TO_API_ENABLED: False}):
+            yield Stack(home, str(found.url), api, prepare(home / "mlflow").tracking_uri)
     finally:
         service.stop(home, ["prefect"])
 
@@ -63,7 +66,7 @@ def ready(config: Path, write_checkpoint: WriteCheckpoint, request: pytest.Fixtu
 def serving(config: Path, server: Stack) -> Iterator[psutil.Popen]:
     """Serve the approval until killed, in a process of its own."""
     environment = {**os.environ, **stack.environment(server)}
-    argv = [sys.executable, "-m", "tests.flows.serving_stop", str(config)]
+    argv = [sys.executable, "-m", "tests.flows.serving_stop", str(config), server.mlflow_url]
     served = psutil.Popen(argv, env=environment, stdout=subprocess.PIPE, text=True)
     try:
         assert served.stdout.readline() == "cleared\n"
@@ -74,10 +77,15 @@ def serving(config: Path, server: Stack) -> Iterator[psutil.Popen]:
         served.wait(10)
 
 
-def offered(config: Path, **changes: Any) -> tuple[str, str]:
+def offer_to_stop(config: Path, server: Stack, **changes: Any) -> str:
+    """Decide and offer."""
+    return offer(str(config), configure(config), decided(config, **changes), tracking_uri=server.mlflow_url)
+
+
+def offered(config: Path, server: Stack, **changes: Any) -> tuple[str, str]:
     """Decide and offer; return the sentence and the id of the flow run that it names."""
-    decision = decided(config, **changes)
-    sentence = offer(str(config), configure(config), decision)
+    # As the extrapolation does: within a flow run of its own.
+    sentence = flow(name="decides")(lambda: offer_to_stop(config, server, **changes))()
     found = re.search(r"/runs/flow-run/([0-9a-f-]{36})", sentence)
     assert found is not None
     return sentence, found[1]
@@ -94,7 +102,7 @@ def resume(server: Stack, run: str, **form: str) -> str:
     return str(httpx.post(url, json={"run_input": form}).raise_for_status().json()["status"])
 
 
-def wait_for(what: str, condition: Callable[[], Found | None], *, seconds: float = 90) -> Found:
+def wait_for(what: str, condition: Callable[[], Found | None], *, seconds: float = 240) -> Found:
     end = time.monotonic() + seconds
     while (found := condition()) is None:
         assert time.monotonic() < end, f"{what} did not come within {seconds:.0f} s"
@@ -104,6 +112,14 @@ def wait_for(what: str, condition: Callable[[], Found | None], *, seconds: float
 
 def in_state(server: Stack, run: str, *states: str) -> Callable[[], str | None]:
     return lambda: found if (found := look(server, run)["state_type"]) in states else None
+
+
+def steps_saved(config: Path, server: Stack, stop: Stop) -> float:
+    """Return what the decision's run in MLflow says."""
+    settings, uri = configure(config), server.mlflow_url
+    key = f"{settings.training_run} {stop.decision}"
+    run = record(settings.registered_model, tracking_uri=uri, key=key, title="").run_id
+    return float(connect(uri).get_run(run).data.metrics["steps_saved"])
 
 
 def asked(server: Stack, run: str, part: str = "schema") -> Any:
@@ -128,14 +144,14 @@ def take_up(run: str) -> str:
 @pytest.fixture
 def deployed(ready: Path, server: Stack) -> Path:
     """The same, its approval deployed; nothing serves it but the test."""
-    stop_deployment(ready, configure(ready)).apply()
+    stop_deployment(ready, configure(ready), tracking_uri=server.mlflow_url).apply()
     return ready
 
 
 def test_an_approved_stop_survives_a_restart_and_happens_once(deployed: Path, server: Stack) -> None:
-    sentence, run = offered(deployed)
+    sentence, run = offered(deployed, server)
     assert "440 steps are saved" in sentence
-    assert offered(deployed) == (sentence, run)
+    assert offered(deployed, server) == (sentence, run)
     suspend(run)
     assert asked(server, run)["required"] == ["answer"]
     assert runs(deployed) == []
@@ -150,11 +166,12 @@ def test_an_approved_stop_survives_a_restart_and_happens_once(deployed: Path, se
     stop = read_stop(configure(deployed))
     assert stop is not None
     assert (stop.state, stop.by) == ("stopped", "ada in the Prefect UI")
-    assert offer(str(deployed), configure(deployed), decided(deployed)).startswith("The training was stopped at")
+    assert steps_saved(deployed, server, stop) == 440
+    assert offer_to_stop(deployed, server).startswith("The training was stopped at")
 
 
 def test_the_page_says_what_is_asked(deployed: Path, server: Stack) -> None:
-    _, run = offered(deployed, reason="it is better: passed.")
+    _, run = offered(deployed, server, reason="it is better: passed.")
     suspend(run)
     text = asked(server, run, "description")
     for part in ("it is better: passed.", "440 steps are saved", f"once: run `{COMMAND}` in {deployed.parent}"):
@@ -162,7 +179,7 @@ def test_the_page_says_what_is_asked(deployed: Path, server: Stack) -> None:
 
 
 def test_declined_nothing_is_run_and_it_is_on_record(deployed: Path, server: Stack) -> None:
-    _, run = offered(deployed)
+    _, run = offered(deployed, server)
     suspend(run)
     resume(server, run, answer=CONTINUE, name="bob")
     assert take_up(run).startswith("Stopping was declined by bob in the Prefect UI")
@@ -176,7 +193,7 @@ def test_declined_nothing_is_run_and_it_is_on_record(deployed: Path, server: Sta
 
 
 def test_what_was_stopped_by_hand_meanwhile_is_not_stopped_again(deployed: Path, server: Stack) -> None:
-    _, run = offered(deployed)
+    _, run = offered(deployed, server)
     suspend(run)
     settings = configure(deployed)
     confirm(settings, outlook(deployed, settings), by="ada")
@@ -193,7 +210,7 @@ def test_what_was_stopped_by_hand_meanwhile_is_not_stopped_again(deployed: Path,
     ],
 )
 def test_what_was_not_shown_is_not_run(deployed: Path, server: Stack, changes: dict[str, Any], says: str) -> None:
-    _, run = offered(deployed)
+    _, run = offered(deployed, server)
     suspend(run)
     configure(deployed, **changes)
     resume(server, run, answer=STOP)
@@ -201,19 +218,19 @@ def test_what_was_not_shown_is_not_run(deployed: Path, server: Stack, changes: d
     assert runs(deployed) == []
 
 
-def test_at_once_nobody_is_asked(deployed: Path) -> None:
+def test_at_once_nobody_is_asked(deployed: Path, server: Stack) -> None:
     configure(deployed, stop="at-once")
-    sentence = offer(str(deployed), configure(deployed), decided(deployed))
+    sentence = offer_to_stop(deployed, server)
     assert "by the setting stop: at-once" in sentence
-    assert offer(str(deployed), configure(deployed), decided(deployed)) == sentence
+    assert offer_to_stop(deployed, server) == sentence
     assert len(runs(deployed)) == 1
 
 
 def test_what_is_not_due_is_not_offered(ready: Path, server: Stack) -> None:
-    settings = configure(ready)
-    assert offer(str(ready), settings, decided(ready, verdict="keep training")) == ""
-    assert "trusts no target beyond step 78" in offer(str(ready), settings, decided(ready, trusted=78))
-    assert offer(str(ready), settings, decided(ready)).startswith("Nothing serves the approval of stopping")
-    settings = configure(ready, stop_command=None)
-    assert "has neither stop_command nor stop_file" in offer(str(ready), settings, decided(ready))
+    assert offer_to_stop(ready, server, verdict="keep training") == ""
+    assert "trusts no target beyond step 78" in offer_to_stop(ready, server, trusted=78)
+    assert offer_to_stop(ready, server).startswith("Nothing serves the approval of stopping")
+    configure(ready, stop_command=None)
+    assert "add stop_command or stop_file to" in offer_to_stop(ready, server)
+    assert offer_to_stop(ready, server, trusted=78) == ""
     assert runs(ready) == []
