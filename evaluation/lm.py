@@ -18,6 +18,10 @@ from evaluation.digest import digest_value
 from evaluation.errors import BenchmarkError, ModelError
 from evaluation.journal import Journal
 
+# A generation setting of ours: answers end, truncated, where the model's context does, as vLLM ends them. Without it a
+# benchmark that asks for more tokens than there is room for is refused.
+CUT = "cut_to_context"
+
 
 @dataclass(frozen=True)
 class Spent:
@@ -99,10 +103,13 @@ class JournalledLM(HFLM):  # type: ignore[misc]  # lm_eval carries no types
         if settings["do_sample"]:
             # Unless a benchmark states it: transformers would sample from the 50 likeliest tokens.
             settings.setdefault("top_k", 0)
-        prompts = self.tokenizer(
+        fits = settings.pop(CUT, False)
+        prompts = self._encode(
             [request.args[0] for request in chunk], padding=True, padding_side="left", return_tensors="pt"
         )
         width = prompts["input_ids"].shape[1]
+        if fits:
+            limit = min(limit, self.max_length - width)
         rows = self._model_generate(
             context=prompts["input_ids"].to(self.device),
             attention_mask=prompts["attention_mask"].to(self.device),
@@ -111,6 +118,13 @@ class JournalledLM(HFLM):  # type: ignore[misc]  # lm_eval carries no types
             **settings,
         )
         return [self._decode(row, until) for row in rows[:, width:].tolist()]
+
+    def _encode(self, texts: list[str], **options: Any) -> Any:  # transformers' BatchEncoding
+        # A chat template has written the first token as text, and the tokenizer would write it again.
+        written = self.tokenizer.bos_token is not None and all(
+            text.startswith(self.tokenizer.bos_token) for text in texts
+        )
+        return self.tokenizer(texts, add_special_tokens=not written, **options)
 
     def _decode(self, tokens: list[int], until: list[str]) -> tuple[str, bool]:
         end = next((position for position, token in enumerate(tokens) if token in self._stops), None)
@@ -123,7 +137,7 @@ class JournalledLM(HFLM):  # type: ignore[misc]  # lm_eval carries no types
         self, requests: Sequence[Instance], texts: Sequence[str], room: Callable[[Instance], int]
     ) -> None:
         # lm-eval would cut the beginning of the prompt off, silently.
-        for request, tokens in zip(requests, self.tokenizer(list(texts))["input_ids"], strict=True):
+        for request, tokens in zip(requests, self._encode(list(texts))["input_ids"], strict=True):
             if len(tokens) + room(request) > self.max_length:
                 raise BenchmarkError(
                     f"problem {request.doc_id} of {request.task_name} has {len(tokens)} tokens and may generate "
@@ -133,7 +147,8 @@ class JournalledLM(HFLM):  # type: ignore[misc]  # lm_eval carries no types
 
 
 def _token_limit(request: Instance) -> int:
-    return int(normalize_gen_kwargs(request.args[1])["max_gen_toks"])
+    settings = normalize_gen_kwargs(request.args[1])
+    return 1 if settings.get(CUT) else int(settings["max_gen_toks"])
 
 
 def stop_tokens(model: Any, tokenizer: Any) -> set[int]:

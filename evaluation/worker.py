@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from evaluation.child import Send, serve
 from evaluation.details import BOOTSTRAPS, write_details
-from evaluation.errors import BenchmarkError, DeviceError
+from evaluation.errors import BenchmarkError, DeviceError, ModelError
 from evaluation.fingerprint import LogitsExtrapolation
 from evaluation.job import Assignment, Job
 from evaluation.journal import Journal
@@ -66,13 +66,20 @@ def score(
 ) -> tuple[Report, dict[str, Any]]:
     """Return the report of `lm` on a task by its first metric, and lm-eval's own results, samples included.
 
-    Raises BenchmarkError when the metric scores no single problem.
+    Raises BenchmarkError when the metric scores no single problem, ModelError when the chat template is missing.
     """
     from lm_eval.evaluator import evaluate
 
     metric = next(iter(task.aggregation()))
+    templated = bool((task.get_config("metadata") or {}).get("chat_template"))
+    if templated and lm.tokenizer.chat_template is None:
+        raise ModelError(
+            f"{model} brings no chat template for {assignment.benchmark}: score it without @chat, "
+            "in the benchmark's own format."
+        )
     results = evaluate(
         lm=lm,
+        apply_chat_template=templated,
         task_dict={"tasks": {assignment.benchmark: task}},
         limit=limit,
         bootstrap_iters=BOOTSTRAPS,

@@ -1,0 +1,66 @@
+"""A model's own chat template, and answers that end where its context does."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from evaluation.benchmark import resolve_benchmark, write_benchmark
+from evaluation.errors import ModelError
+from evaluation.job import Assignment
+from evaluation.journal import Journal
+from evaluation.lm import JournalledLM
+from evaluation.report import Report
+from evaluation.worker import load_task, score
+
+TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}="
+
+
+@pytest.fixture(scope="module")
+def templated(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the model with a chat template that writes the first token itself, as most do."""
+    copy = Path(shutil.copytree(model, tmp_path_factory.mktemp("models") / "templated"))
+    (copy / "chat_template.jinja").write_text(TEMPLATE)
+    return copy
+
+
+def run(model: Path, benchmark: Path, directory: Path, *, batch_size: int = 4) -> Report:
+    lm = JournalledLM(model, device="cpu", dtype="float32", batch_size=batch_size)
+    found = resolve_benchmark(benchmark)
+    wanted = Assignment(found.name, str(found.path), found.digest, "m", {}, "unused")
+    with Journal(directory / "journal") as journal:
+        lm.keep(journal, lambda done, total: None)
+        return score(lm, load_task(wanted), assignment=wanted, model=str(model), limit=None, journal=journal)[0]
+
+
+def answered(ask: Callable[[str], tuple[str, bool]], prompts: list[str]) -> list[dict[str, str]]:
+    """Return problems without what the template adds, answered as the prompt with it is."""
+    return [{"prompt": prompt, "answer": ask(f"{prompt}=")[0]} for prompt in prompts]
+
+
+def test_a_template_is_applied_and_the_first_token_written_once(
+    templated: Path, ask: Callable[[str], tuple[str, bool]], tmp_path: Path
+) -> None:
+    path = write_benchmark(tmp_path, "sums", answered(ask, ["1+1", "23+4", "5+66"]), max_new_tokens=40)
+    without = run(templated, path, tmp_path)
+    path.write_text(path.read_text() + "metadata: {chat_template: true}\n")
+    assert run(templated, path, tmp_path).accuracy == 1.0
+    assert without.accuracy < 1.0
+
+
+def test_a_model_without_a_template_is_refused(model: Path, tmp_path: Path) -> None:
+    path = write_benchmark(tmp_path, "sums", [{"prompt": "1+1", "answer": "2"}], max_new_tokens=4)
+    path.write_text(path.read_text() + "metadata: {chat_template: true}\n")
+    with pytest.raises(ModelError, match="brings no chat template for sums: score it without @chat"):
+        run(model, path, tmp_path)
+
+
+def test_an_answer_ends_where_the_context_does_if_the_benchmark_says_so(model: Path, tmp_path: Path) -> None:
+    # The model holds 64 tokens; without the setting this is refused (test_lm).
+    problems = [{"prompt": "1" * length, "answer": "2"} for length in (3, 30, 60)]
+    path = write_benchmark(tmp_path, "long", problems, max_new_tokens=200)
+    path.write_text(path.read_text().replace("  do_sample: false", "  do_sample: false\n  cut_to_context: true"))
+    report = run(model, path, tmp_path, batch_size=1)
+    assert report.n == 3
+    assert report.rates["truncated"] > 0
