@@ -57,13 +57,16 @@ def offer(config: str, settings: Settings, decision: Decision, *, tracking_uri: 
         return why_not
     due = order(Path(config), settings, decision)
     if settings.stop == "at-once":
-        done = stop_training(settings, decision, due, by="the setting stop: at-once")
+        try:
+            done = stop_training(settings, decision, due, by="the setting stop: at-once")
+        except StopError as error:
+            return str(error)
         log_stop(settings, done, tracking_uri=tracking_uri)
         return told(Path(config), done)
-    write_json(
-        window_directory(settings, decision.key) / "offer.json",
-        {"decision": decision.to_json(), "order": due.to_json()},
-    )
+    path = window_directory(settings, decision.key) / "offer.json"
+    # The question may be on the page already: what it shows stays what is approved.
+    if not path.is_file():
+        write_json(path, {"decision": decision.to_json(), "order": due.to_json()})
     by_hand = f"`relex stop {config} --confirm` does it"
     try:
         run = run_deployment(

@@ -213,6 +213,8 @@ def test_what_was_not_shown_is_not_run(deployed: Path, server: Stack, changes: d
     _, run = offered(deployed, server)
     suspend(run)
     configure(deployed, **changes)
+    # The extrapolation comes here again when it was killed before its end.
+    offer_to_stop(deployed, server)
     resume(server, run, answer=STOP)
     assert says in take_up(run)
     assert runs(deployed) == []
