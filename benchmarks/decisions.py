@@ -66,6 +66,7 @@ class Outcome:
     `chosen` is of what one is left with, registered or else last observed, `real` of the run itself at that step,
     `best` of the best that was scored. `trusted` says that the training would have been stopped. `wrong` is a wrong
     yes: the last observed checkpoint is shown to be better than what was registered (paired, one-sided 95 %).
+    `costly` says that the run's real end is, so that stopping for it loses accuracy.
     """
 
     verdict: str
@@ -75,6 +76,7 @@ class Outcome:
     best: float
     trusted: bool
     wrong: bool
+    costly: bool
     reason: str
 
 
@@ -203,7 +205,9 @@ def measure(run: Run, root: Path, out: Path) -> tuple[dict[int, float], list[Row
         made = decision(config, settings, number)
         scored = [item.accuracy for item in made.report if item.model.role == "candidate"]
         best = max(observed.accuracy, *(point.accuracy for point in points), *scored)
-        outcome = Outcome(made.verdict, "", observed.accuracy, observed.accuracy, best, False, False, made.reason)
+        outcome = Outcome(
+            made.verdict, "", observed.accuracy, observed.accuracy, best, False, False, False, made.reason
+        )
         if made.verdict == "registered" and made.winner is not None:
             winner = report(settings, Path(made.winner.directory))
             # Every second step is there.
@@ -216,6 +220,7 @@ def measure(run: Run, root: Path, out: Path) -> tuple[dict[int, float], list[Row
                 best,
                 made.trusted_step is not None and made.winner.step <= made.trusted_step,
                 _is_better(observed, winner),
+                _is_better(real(settings, STEPS), winner),
                 made.reason,
             )
         rows.append(
@@ -264,6 +269,7 @@ def relex_table(rows: Sequence[Row]) -> Iterator[str]:
 def decision_table(rows: Sequence[Row]) -> Iterator[str]:
     """Yield the table of what was decided; a wrong yes is flagged."""
     yield "What was decided, and the accuracy on report problems of what that leaves one with."
+    yield "A stop is costly when the real end is shown to be better than what was registered (paired, one-sided 95 %)."
     yield ""
     yield (
         "| run | window | last observed | decision | chosen | real run there | real end | end - chosen | best - chosen"
@@ -278,7 +284,7 @@ def decision_table(rows: Sequence[Row]) -> Iterator[str]:
             f"{row.run} | {_window(row)} | {row.observed:.3f}",
             f"{said}{' **wrong yes**' if found.wrong else ''}",
             f"{found.chosen:.3f} | {found.real:.3f} | {row.end:.3f} | {regret} | {row.missed:.3f}",
-            f"{'yes' if found.trusted else 'no'} | {row.saved}",
+            f"{'yes' if found.trusted else 'no'}{', costly' if found.trusted and found.costly else ''} | {row.saved}",
         ]
         yield f"| {' | '.join(cells)} |"
 
