@@ -107,7 +107,13 @@ def _describe_all(line: bytes, _: Send) -> None:
         task = load_any_task(each["benchmark"], each["benchmark_path"])
         documents = list(task.eval_docs)
         prompts = [task.doc_to_text(document) for document in documents]
-        describe(each["benchmark"], prompts, documents).write(Path(each["path"]))
+        # Two problems may have one answer, however long it is.
+        asked = [_without(document, task.doc_to_target(document)) for document in documents]
+        describe(each["benchmark"], prompts, asked).write(Path(each["path"]))
+
+
+def _without(document: Mapping[str, object], target: object) -> dict[str, object]:
+    return {name: value for name, value in document.items() if not isinstance(value, str) or value != target}
 
 
 if __name__ == "__main__":

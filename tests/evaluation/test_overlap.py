@@ -137,3 +137,10 @@ def test_a_problem_twice_in_one_benchmark_is_told(directory: Path) -> None:
     )
     kept = [json.loads(path.read_text()) for path in (cache / "contents").glob("twice-*.json")]
     assert [len(each["problems"]) for each in kept] == [3]
+
+
+def test_a_long_answer_that_two_benchmarks_have_is_no_problem_that_they_share(tmp_path: Path) -> None:
+    zero = r"\begin{pmatrix} 0 & 0 \\\\ 0 & 0 \end{pmatrix}"
+    first = write(tmp_path, "first", [APPLES], answer=zero)
+    second = write(tmp_path, "second", [RABBITS], answer=zero)
+    assert overlap(first, second, cache=tmp_path / "cache").shared == ()
