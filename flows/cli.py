@@ -333,6 +333,10 @@ def evaluate(
             help="How far: 1 is MODEL_DIR; for a target step, (target - earlier's) / (MODEL_DIR's - earlier's)."
         ),
     ] = None,
+    chat_template: Annotated[
+        bool,
+        typer.Option("--chat-template", help="Ask in the model's own chat template (@chat behind a name)."),
+    ] = False,
     directory: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Write results and samples as lm-eval does.")
     ] = None,
@@ -350,6 +354,7 @@ def evaluate(
     Logits Extrapolation: relex evaluate runs/qwen/checkpoint-75 --logits-from models/qwen-base --alpha 4 --benchmark …
     """
     from evaluation.export import export
+    from evaluation.fetched import CHAT
     from evaluation.fingerprint import LogitsExtrapolation
     from evaluation.harness import Evaluated, evaluate_in_detail
     from flows import tables
@@ -361,11 +366,12 @@ def evaluate(
         raise typer.BadParameter(f"{len(model)} models are given: one, or two with --compare")
     if compared and logits_from is not None:
         raise typer.BadParameter("--compare is for two directories, without --logits-from")
+    names = [name if not chat_template or name.endswith(CHAT) else name + CHAT for name in benchmark]
 
     def score(subject: Path | LogitsExtrapolation) -> list[Evaluated]:
         found = evaluate_in_detail(
             subject,
-            benchmark,
+            names,
             cache=_cache(cache) / "evaluations",
             device=device,
             dtype=dtype,

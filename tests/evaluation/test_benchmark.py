@@ -144,3 +144,9 @@ def test_unfit_problems_are_refused_and_nothing_is_left(
 def test_a_name_that_is_a_path_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BenchmarkError, match=r"'\.\./sums' cannot name a benchmark"):
         write_benchmark(tmp_path, "../sums", PROBLEMS, max_new_tokens=4)
+
+
+def test_a_file_says_itself_that_it_is_asked_in_a_chat_template(tmp_path: Path) -> None:
+    path = write_benchmark(tmp_path, "sums", PROBLEMS, max_new_tokens=4)
+    with pytest.raises(BenchmarkError, match=r"sums\.yaml is a file: ask in the model's chat template by metadata"):
+        resolve_benchmark(f"{path}@chat")
