@@ -121,7 +121,7 @@ def _find(benchmark: str | Path) -> Path:
     if path.is_file():
         return path
     if str(benchmark).endswith(CHAT) and Path(name).is_file():
-        raise BenchmarkError(f"{name} is a file: ask in the model's chat template by metadata: {chat_template: true}")
+        raise BenchmarkError(f"{name} is a file: ask in the model's chat template by metadata, chat_template: true")
     if named and find_task(name) is not None:
         raise BenchmarkError(f"{name} is a task of lm-eval and has not been fetched: run relex benchmarks fetch {name}")
     raise BenchmarkError(
