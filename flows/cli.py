@@ -768,6 +768,43 @@ def _show_promotion(done: "Promotion", *, as_json: bool) -> None:
 
 
 @app.command()
+def serve(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the registered model, and of what is served.")],
+    options: Annotated[list[str] | None, typer.Argument(metavar="-- OPTION", help="Options for the engine.")] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COMMAND",
+            help="Command with {model}, {host}, {port} and {name} (default: vllm if installed, or transformers serve).",
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen at; nobody is asked for a password.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0: any.")] = 8000,
+    poll_seconds: Annotated[float, typer.Option(min=0.1, help="How often to look whether the champion changed.")] = 10,
+    home: Home = HOME,
+    as_json: Json = False,
+) -> None:
+    """Serve the champion over HTTP, its files verified, and change to the next one without a failed request.
+
+    In the foreground, until interrupted.
+    Example: relex serve qwen -- --max-model-len 8192 --gpu-memory-utilization 0.45
+    """
+    from flows import model_service, stack
+
+    def tell(news: model_service.News) -> None:
+        if as_json:
+            typer.echo(json.dumps(asdict(news)))
+        else:
+            out.print(news.text, markup=False, highlight=False, soft_wrap=True)
+
+    place = home.expanduser().resolve()
+    service = model_service.Service(
+        name, place, engine, tuple(options or ()), host=host, port=port, poll_seconds=poll_seconds
+    )
+    model_service.serve(service, tracking_uri=lambda: stack.tracking_uri(place), tell=tell)
+
+
+@app.command()
 def demo(
     directory: Annotated[Path, typer.Option("--out", help="Where the demo lives.")] = Path("relex-demo"),
     seed: Annotated[int, typer.Option(help="Seed of the demo's training run.")] = 0,
