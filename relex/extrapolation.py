@@ -16,6 +16,7 @@ from relex.layouts.files import is_remote
 from relex.manifest import Manifest
 from relex.materialise import Output, materialise
 from relex.predictors import MatrixPredictor, Method
+from relex.shards import Spread
 from relex.streaming import Progress
 from relex.trajectory import Trajectory, open_run
 from relex.upload import check_destination, discard_other, is_uploaded, staged, upload
@@ -51,6 +52,8 @@ def extrapolate(
     threads: int,
     dtype: str | None = None,
     form: Form = "model",
+    shard_size: int | None = None,
+    spread: Spread | None = None,
     command: Sequence[str] = (),
     tell: Tell | None = None,
 ) -> list[Forecast]:
@@ -58,7 +61,8 @@ def extrapolate(
 
     `grams` is the directory of measured Grams and of what matrix methods learnt, `memory` a budget in bytes, `dtype`
     the precision of the result (None: the base's), `form` whether it is a whole model or, of a run of adapters, an
-    adapter, `command` what the manifest says asked for it. Raises RelexError; then no new output is left behind.
+    adapter, `command` what the manifest says asked for it. How a whole model is cut and who writes it: see
+    `materialise`. Raises RelexError; then no new output is left behind.
     """
     if dtype is not None and dtype not in DTYPES:
         raise TargetError(f"dtype {dtype!r} is not known; known are {', '.join(DTYPES)}.")
@@ -123,7 +127,16 @@ def extrapolate(
             )
     else:
         outputs = [Output(made, request.directory) for made, request in missing]
-        materialise(trajectory, outputs, memory=memory, threads=threads, command=command, on_progress=writing)
+        materialise(
+            trajectory,
+            outputs,
+            memory=memory,
+            threads=threads,
+            shard_size=shard_size,
+            spread=spread,
+            command=command,
+            on_progress=writing,
+        )
     for _, request in missing:
         if request.destination:
             upload(request.directory, request.destination)

@@ -57,7 +57,7 @@ class Manifest:
     """What was predicted, from what, by what, and every file that came of it.
 
     `digest` names the prediction (equal inputs, equal digest); `checkpoints` are the observed ones' directories in step
-    order; `adapter` is there when it was written as one.
+    order; `adapter` is there when it was written as one, `shard_size` (bytes) when it was not cut as the base is.
     """
 
     digest: str
@@ -68,20 +68,29 @@ class Manifest:
     versions: Mapping[str, str]
     command: tuple[str, ...]
     adapter: AdapterRecord | None = None
+    shard_size: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON types; the forecast's method, target and window stand at the top for a reader's eye."""
         head = {"format": FORMAT, "digest": self.digest, "method": self.forecast.description}
         head |= {"target_step": self.forecast.target_step, "window": self.forecast.steps}
-        rest = {"base": self.base, "checkpoints": self.checkpoints, "versions": self.versions, "command": self.command}
+        rest: dict[str, Any] = {"base": self.base, "checkpoints": self.checkpoints}
+        rest |= {"versions": self.versions, "command": self.command}
         files = {name: asdict(record) for name, record in self.files.items()}
         if self.adapter is not None:
             rest["adapter"] = {"rank": self.adapter.rank, "error": self.adapter.error} | asdict(self.adapter)
+        if self.shard_size is not None:
+            rest["shard_size"] = self.shard_size
         return head | rest | {"files": files, "forecast": self.forecast.to_json()}
 
 
 def make(
-    forecast: Forecast, trajectory: Trajectory, files: Mapping[str, FileRecord], *, command: Sequence[str]
+    forecast: Forecast,
+    trajectory: Trajectory,
+    files: Mapping[str, FileRecord],
+    *,
+    command: Sequence[str],
+    shard_size: int | None = None,
 ) -> Manifest:
     """Put the manifest of a finished output together."""
     versions = {name: version(name) for name in ("relex", "torch", "safetensors")} | {
@@ -89,7 +98,14 @@ def make(
     }
     checkpoints = tuple(str(checkpoint.weights.directory) for checkpoint in trajectory.checkpoints)
     return Manifest(
-        forecast.digest, forecast, str(trajectory.base.directory), checkpoints, dict(files), versions, tuple(command)
+        forecast.digest,
+        forecast,
+        str(trajectory.base.directory),
+        checkpoints,
+        dict(files),
+        versions,
+        tuple(command),
+        shard_size=shard_size,
     )
 
 
@@ -110,6 +126,7 @@ def read(location: str | Path) -> Manifest:
             content["versions"],
             tuple(content["command"]),
             AdapterRecord(adapter["ranks"], adapter["errors"]) if adapter is not None else None,
+            content.get("shard_size"),
         )
     except FileNotFoundError:
         raise OutputError(f"{location} has no {FILE_NAME}: relex did not write it.") from None

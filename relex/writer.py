@@ -9,9 +9,11 @@ import fcntl
 import json
 import os
 import shutil
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -63,18 +65,31 @@ class _Shard:
 
 @dataclass
 class ModelWriter:
-    """Writes one model directory; use `open_writer`. The tensors keep the shards they have in the base."""
+    """Writes one model directory; use `open_writer`, and `join_writer` in processes that write shards of it."""
 
     out: Path
     partial: Path
     tensors: Mapping[str, OutputTensor]
     _lock: int
     _made_parent: bool
+    _suffix: str = ".tmp"
     _open: dict[str, _Shard] = field(default_factory=dict)
 
     def pending(self, name: str) -> bool:
         """Whether the shard of tensor `name` still has to be written."""
         return not (self.partial / self.tensors[name].shard).exists()
+
+    @property
+    def missing(self) -> list[str]:
+        """The shards that still have to be written."""
+        shards = sorted({tensor.shard for tensor in self.tensors.values()})
+        return [shard for shard in shards if not (self.partial / shard).exists()]
+
+    def announce(self, side_files: Mapping[str, bytes], manifest: Any) -> None:
+        """Put down what other processes need to write shards; `publish` replaces it."""
+        for name, content in side_files.items():
+            _write_durably(self.partial / name, content)
+        _write_durably(self.partial / FILE_NAME, _json(manifest))
 
     def begin(self, name: str) -> None:
         """Make room for the shard of tensor `name`, unless it is open already."""
@@ -83,7 +98,7 @@ class ModelWriter:
             return
         inside = [tensor for tensor in self.tensors.values() if tensor.shard == shard]
         header, offsets, size = _header(inside)
-        path = self.partial / f"{shard}.tmp"
+        path = self.partial / f"{shard}{self._suffix}"
         descriptor = os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC, 0o666)
         _write_at(descriptor, memoryview(header), 0)
         os.truncate(descriptor, len(header) + size)
@@ -109,6 +124,8 @@ class ModelWriter:
             total = sum(tensor.nbytes for tensor in self.tensors.values())
             weight_map = {name: self.tensors[name].shard for name in sorted(self.tensors)}
             files[INDEX_FILE] = _json({"metadata": {"total_size": total}, "weight_map": weight_map})
+        # Of processes that were killed while they wrote a shard.
+        _remove_unfinished(self.partial)
         for name, content in files.items():
             _write_durably(self.partial / name, content)
         records = {name: FileRecord.of(self.partial / name) for name in sorted({*files, *shards})}
@@ -162,7 +179,9 @@ def open_writer(out: Path, digest: str, tensors: Sequence[OutputTensor]) -> Mode
             f"output {out} cannot be made: {error.strerror} at {error.filename}. Give another --out."
         ) from error
     prefix = f".{out.name}."
-    partial = out.parent / f"{prefix}{digest[:16]}.partial"
+    # Shards of another cut may have the same names and hold other tensors.
+    cut = json.dumps([digest, {tensor.name: tensor.shard for tensor in tensors}], sort_keys=True)
+    partial = out.parent / f"{prefix}{sha256(cut.encode()).hexdigest()[:16]}.partial"
     for leftover in out.parent.glob(f"{prefix}*.partial"):
         # What another prediction of this name left behind when it was killed; a live one holds its lock.
         if leftover != partial and (lock := try_lock(leftover)) is not None:
@@ -172,9 +191,18 @@ def open_writer(out: Path, digest: str, tensors: Sequence[OutputTensor]) -> Mode
     lock = try_lock(partial)
     if lock is None:
         raise OutputError(f"output {out} is being written by another process. Wait for it, or give another --out.")
-    for file in partial.glob("*.tmp"):
-        file.unlink()
+    _remove_unfinished(partial)
     return ModelWriter(out, partial, {tensor.name: tensor for tensor in tensors}, lock, made_parent)
+
+
+def join_writer(partial: Path, tensors: Sequence[OutputTensor]) -> ModelWriter:
+    """Return a writer of shards in `partial`, which another process opened and will publish.
+
+    What it has begun has a name of its own: a process that was taken for dead and is not may finish the same shard,
+    with the same bytes.
+    """
+    suffix = f".{socket.gethostname()}-{os.getpid()}.tmp"
+    return ModelWriter(partial, partial, {tensor.name: tensor for tensor in tensors}, -1, False, suffix)
 
 
 def side_files(base: Weights, latest: Weights) -> dict[str, bytes]:
@@ -214,6 +242,11 @@ def _header(tensors: Sequence[OutputTensor]) -> tuple[bytes, dict[str, int], int
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)
     return len(text).to_bytes(8, "little") + text, {name: start + offset for name, offset in begins.items()}, begin
+
+
+def _remove_unfinished(partial: Path) -> None:
+    for file in partial.glob("*.tmp"):
+        file.unlink()
 
 
 def _json(content: Any) -> bytes:
