@@ -30,10 +30,11 @@ def reap(client: "MlflowClient", name: str, experiment: "Experiment", *, but: st
         if digest is None or digest == but or VERSIONS_TAG in logged.tags:
             continue
         if known_version(client, f"{name}{CANDIDATES}", digest) is None:
-            directory = local_path(logged.artifact_location)
-            if directory is not None and directory.exists():
+            if (directory := local_path(logged.artifact_location)) is not None:
                 # MLflow gives each model a directory of its name with artifacts/ in it.
-                shutil.rmtree(directory.parent if directory.parent.name == logged.model_id else directory)
+                whole = directory.parent if directory.parent.name == logged.model_id else directory
+                if whole.exists():
+                    shutil.rmtree(whole)
             client.delete_logged_model(logged.model_id)
     for run in _running(client, experiment):
         if AUDIT in run.data.tags:

@@ -142,8 +142,8 @@ def main(home: Path) -> None:
     assert child(lambda: fill(store)) == 0
     kills = {"promote": _at_every_step(store, work=lambda one: one.promote(3), after=_promoted)}
     assert child(lambda: make_second(store)) == 0
-    kills["rollback"] = _at_every_step(store, work=lambda one: one.rollback(), after=_rolled_back)
-    kills["register"] = _at_every_step(store, work=lambda one: one.add(_unused(one), GOOD), after=_other, stride=4)
+    kills["rollback"] = _at_every_step(store, work=lambda one: one.rollback(), after=_rolled_back, stride=2)
+    kills["register"] = _at_every_step(store, work=lambda one: one.add(_unused(one), GOOD), after=_other, stride=6)
     sys.stdout.write(json.dumps(kills))
 
 

@@ -268,8 +268,12 @@ def test_an_alias_moved_by_hand_is_the_champion_and_rollback_knows_what_was_befo
     for number, solved in ((1, GOOD), (2, BETTER), (3, BEST)):
         store.add(number, solved)
         store.promote()
-    connect(store.uri).set_registered_model_alias("tiny", CHAMPION, "1")
+    client = connect(store.uri)
+    client.set_registered_model_alias("tiny", CHAMPION, "1")
     assert store.rollback().entry.to_version == 3
+    client.set_registered_model_alias("tiny", CHAMPION, "1")
+    assert store.promote(2).entry.from_version == 1
+    assert store.rollback().entry.to_version == 1
 
 
 def test_a_name_without_champion_cannot_be_rolled_back(store: Registry) -> None:
@@ -380,4 +384,4 @@ def test_a_process_killed_at_any_step_leaves_a_champion_and_nothing_unfinished(t
         text=True,
     )
     assert ran.returncode == 0, ran.stderr
-    assert all(kills >= 5 for kills in json.loads(ran.stdout).values()), ran.stdout
+    assert all(kills >= 4 for kills in json.loads(ran.stdout).values()), ran.stdout
