@@ -165,7 +165,7 @@ def test_compare_refuses_in_one_line(store: Path, capsys: pytest.CaptureFixture[
     for more, message in (
         (["--target-step", 20], "target step 20 is not beyond the window, which ends at step 25"),
         (["--target-step", LATER, "--method", "magic"], "method 'magic' is not known"),
-        (["--target-step", LATER, "--benchmark", tmp_path / "none.yaml"], "none.yaml is neither a file nor shipped"),
+        (["--target-step", LATER, "--benchmark", tmp_path / "none.yaml"], "none.yaml is no file, not shipped"),
     ):
         with pytest.raises(Refused, match=message) as caught:
             relex(capsys, *comparing(store, "--out", tmp_path / "out", *more))
