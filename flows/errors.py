@@ -4,6 +4,7 @@ FlowError
 ├── ConfigError      relex.yaml is missing, is not YAML, or has a wrong key or value
 ├── WatchError       the training run is watched already
 ├── PinError         a checkpoint cannot be pinned
+├── ShardError       the workers that write predictions cannot be reached
 ├── WindowError      the store is no longer what the window was announced with
 ├── StopError        the training cannot be stopped, or it is not known whether it was
 ├── PromotionError   a candidate does not become the champion
@@ -29,6 +30,10 @@ class WatchError(FlowError):
 
 class PinError(FlowError):
     """A checkpoint cannot be pinned."""
+
+
+class ShardError(FlowError):
+    """The workers that write predictions cannot be reached."""
 
 
 class WindowError(FlowError):

@@ -30,6 +30,7 @@ from flows.predict import Predicted, predict
 from flows.publish import ProgressArtifact, curves, draw, metrics, show
 from flows.score import reports, score
 from flows.settings import Settings, load_settings
+from flows.shards import spreading
 from flows.stop_approval import offer
 from flows.window import claim, decided, decision_path, window_directory, write_json
 from relex.download import local_model
@@ -49,7 +50,7 @@ def predict_models(config: str, steps: list[int], key: str) -> Predicted:
     settings = load_settings(Path(config))
     progress = ProgressArtifact(f"predict-{settings.training_run}", "predict")
     with BlockCache(settings.home, size=int(settings.cache)) as blocks:
-        return predict(settings, steps, key, blocks=blocks, tell=progress)
+        return predict(settings, steps, key, blocks=blocks, spread=spreading(settings), tell=progress)
 
 
 def fetch_base(config: str) -> Model:

@@ -16,6 +16,7 @@ from relex.gram import cached
 from relex.layouts.block_cache import BlockCache
 from relex.layouts.weights import Weights
 from relex.predictors import parse_method
+from relex.shards import Spread
 from relex.store import StoredCheckpoint, observed, open_base, scan
 from relex.trajectory import Trajectory, open_trajectory
 
@@ -40,13 +41,15 @@ def predict(
     key: str,
     *,
     blocks: BlockCache | None = None,
+    spread: Spread | None = None,
     tell: Tell | None = None,
 ) -> Predicted:
     """Backtest the window of `steps`, and write the last observed checkpoint and every candidate.
 
     The models are directories that are there when this returns. The last observed checkpoint is copied too: the trainer
-    may prune it, and its copy has the base's tokenizer and precision like the candidates. Raises WindowError when the
-    store no longer holds what the window was announced with, and RelexError.
+    may prune it, and its copy has the base's tokenizer and precision like the candidates. `spread` hands the writing to
+    other processes. Raises WindowError when the store no longer holds what the window was announced with, and
+    RelexError.
     """
     base = open_base(settings.base, blocks=blocks)
     now = time.time()
@@ -80,6 +83,8 @@ def predict(
         grams=settings.home / "grams",
         memory=int(settings.memory),
         threads=settings.threads,
+        shard_size=settings.shard_size,
+        spread=spread,
         tell=tell,
     )
     candidates = tuple(

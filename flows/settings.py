@@ -1,6 +1,7 @@
 """What a user says about one training run, in `relex.yaml`."""
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -77,6 +78,20 @@ class Settings(BaseModel):
     )
     memory: ByteSize = Field(default=ByteSize(4 << 30), description="Memory for reading and combining, such as 4GiB.")
     threads: int = Field(default=os.cpu_count() or 1, gt=0, description="Threads for reading and combining.")
+    shard_size: ByteSize | None = Field(
+        default=None,
+        gt=0,
+        description="Size of a prediction's files at most, such as 2GiB; by default those of the base.",
+    )
+    task_runner: Literal["threads", "dask"] = Field(
+        default="threads",
+        description="Who writes predictions: the threads of one process, or Dask workers, a file each.",
+    )
+    dask_address: str | None = Field(
+        default=None,
+        pattern=r"^(tcp|tls|ucx)://.+",
+        description="Scheduler of the Dask workers, such as tcp://host:8786; by default workers of this machine.",
+    )
     cache: ByteSize = Field(
         default=ByteSize(8 << 30), description="Disk for what is read from a URL, until it has been read, such as 8GiB."
     )
@@ -161,6 +176,7 @@ def load_settings(path: Path) -> Settings:
             f"config {path}: pin is {settings.pin} and checkpoints is {settings.checkpoints}, which is no directory of"
             " this machine. Leave pin out, and let the trainer keep the window's checkpoints."
         )
+    _refuse_workers(settings, path)
     root = path.absolute().parent
     stores = {key: location(getattr(settings, key), root) for key in ("checkpoints", "base")}
     benchmarks = {key: benchmark_location(getattr(settings, key), root) for key in ("selection", "gate")}
@@ -194,6 +210,18 @@ def _refuse_window(settings: Settings, path: Path) -> None:
         raise ConfigError(
             f"config {path}: total_steps is {settings.total_steps} and step {settings.end} is still observed: nothing"
             " is left to predict. Decide earlier."
+        )
+
+
+def _refuse_workers(settings: Settings, path: Path) -> None:
+    if settings.dask_address is not None and settings.task_runner != "dask":
+        raise ConfigError(
+            f"config {path}: dask_address is {settings.dask_address} and task_runner is {settings.task_runner}. Set"
+            " task_runner: dask, or leave dask_address out."
+        )
+    if settings.task_runner == "dask" and find_spec("prefect_dask") is None:
+        raise ConfigError(
+            f"config {path}: task_runner is dask and prefect-dask is not installed. Run pip install 'relex[dask]'."
         )
 
 
