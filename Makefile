@@ -12,7 +12,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,s3,serve,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,s3,serve,dask,dev]'
 	touch $@
 
 demo: setup

@@ -68,5 +68,10 @@ def _runner(settings: Settings) -> Any:
     if settings.dask_address is not None:
         return DaskTaskRunner(address=settings.dask_address)
     # Bounded by our own budget; Dask would count the page cache too, and end workers for it.
-    cluster = {"n_workers": settings.threads, "threads_per_worker": 1, "memory_limit": None, "dashboard_address": None}
+    cluster = {
+        "n_workers": settings.threads,
+        "threads_per_worker": 1,
+        "memory_limit": None,
+        "dashboard_address": "127.0.0.1:0",
+    }
     return DaskTaskRunner(cluster_kwargs=cluster)
