@@ -130,16 +130,23 @@ def refusal(decision: Decision) -> str:
     return f"The training is needed: on window {decision.window} nothing was registered. {decision.reason}"
 
 
-def doubt(config: Path, decision: Decision) -> str:
-    """Return why only somebody who says so may stop the training on a registered winner, or nothing."""
-    winner, trusted = decision.winner, decision.trusted_step
-    if winner is None or (trusted is not None and winner.step <= trusted):
+def doubt(config: Path, settings: Settings, decision: Decision) -> str:
+    """Return why only somebody who says so may stop the training on a registered winner, or nothing.
+
+    A winner that is better than what was observed may still be far from what the run would reach: it has to stand for
+    the planned end.
+    """
+    winner, trusted, end = decision.winner, decision.trusted_step, settings.total_steps
+    if winner is None:
         return ""
-    trust = "no target" if trusted is None else f"no target beyond step {trusted}"
-    return (
-        f"The backtest trusts {trust} and the winner predicts {winner.step}: the training goes on."
-        f" `relex stop {config} --confirm --beyond-trust` stops it all the same."
-    )
+    if trusted is None or winner.step > trusted:
+        trust = "no target" if trusted is None else f"no target beyond step {trusted}"
+        why = f"The backtest trusts {trust} and the winner predicts {winner.step}"
+    elif end is not None and winner.step < end:
+        why = f"The winner predicts step {winner.step} of {end} planned, and nothing says what the others would bring"
+    else:
+        return ""
+    return f"{why}: the training goes on. `relex stop {config} --confirm --beyond-trust` stops it all the same."
 
 
 def finished(saving: Saving) -> str:

@@ -46,7 +46,7 @@ def offer(config: str, settings: Settings, decision: Decision, *, tracking_uri: 
     """
     if refusal(decision):
         return ""
-    untrusted = doubt(Path(config), decision)
+    untrusted = doubt(Path(config), settings, decision)
     if not configured(settings):
         way = f"To stop the training, add stop_command or stop_file to {config}; then `relex stop {config}`."
         return "" if untrusted else way

@@ -63,7 +63,7 @@ def outlook(config: Path, settings: Settings) -> Outlook:
     except StopError as error:
         return Outlook(config, str(error), decision=decision, record=record)
     counted = saving(settings, decision)
-    return Outlook(config, finished(counted), doubt(config, decision), decision, due, counted, record)
+    return Outlook(config, finished(counted), doubt(config, settings, decision), decision, due, counted, record)
 
 
 def confirm(

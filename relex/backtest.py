@@ -2,9 +2,10 @@
 
 From rolling origins inside the run, every way to extrapolate (see `skill`) is read at checkpoints that were observed
 too. A way is trusted at a horizon when it beats holding the latest checkpoint for sure: the lower bound of its skill is
-above 0, and above what 97.5 % of runs without direction reach anywhere. Those runs are this one with the signs of its
-increments drawn at random, block by block: under a random walk they are as probable as the run itself, so that on it
-the answer is "hold" more than 19 times in 20, however many ways are tried.
+above 0, and above what 97.5 % of runs without direction reach anywhere, and the latest jump is no worse than the bound.
+Runs without direction are this one with the signs of its increments drawn at random, block by block: under a random
+walk they are as probable as the run itself, so that on it the answer is "hold" more than 19 times in 20, however many
+ways are tried.
 
 Shape suffixes: T = tensors that move, K = checkpoints, B = runs without direction.
 """
@@ -135,7 +136,8 @@ def _cell(way: Way, horizon: float, found: Jumps, *, directed: bool) -> Cell:
         norm_ratio=float((whole.predicted / whole.real.clamp(min=1e-300)).sqrt().mean()),
         jumps=found.independent(),
         longest=max(target - origin for origin, target in zip(found.origins, found.targets, strict=True)),
-        trusted=directed and bound > 0,
+        # A mean over origins does not see that the run has begun to bend.
+        trusted=directed and bound > 0 and float(whole.skill()[-1]) >= bound,
         by_tensor=tuple(
             1.0 - missed / held if held > 0 else None
             for missed, held in zip(missed_T.tolist(), held_T.tolist(), strict=True)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from deploy.runs import record
 from deploy.store import connect
 from flows.cli import main
+from flows.decision import Model
 from flows.errors import StopError
 from flows.ledger import Ledger, Seen, write_ledger
 from flows.stack import tracking_uri
@@ -36,7 +37,7 @@ def store(write_checkpoint: WriteCheckpoint) -> None:
 @pytest.fixture
 def ready(config: Path, store: None) -> Path:
     """The relex.yaml of a decided run, with a command that stops it."""
-    configure(config, stop_command=COMMAND, total_steps=500)
+    configure(config, stop_command=COMMAND, total_steps=200)
     decided(config)
     return config
 
@@ -64,19 +65,19 @@ def test_a_trusted_winner_stops_the_training_once_with_its_facts(ready: Path) ->
 def test_the_steps_saved_are_counted_from_the_step_the_run_has_reached_by_then(
     ready: Path, write_checkpoint: WriteCheckpoint
 ) -> None:
-    assert "has written step 60 of 500 planned: 440 steps are saved" in look(ready).sentence
+    assert "has written step 60 of 200 planned: 140 steps are saved" in look(ready).sentence
     # The trainer saves once more when it is told to end.
     program = "import shutil; shutil.copytree('run/checkpoint-60', 'run/checkpoint-61')"
     configure(ready, stop_command=[sys.executable, "-c", program])
     done = stop(ready)
     assert done.saving is not None
-    assert (done.saving.latest, done.saving.steps, done.saving.of) == (61, 439, "planned")
-    assert json.loads(record_path(configure(ready)).read_text())["steps_saved"] == 439
+    assert (done.saving.latest, done.saving.steps, done.saving.of) == (61, 139, "planned")
+    assert json.loads(record_path(configure(ready)).read_text())["steps_saved"] == 139
 
 
 def test_a_checkpoint_that_is_not_whole_is_not_counted(ready: Path, tmp_path: Path) -> None:
     (tmp_path / "run/checkpoint-80").mkdir()
-    assert "step 60 of 500" in look(ready).sentence
+    assert "step 60 of 200" in look(ready).sentence
 
 
 def test_while_the_store_is_away_steps_are_counted_from_the_last_one_known(ready: Path, tmp_path: Path) -> None:
@@ -102,6 +103,7 @@ def test_without_a_plan_steps_are_counted_up_to_the_prediction(ready: Path, writ
         ({"trusted": 78}, "The backtest trusts no target beyond step 78 and the winner predicts 200"),
         ({"trusted": None}, "The backtest trusts no target and the winner predicts 200"),
         ({"backtested": None}, "The backtest trusts no target and the winner predicts 200"),
+        ({"winner": Model("candidate", 150, "models/relex/step-150", "relex", "d2")}, "step 150 of 200 planned"),
     ],
 )
 def test_what_stands_against_stopping_is_said_and_nothing_is_run(
@@ -286,7 +288,7 @@ def test_a_second_one_that_comes_while_the_command_takes_long_is_told_so(ready: 
 
 
 def test_a_record_tells_who_and_when(ready: Path) -> None:
-    assert told(ready, stop(ready)).endswith("by ada. The run has written step 60 of 500 planned: 440 steps are saved.")
+    assert told(ready, stop(ready)).endswith("by ada. The run has written step 60 of 200 planned: 140 steps are saved.")
 
 
 def test_the_command_shows_and_does_nothing_until_it_is_confirmed(
@@ -304,7 +306,7 @@ def test_the_command_shows_and_does_nothing_until_it_is_confirmed(
 
     status, out, _ = relex()
     assert (status, runs(ready)) == (0, [])
-    assert "440 steps are saved" in out
+    assert "140 steps are saved" in out
     assert relex("--again")[0] == 2
     found = decided(ready, trusted=78)
     assert relex()[0] == 0
@@ -314,9 +316,9 @@ def test_the_command_shows_and_does_nothing_until_it_is_confirmed(
     status, out, _ = relex("--confirm", "--beyond-trust", "--json")
     assert status == 0
     assert json.loads(out)["record"]["state"] == "stopped"
-    assert json.loads(out)["record"]["steps_saved"] == 440
+    assert json.loads(out)["record"]["steps_saved"] == 140
     assert len(runs(ready)) == 1
     # Recorded with the decision's own run in MLflow, by its key.
     uri = tracking_uri(tmp_path / "home")
     run = record("tiny", tracking_uri=uri, key=f"tiny {found.key}", title="").run_id
-    assert connect(uri).get_run(run).data.metrics == {"steps_saved": 440, "stopped_at_step": 60}
+    assert connect(uri).get_run(run).data.metrics == {"steps_saved": 140, "stopped_at_step": 60}

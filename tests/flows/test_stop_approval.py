@@ -58,7 +58,7 @@ def ready(config: Path, write_checkpoint: WriteCheckpoint, request: pytest.Fixtu
     for step in (0, 10, 20, 25, 40, 60):
         write_checkpoint(step)
     name = re.sub("[^a-z]+", "-", request.node.name)[-40:].strip("-")
-    configure(config, training_run=name, stop_command=COMMAND, total_steps=500)
+    configure(config, training_run=name, stop_command=COMMAND, total_steps=200)
     return config
 
 
@@ -150,7 +150,7 @@ def deployed(ready: Path, server: Stack) -> Path:
 
 def test_an_approved_stop_survives_a_restart_and_happens_once(deployed: Path, server: Stack) -> None:
     sentence, run = offered(deployed, server)
-    assert "440 steps are saved" in sentence
+    assert "140 steps are saved" in sentence
     assert offered(deployed, server) == (sentence, run)
     suspend(run)
     assert asked(server, run)["required"] == ["answer"]
@@ -174,7 +174,7 @@ def test_the_page_says_what_is_asked(deployed: Path, server: Stack) -> None:
     _, run = offered(deployed, server, reason="it is better: passed.")
     suspend(run)
     text = asked(server, run, "description")
-    for part in ("it is better: passed.", "440 steps are saved", f"once: run `{COMMAND}` in {deployed.parent}"):
+    for part in ("it is better: passed.", "140 steps are saved", f"once: run `{COMMAND}` in {deployed.parent}"):
         assert part in text
 
 
