@@ -1,4 +1,5 @@
-"""What is decided on real tiny runs when 5, 10 and 20 % of their steps are observed, against what came later.
+"""What is decided on real tiny runs when 5, 10 and 20 % of their steps are observed, and when the backtest has
+converged (window auto, at 20 % at the latest), against what came later.
 
 Trains what the cache lacks of the runs of benchmarks/runs.py, makes each decision as the watcher would, with targets
 and methods left to the backtest, and scores on the report problems, which decide nothing: the real checkpoints, plain
@@ -26,14 +27,17 @@ import yaml
 from benchmarks.runs import RUNS, SAVE_STEPS, STEPS, Run, held_out, keep_gram, train
 from evaluation.gate import gate
 from evaluation.report import Report
+from flows.arming import REACH
 from flows.deciding import Stages, decide
 from flows.decision import Decision, Model, Score
 from flows.extrapolate import count_problems, gate_model
 from flows.predict import Predicted, predict
 from flows.score import reports, score
 from flows.settings import Settings, load_settings
+from flows.stop import doubt
 from flows.window import decided, decision_path, read_decisions, window_key, write_json
 from relex.backtest import Recommendation, backtest
+from relex.convergence import converge
 from relex.extrapolation import extrapolate_run
 from relex.gram import cached
 from relex.predictors import parse_method
@@ -41,6 +45,8 @@ from relex.store import open_base, scan
 from relex.trajectory import open_run
 
 SHARES = (5, 10, 20)
+# So many windows share the gate's error: those of the shares, and what is due by itself.
+LOOKS = len(SHARES) + 1
 MULTIPLES = (2, 4, 8)
 # Every window is a step of the curve.
 CURVE = (0, 24, 48, 96, 192, 288, 384, 480)
@@ -85,7 +91,7 @@ class Row:
     """One window of one run: what was observed, what plain RELEX makes of it, what the backtest says, the decision."""
 
     run: str
-    share: int
+    share: str
     window: int
     observed: float
     end: float
@@ -159,6 +165,16 @@ STAGES = Stages(
 )
 
 
+def due(run: Path, base: Path, grams: Path) -> int:
+    """Return the window that is due by itself: the planned end in reach and three looks that agree, or 20 %."""
+    last = STEPS * SHARES[-1] // 100
+    for window in range(-(-STEPS // REACH), last, SAVE_STEPS):
+        trajectory = open_run(run, base, window=window)
+        if converge(trajectory, cached(trajectory, grams, memory=1 << 30, threads=1)).converged:
+            return trajectory.steps[-1]
+    return last
+
+
 def decision(config: Path, settings: Settings, number: int) -> Decision:
     """Return what is decided; the windows share the gate's error, as those of one run do that is watched."""
     base = open_base(settings.base)
@@ -168,7 +184,7 @@ def decision(config: Path, settings: Settings, number: int) -> Decision:
         return next(found for found in read_decisions(settings) if found.key == key)
 
     steps = [item.step for item in inside]
-    found = decide(str(config), settings, steps, key, STAGES, attempt=(number, len(SHARES)))
+    found = decide(str(config), settings, steps, key, STAGES, attempt=(number, LOOKS))
     write_json(decision_path(settings, key), found.to_json())
     return found
 
@@ -184,8 +200,9 @@ def measure(run: Run, root: Path, out: Path) -> tuple[dict[int, float], list[Row
 
     rows: list[Row] = []
     curve: dict[int, float] = {}
-    for number, share in enumerate(SHARES, start=1):
-        window = STEPS * share // 100
+    windows = {f"{share} %": STEPS * share // 100 for share in SHARES}
+    windows["auto"] = due(root / "run", root / "base", out / "state" / run.name / "grams")
+    for number, (share, window) in enumerate(windows.items(), start=1):
         config = prepare(run, root, out, window)
         settings = load_settings(config)
         curve = curve or {step: real(settings, step).accuracy for step in CURVE}
@@ -218,7 +235,7 @@ def measure(run: Run, root: Path, out: Path) -> tuple[dict[int, float], list[Row
                 winner.accuracy,
                 reached.accuracy,
                 best,
-                made.trusted_step is not None and made.winner.step <= made.trusted_step,
+                not doubt(config, settings, made),
                 _is_better(observed, winner),
                 _is_better(real(settings, STEPS), winner),
                 made.reason,
@@ -290,7 +307,7 @@ def decision_table(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _window(row: Row) -> str:
-    return f"{row.window} ({row.share} %)"
+    return f"{row.window} ({row.share})"
 
 
 def _cell(point: Point) -> str:

@@ -24,7 +24,7 @@ from relex.store import State, StoredCheckpoint
 # A refused run is looked at again when it has shown so much more.
 REARM_GROWTH = 1.5
 # How far the last automatic target goes, in multiples of the observed steps.
-_REACH = 1.0 + HORIZONS[-1]
+REACH = round(1.0 + HORIZONS[-1])
 
 
 @dataclass(frozen=True)
@@ -131,10 +131,10 @@ def _look(
         # At the end the decision says so; before it, more checkpoints may help.
         return _Look(step, key, due=final, reason=str(error))
     reason = found.reason
-    reaches = settings.targets != "auto" or settings.total_steps is None or step * _REACH >= settings.total_steps
+    reaches = settings.targets != "auto" or settings.total_steps is None or step * REACH >= settings.total_steps
     if found.converged and not reaches:
         assert settings.total_steps is not None
-        reason += f" Step {settings.total_steps} is in reach from step {-(-settings.total_steps // round(_REACH))}."
+        reason += f" Step {settings.total_steps} is in reach from step {-(-settings.total_steps // REACH)}."
     return _Look(step, key, due=final or (found.converged and reaches), reason=reason)
 
 
