@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 KEY_TAG = "relex.key"
 # MLflow takes at most 1,000 metrics in one call.
 _BATCH = 1000
+_LONGEST = 6000
 
 
 @dataclass(frozen=True)
@@ -36,18 +37,22 @@ def record(
     metrics: Mapping[str, float] | None = None,
     tags: Mapping[str, str] | None = None,
     artifacts: Sequence[Path] = (),
+    parent: str | None = None,
 ) -> Recorded:
     """Record one decision in the experiment `name`, complete or not at all; the same `key` again is the same run.
 
-    What the first complete call recorded stands; later calls with its key change nothing. RegistryError where MLflow
-    refuses.
+    What the first complete call recorded stands; later calls with its key change nothing. `parent` is the id of the run
+    it is shown under, as a candidate under its decision. RegistryError where MLflow refuses.
     """
+    from mlflow.entities import Param
+    from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+
     client = connect(tracking_uri)
+    below = {} if parent is None else {MLFLOW_PARENT_RUN_ID: parent}
     with locked_experiment(client, name) as experiment:
-        run = open_run(client, experiment, key=key, title=title, tags=tags or {})
+        run = open_run(client, experiment, key=key, title=title, tags={**(tags or {}), **below})
         if run.info.status != "FINISHED":
-            for parameter, value in (parameters or {}).items():
-                client.log_param(run.info.run_id, parameter, value)
+            client.log_batch(run.info.run_id, params=[Param(*item) for item in _texts(parameters or {}).items()])
             log_metrics(client, run, metrics or {})
             log_artifacts(client, run, artifacts)
             client.set_terminated(run.info.run_id, "FINISHED")
@@ -98,8 +103,8 @@ def open_run(
     client: "MlflowClient", experiment: "Experiment", *, key: str, title: str, tags: Mapping[str, str]
 ) -> "Run":
     """Return the run of `key` in a locked experiment, created where it is missing."""
-    if not re.fullmatch(r"[\w .:/@=+-]{1,200}", key):
-        raise RegistryError(f"{key!r} is no key for a run. Use up to 200 letters, digits, spaces and .:/@=+-_.")
+    if not re.fullmatch(r"[\w .,:/@=+-]{1,200}", key):
+        raise RegistryError(f"{key!r} is no key for a run. Use up to 200 letters, digits, spaces and .,:/@=+-_.")
     found = client.search_runs([experiment.experiment_id], filter_string=f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
     if found:
         return found[0]
@@ -116,6 +121,11 @@ def log_metrics(
     rows = [Metric(key, value, run.info.start_time, 0, model_id=model_id) for key, value in metrics.items()]
     if rows:
         client.log_batch(run.info.run_id, metrics=rows)
+
+
+def _texts(parameters: Mapping[str, object]) -> dict[str, str]:
+    # MLflow refuses a longer one.
+    return {name: str(value)[:_LONGEST] for name, value in parameters.items()}
 
 
 def log_artifacts(client: "MlflowClient", run: "Run", artifacts: Sequence[Path]) -> None:

@@ -16,7 +16,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
-from deploy import registry, runs
+from deploy import registry
 from evaluation.gate import Gate, gate
 from evaluation.harness import Progress
 from evaluation.overlap import refuse_overlap
@@ -27,7 +27,8 @@ from flows.decision_page import page
 from flows.gate_results import gate_results_path, write_gate_results
 from flows.ledger import read_ledger
 from flows.predict import Predicted, predict
-from flows.publish import ProgressArtifact, curves, draw, metrics, show
+from flows.publish import ProgressArtifact, draw, metrics, show
+from flows.recording import record
 from flows.score import reports, score
 from flows.settings import Settings, load_settings
 from flows.shards import spreading
@@ -107,37 +108,13 @@ def gate_model(config: str, winner: Model, references: list[Model], looks: int) 
 def register_decision(config: str, decision: Decision, tracking_uri: str) -> Decision:
     """Record the decision in MLflow and, if the gate was passed, register the winner; return it with the addresses."""
     settings = load_settings(Path(config))
-    name = settings.registered_model
-    directory = window_directory(settings, decision.key)
-    recorded = runs.record(
-        name,
-        tracking_uri=tracking_uri,
-        key=f"{decision.training_run} {decision.key}",
-        title=f"{decision.training_run} window {decision.window}",
-        parameters={
-            "window": decision.window,
-            "targets": settings.targets,
-            "methods": settings.methods,
-            "attempt": f"{decision.attempt} of {decision.attempts}",
-        },
-        metrics=metrics(decision),
-        tags={"verdict": decision.verdict, "reason": decision.reason},
-        artifacts=[path for path in (directory / "decision.md", directory / "accuracy.png") if path.is_file()],
-    )
-    for series, points in curves(decision).items():
-        runs.log_series(
-            name,
-            points,
-            tracking_uri=tracking_uri,
-            series=f"{decision.training_run} {series}",
-            metric="report_accuracy",
-        )
+    recorded = record(settings, decision, tracking_uri=tracking_uri)
     decision = replace(decision, record_url=recorded.url or "")
     if decision.verdict != "registered" or decision.winner is None:
         return decision
     done = registry.register(
         Path(decision.winner.directory),
-        name=name,
+        name=settings.registered_model,
         tracking_uri=tracking_uri,
         run_id=recorded.run_id,
         metrics=metrics(decision),
@@ -151,7 +128,10 @@ def find_champion(config: str, tracking_uri: str) -> list[Model]:
     """Return the champion of this registered model, if there is one."""
     settings = load_settings(Path(config))
     found = registry.champion(settings.registered_model, tracking_uri=tracking_uri)
-    return [Model("champion", found.target_step, found.weights, digest=found.digest)] if found else []
+    if found is None:
+        return []
+    weights = registry.verified(found, tracking_uri=tracking_uri, downloads=settings.home / "champion")
+    return [Model("champion", found.target_step, str(weights), digest=found.digest)]
 
 
 # Retried is what a second attempt can mend: a child killed for memory, a checkpoint that was being replaced, a server

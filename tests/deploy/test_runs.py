@@ -83,6 +83,22 @@ def test_a_registered_model_belongs_to_the_decision_it_comes_from(model: Path, s
     assert [(metric.key, metric.value) for metric in logged.metrics or []] == [("accuracy", 0.25)]
 
 
+def test_a_candidate_is_a_run_below_its_decision(store: Store) -> None:
+    decision = record("tiny", tracking_uri=store.tracking_uri, key="tiny 0123", title="window 75")
+    key = "tiny 0123 relex-pinned:damping=0.3,rank=2 @ 200"
+    below = record(
+        "tiny",
+        tracking_uri=store.tracking_uri,
+        key=key,
+        title="",
+        parent=decision.run_id,
+        parameters={"steps": "9" * 7000},
+    )
+    run = connect(store.tracking_uri).get_run(below.run_id)
+    assert run.data.tags["mlflow.parentRunId"] == decision.run_id
+    assert len(run.data.params["steps"]) == 6000
+
+
 def test_a_curve_has_the_training_step_as_its_step_and_grows_without_repeating(store: Store) -> None:
     points = {10: 0.1, 20: 0.2, 25: 0.4}
     log_series("tiny", points, tracking_uri=store.tracking_uri, series="real", metric="accuracy")

@@ -230,6 +230,16 @@ def test_window_targets_and_attempts_are_left_to_the_backtest(
         f"{servers.prefect_api_url}/artifacts/filter", json={"artifacts": {"key": {"any_": ["decision-automatic"]}}}
     ).json()
     assert "Backtest" in page["data"]
+    # In MLflow every candidate is a run below the decision's.
+    client = MlflowClient(servers.mlflow_url)
+    experiment = client.get_experiment_by_name("automatic")
+    assert experiment is not None
+    below = client.search_runs(
+        [experiment.experiment_id],
+        filter_string=f"tags.`mlflow.parentRunId` = '{decision.record_url.rpartition('/')[2]}'",
+    )
+    assert {int(run.data.params["target_step"]) for run in below} == targets - {decision.window}
+    assert all(run.data.params["digest"] and run.data.metrics["selection_problems"] >= 100 for run in below)
 
 
 def test_a_candidate_must_be_better_than_the_champion(
