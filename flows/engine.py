@@ -92,7 +92,8 @@ async def running(told: Command, *, port: int, log: Path) -> AsyncIterator[Engin
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as written:
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "flows.engine_guard", str(told.directory), *told.argv),
+            # -P: a package `flows` of the directory one happens to be in is not ours.
+            *(sys.executable, "-P", "-m", "flows.engine_guard", str(told.directory), *told.argv),
             stdin=asyncio.subprocess.PIPE,
             stdout=written,
             stderr=written,

@@ -256,7 +256,8 @@ async def _first(tasks: "list[asyncio.Task[None]]") -> None:
 def _bound(service: Service) -> socket.socket:
     # Nobody connects before the first engine answers: the address is taken now, and listened at then.
     family = socket.AF_INET6 if ":" in service.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # The protocol is named, or asyncio leaves Nagle's algorithm on and an answer of two writes waits 40 ms.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((service.host, service.port))
