@@ -167,7 +167,8 @@ def forecast(
         dtype=dtype or "base",
         tensors=tensors,
         amplification=float(coefficients_TK.abs().sum(-1).max()) if gram.names else 0.0,
-        norm=math.sqrt(max(0.0, norm**2 + sum(2.0 * item.inner + item.square for item in added.values()))),
+        # Exact: in the order in which vectors were found, or in that in which they are kept, it is the same number.
+        norm=math.sqrt(max(0.0, math.fsum([norm**2, *(2.0 * item.inner + item.square for item in added.values())]))),
         norm_latest=float(spectrum.norm(gram.products, latest_K.expand_as(coefficients_TK))),
         norm_band=spectrum.norm_band(gram.products, steps_K, target_step),
         energy=spectrum.pooled(gram.products, energy_T),
