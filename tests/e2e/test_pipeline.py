@@ -211,11 +211,12 @@ def test_window_targets_and_attempts_are_left_to_the_backtest(
     tmp_path: Path, trained: TrainedRun, servers: Stack, serve: Serve
 ) -> None:
     changes = {"window": "auto", "max_window": STEPS, "targets": "auto", "total_steps": 150, "attempts": 2}
+    changes["batch_size"] = 200
     config = write_config(tmp_path, trained, name="automatic", targets=[], changes=changes)
     settings = load_settings(config)
     shutil.copytree(trained.checkpoints, settings.checkpoints)
     serve(config, "automatic")
-    decision = wait_for("the decision", lambda: next(iter(read_decisions(settings)), None))
+    decision = wait_for("the decision", lambda: next(iter(read_decisions(settings)), None), seconds=480)
     assert decision.verdict == "registered", decision.reason
     assert decision.window <= STEPS
     assert decision.backtested is not None
