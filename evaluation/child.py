@@ -10,8 +10,11 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from selectors import EVENT_READ, DefaultSelector
 from typing import Any, TypeAlias
 
 from evaluation import errors
@@ -29,14 +32,60 @@ ENVIRONMENT = {
 }
 
 
+@dataclass(frozen=True)
+class Errand:
+    """What one child is told, the line, and where its output goes."""
+
+    line: bytes
+    log_path: Path
+
+
 def run_child(module: str, line: bytes, *, log_path: Path, on_event: Callable[[Mapping[str, Any]], None]) -> int:
     """Run `python -m module` on one line, its output going to `log_path`, and return its exit status.
 
     Raises what the child refused, an EvaluationError.
     """
-    refusal: EvaluationError | None = None
+    return run_children(module, [Errand(line, log_path)], on_event=lambda _, event: on_event(event))[0]
+
+
+def run_children(
+    module: str, errands: Sequence[Errand], *, on_event: Callable[[int, Mapping[str, Any]], None]
+) -> list[int]:
+    """Run one `python -m module` an errand, all at once, and return their exit statuses.
+
+    `on_event` gets the number of the errand with each event. One that dies lets the others finish; one that refuses
+    ends them all, and what it refused is raised, an EvaluationError.
+    """
+    with ExitStack() as stack, DefaultSelector() as events:
+        children = [stack.enter_context(_start(module, errand)) for errand in errands]
+        for number, (child, errand) in enumerate(zip(children, errands, strict=True)):
+            assert child.stdin is not None
+            assert child.stdout is not None
+            events.register(child.stdout.fileno(), EVENT_READ, (number, bytearray()))
+            # It is already dead, which its status tells.
+            with suppress(BrokenPipeError):
+                child.stdin.write(errand.line)
+                child.stdin.flush()
+        while events.get_map():
+            for key, _ in events.select():
+                number, unread = key.data
+                data = os.read(key.fd, 1 << 16)
+                if not data:
+                    events.unregister(key.fd)
+                unread += data
+                *lines, unread[:] = unread.split(b"\n")
+                for line in lines:
+                    event = json.loads(line)
+                    if event["event"] == "refused":
+                        raise getattr(errors, event["kind"])(event["message"])
+                    on_event(number, event)
+        return [child.wait() for child in children]
+
+
+@contextmanager
+def _start(module: str, errand: Errand) -> Iterator[subprocess.Popen[bytes]]:
     with (
-        log_path.open("wb") as log,
+        errand.log_path.open("wb") as log,
         # A session of its own: an interrupt at the terminal reaches the parent, which ends the child in its own time.
         subprocess.Popen(
             [sys.executable, "-m", module],
@@ -47,31 +96,16 @@ def run_child(module: str, line: bytes, *, log_path: Path, on_event: Callable[[M
             start_new_session=True,
         ) as child,
     ):
-        assert child.stdin is not None
-        assert child.stdout is not None
         try:
-            child.stdin.write(line)
-            child.stdin.flush()
-            for answer in child.stdout:
-                event = json.loads(answer)
-                if event["event"] == "refused":
-                    refusal = getattr(errors, event["kind"])(event["message"])
-                else:
-                    on_event(event)
-            code = child.wait()
-        except BrokenPipeError:
-            code = child.wait()
+            yield child
         finally:
             child.kill()
-    if refusal is not None:
-        raise refusal
-    return code
 
 
 def serve(work: Callable[[bytes, Send], None]) -> None:
     """Do the work of a child on the line its parent wrote; exit 1 after naming the reason for what it refuses."""
     send = _channel()
-    _die_with_parent()
+    die_with_parent()
     line = _first_line()
     threading.Thread(target=_exit_at_end_of_input, daemon=True).start()
     try:
@@ -99,7 +133,8 @@ def _channel() -> Send:
     return send
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """Have the kernel end this process when its parent ends, however that ends and whatever this one computes."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 

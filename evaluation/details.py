@@ -26,7 +26,7 @@ def write_details(results: dict[str, Any], *, report: Report, lm: "JournalledLM"
 
     samples = results.pop("samples")
     results["config"] = {
-        "model": "hf",
+        "model": report.settings.get("backend", "hf"),
         "model_args": {"pretrained": report.model, "dtype": report.settings.get("dtype")},
         "model_num_parameters": lm.model.num_parameters(),
         "model_dtype": str(lm.model.dtype),
@@ -59,7 +59,9 @@ def write_details(results: dict[str, Any], *, report: Report, lm: "JournalledLM"
     # A name with a suffix: the files then lie in the directory itself.
     tracker = EvaluationTracker(output_path=str(hidden / "all.json"))
     tracker.general_config_tracker.start_time = time.perf_counter() - report.seconds
-    tracker.general_config_tracker.log_experiment_args("hf", {"pretrained": report.model}, None, None, False)
+    tracker.general_config_tracker.log_experiment_args(
+        results["config"]["model"], {"pretrained": report.model}, None, None, False
+    )
     tracker.save_results_aggregated(results, samples)
     tracker.save_results_samples(assignment.benchmark, samples[assignment.benchmark])
     # It logs what goes wrong and goes on: a file that is not there stops here.

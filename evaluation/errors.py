@@ -3,6 +3,7 @@
 EvaluationError
 ├── ModelError        a directory that is no model this package may load
 ├── BenchmarkError    unknown, broken or changed, or too long for the model
+├── BackendError      a backend that is unknown, not installed, or cannot do what is asked
 ├── DeviceError       a device this machine does not have
 ├── JournalError      a journal damaged anywhere but in its last line
 ├── ReportError       a file that is no report
@@ -22,6 +23,10 @@ class ModelError(EvaluationError):
 
 class BenchmarkError(EvaluationError):
     """A benchmark that is unknown, broken, changed, or too long for the model."""
+
+
+class BackendError(EvaluationError):
+    """A backend that is unknown, not installed, or cannot do what is asked."""
 
 
 class DeviceError(EvaluationError):

@@ -1,6 +1,6 @@
-"""Harness: scores a model on benchmarks, in a child process of its own, resuming what was interrupted."""
+"""Harness: scores a model on benchmarks, in child processes of their own, resuming what was interrupted."""
 
-import re
+import logging
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -8,15 +8,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from evaluation.backend import BATCH_SIZES, Backend, parse_backend
 from evaluation.benchmark import Benchmark, resolve_benchmark
-from evaluation.child import last_words, run_child
-from evaluation.errors import BenchmarkError, DeviceError, ModelError, WorkerError
+from evaluation.child import Errand, last_words, run_children
+from evaluation.devices import NO_WEIGHTS, device_kind, worker_devices
+from evaluation.errors import BackendError, BenchmarkError, ModelError, WorkerError
 from evaluation.fingerprint import Fingerprint, LogitsExtrapolation, fingerprint
-from evaluation.job import Assignment, Job
+from evaluation.job import Assignment, Job, Part
 from evaluation.report import Report, Setting
 
 # A version of any of these can change a score.
 LIBRARIES = ("antlr4-python3-runtime", "lm_eval", "math-verify", "torch", "transformers")
+log = logging.getLogger(__name__)
+
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -24,7 +28,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 class Progress:
     """How far one benchmark is, counted in answers; answers kept from an earlier run count as done.
 
-    `generated` of the answers, with `tokens` in all, took `seconds` in the model now.
+    `generated` of the answers, with `tokens` in all, took `seconds` in the model now, workers at once counting once.
     """
 
     benchmark: str
@@ -64,19 +68,34 @@ def evaluate(
     cache: Path,
     device: str = "cpu",
     dtype: str = "auto",
-    batch_size: int = 64,
+    batch_size: int | None = None,
     limit: int | None = None,
+    backend: str = "hf",
     on_progress: Callable[[Progress], None] | None = None,
 ) -> list[Report]:
-    """Return one report a benchmark, in their order, scoring in one child process whatever `cache` does not hold yet.
+    """Return one report a benchmark, in their order, scoring in child processes whatever `cache` does not hold yet.
 
     A model is a directory, or two that answer as one. A benchmark is a shipped name or the path of an lm-eval task
     YAML. Reports are keyed by the content of model and benchmark and by the settings, so asking again costs nothing;
     after a kill at any moment the same call goes on from the last finished batch and ends in the same report. dtype
     "auto" is the dtype the model is stored in. `limit` scores the first problems only; limits share their answers, all
-    of them where limit times repeats is a multiple of batch_size. Raises EvaluationError, see evaluation.errors.
+    of them where limit times repeats is a multiple of batch_size.
+
+    `device` is cpu, cuda, cuda:N, or several with commas between: then each has a worker, batches are dealt out to them
+    in turn, and the report is that of one worker. Any number of workers goes on with what any other has answered.
+    `backend` is hf or vllm, see evaluation.backend; batch_size is its default where it is None. Raises EvaluationError,
+    see evaluation.errors.
     """
-    job = _job(model, benchmarks, cache=cache, device=device, dtype=dtype, batch_size=batch_size, limit=limit)
+    job = _job(
+        model,
+        benchmarks,
+        cache=cache,
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size,
+        limit=limit,
+        backend=parse_backend(backend),
+    )
     missing = tuple(assignment for assignment in job.assignments if not assignment.report_path.exists())
     return [each.report for each in _finish(job, missing, on_progress)]
 
@@ -88,12 +107,22 @@ def evaluate_in_detail(
     cache: Path,
     device: str = "cpu",
     dtype: str = "auto",
-    batch_size: int = 64,
+    batch_size: int | None = None,
     limit: int | None = None,
+    backend: str = "hf",
     on_progress: Callable[[Progress], None] | None = None,
 ) -> list[Evaluated]:
     """Return what `evaluate` does, with lm-eval's results and samples, which an older cache makes from its journal."""
-    job = _job(model, benchmarks, cache=cache, device=device, dtype=dtype, batch_size=batch_size, limit=limit)
+    job = _job(
+        model,
+        benchmarks,
+        cache=cache,
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size,
+        limit=limit,
+        backend=parse_backend(backend),
+    )
     missing = tuple(assignment for assignment in job.assignments if not assignment.complete)
     return _finish(job, missing, on_progress)
 
@@ -105,19 +134,28 @@ def _job(
     cache: Path,
     device: str,
     dtype: str,
-    batch_size: int,
+    batch_size: int | None,
     limit: int | None,
+    backend: Backend,
 ) -> Job:
+    size = BATCH_SIZES[backend.name] if batch_size is None else batch_size
     subject = fingerprint(model)
     resolved = [resolve_benchmark(benchmark) for benchmark in benchmarks]
-    settings = _settings(subject, device=device, dtype=dtype, batch_size=batch_size, limit=limit)
+    worker_devices(device, backend)
+    if isinstance(model, LogitsExtrapolation) and backend.name != "hf":
+        raise BackendError(f"backend {backend.name} does not decode two models in lock-step: pass hf.")
+    settings = {
+        **_settings(subject, device=device, dtype=dtype, batch_size=size, limit=limit),
+        **backend.settings(),
+    }
     return Job(
         model=subject.model,
         device=device,
         dtype=str(settings["dtype"]),
-        batch_size=batch_size,
+        batch_size=size,
         limit=limit,
         assignments=tuple(_assignment(subject, benchmark, settings, cache) for benchmark in resolved),
+        backend=backend,
     )
 
 
@@ -125,7 +163,7 @@ def _finish(
     job: Job, missing: tuple[Assignment, ...], on_progress: Callable[[Progress], None] | None
 ) -> list[Evaluated]:
     if missing:
-        _run_worker(replace(job, assignments=missing), on_progress)
+        _run_workers(replace(job, assignments=missing), on_progress)
     return [
         Evaluated(
             # The content decides, but the path in a report from the cache may be that of a copy.
@@ -140,8 +178,6 @@ def _finish(
 def _settings(
     subject: Fingerprint, *, device: str, dtype: str, batch_size: int, limit: int | None
 ) -> dict[str, Setting]:
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise DeviceError(f"device is {device} and must be cpu, cuda or cuda:N.")
     if dtype == "auto" and subject.dtype is None:
         raise ModelError(f"{subject.model}: config.json states no dtype: pass dtype, one of {', '.join(DTYPES)}.")
     chosen = subject.dtype if dtype == "auto" else dtype
@@ -153,7 +189,7 @@ def _settings(
     return {
         "add_special_tokens": True,
         "batch_size": batch_size,
-        "device": device,
+        "device": device_kind(device),
         "dtype": chosen,
         "limit": limit,
         **{f"{library} version": version(library) for library in LIBRARIES},
@@ -173,16 +209,50 @@ def _assignment(subject: Fingerprint, benchmark: Benchmark, settings: Mapping[st
     return assignment
 
 
-def _run_worker(job: Job, on_progress: Callable[[Progress], None] | None) -> None:
-    log_path = job.assignments[0].directory / "worker.log"
+def _run_workers(job: Job, on_progress: Callable[[Progress], None] | None) -> None:
+    devices = worker_devices(job.device, job.backend)
+    jobs = [replace(job, device=each, part=Part(number, len(devices))) for number, each in enumerate(devices)]
+    _run(jobs, _Workers(on_progress))
+    if len(jobs) > 1:
+        # What all of them wrote is scored by one more, which needs no weights.
+        _run([replace(job, device=NO_WEIGHTS)], lambda _, __: None)
 
-    def tell(event: Mapping[str, Any]) -> None:
-        if on_progress is not None:
-            on_progress(Progress(**{name: value for name, value in event.items() if name != "event"}))
 
-    code = run_child("evaluation.worker", job.to_line(), log_path=log_path, on_event=tell)
-    if code != 0:
-        raise WorkerError(_obituary(job, code, log_path))
+def _run(jobs: Sequence[Job], tell: Callable[[int, Mapping[str, Any]], None]) -> None:
+    directory = jobs[0].assignments[0].directory
+    errands = [
+        Errand(job.to_line(), directory / (f"worker-{job.part.index}.log" if job.part.index else "worker.log"))
+        for job in jobs
+    ]
+    codes = run_children("evaluation.worker", errands, on_event=tell)
+    for job, errand, code in zip(jobs, errands, codes, strict=True):
+        if code != 0:
+            raise WorkerError(_obituary(job, code, errand.log_path))
+
+
+class _Workers:
+    """What workers tell, added up: the last of each on each benchmark."""
+
+    def __init__(self, on_progress: Callable[[Progress], None] | None) -> None:
+        self._on_progress = on_progress
+        self._last: dict[str, dict[int, Progress]] = {}
+
+    def __call__(self, number: int, event: Mapping[str, Any]) -> None:
+        if event["event"] == "waiting":
+            log.warning("GPU %s is another evaluation's: waiting for it; share_device=true would not.", event["gpu"])
+        elif self._on_progress is not None:
+            told = Progress(**{name: value for name, value in event.items() if name != "event"})
+            of_all = self._last.setdefault(told.benchmark, {})
+            of_all[number] = told
+            self._on_progress(
+                replace(
+                    told,
+                    done=sum(each.done for each in of_all.values()),
+                    generated=sum(each.generated for each in of_all.values()),
+                    tokens=sum(each.tokens for each in of_all.values()),
+                    seconds=max(each.seconds for each in of_all.values()),
+                )
+            )
 
 
 def _obituary(job: Job, code: int, log_path: Path) -> str:

@@ -7,9 +7,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from evaluation.backend import HF, Backend
 from evaluation.digest import digest_value
 from evaluation.fingerprint import LogitsExtrapolation
 from evaluation.report import Setting
+
+
+@dataclass(frozen=True)
+class Part:
+    """One worker's share of the chunks of every benchmark: those whose number leaves `index` when divided by `of`."""
+
+    index: int
+    of: int
+
+    def holds(self, chunk: int) -> bool:
+        """Return whether a chunk is this worker's; which one is settled whatever is answered already."""
+        return chunk % self.of == self.index
+
+
+WHOLE = Part(0, 1)
+
+
+class AnsweredPart(Exception):  # nothing went wrong
+    """Everything is answered that a worker with a part of the chunks was to answer: there is nothing to score."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +45,7 @@ class Assignment:
 
     @property
     def directory(self) -> Path:
-        """Return the directory of this evaluation: its journal, its lock, its log and at last a report a limit.
+        """Return the directory of this evaluation: its journals, their locks, the logs and at last a report a limit.
 
         Every limit has the same directory: what the first problems were answered is what they are answered again.
         """
@@ -57,15 +77,29 @@ class Assignment:
         limit = self.settings.get("limit")
         return "" if limit is None else f"-first-{limit}"
 
-    @property
-    def journal_path(self) -> Path:
-        """Return the path of the journal of answers."""
-        return self.directory / "journal.jsonl"
+    def journal_path(self, part: Part) -> Path:
+        """Return the path of the journal that the worker with this part writes."""
+        return self.directory / f"journal{_suffix(part)}.jsonl"
+
+    def other_journals(self, part: Part) -> list[Path]:
+        """Return the paths of the journals that workers with other parts have written so far, or write now."""
+        return sorted({*self.directory.glob("journal*.jsonl")} - {self.journal_path(part)})
+
+    def lock_path(self, part: Part) -> Path:
+        """Return the path of the lock that the worker with this part holds while it writes."""
+        return self.directory / f"lock{_suffix(part)}"
+
+
+def _suffix(part: Part) -> str:
+    return f"-{part.index}" if part.index else ""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One model, a directory or a pair, and the benchmarks to score it on, in order."""
+    """One model, a directory or a pair, and the benchmarks to score it on, in order.
+
+    A worker with a part of several answers its chunks and reports nothing.
+    """
 
     model: Path | LogitsExtrapolation
     device: str
@@ -73,6 +107,8 @@ class Job:
     batch_size: int
     limit: int | None
     assignments: tuple[Assignment, ...]
+    backend: Backend = HF
+    part: Part = WHOLE
 
     def to_line(self) -> bytes:
         """Return the job as one line of JSON."""
@@ -88,5 +124,7 @@ class Job:
             if isinstance(model, str)
             else LogitsExtrapolation(Path(model["start"]), Path(model["end"]), model["alpha"]),
             assignments=tuple(Assignment(**each) for each in fields.pop("assignments")),
+            backend=Backend(**fields.pop("backend")),
+            part=Part(**fields.pop("part")),
             **fields,
         )

@@ -6,6 +6,7 @@ damage anywhere else is refused.
 
 import json
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -16,16 +17,23 @@ from evaluation.errors import JournalError
 class Journal:
     """Answers of finished chunks by chunk key; one process at a time, the caller holds the lock.
 
+    What the journals in `others` hold is found too; their processes may be writing them.
+
     `seconds` is what the chunks took that were found or appended since the journal was opened: those of other limits
     lie in it too.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, others: Sequence[Path] = ()) -> None:
         """Open `path`, creating it if absent; JournalError when a line before the last is no chunk."""
         self._chunks: dict[str, tuple[list[Any], float]] = {}
         self._file = path.open("a+b")
         self.seconds = 0.0
-        self._replay(path)
+        for other in others:
+            with other.open("rb") as file:
+                self._replay(other, file)
+        self._file.seek(0)
+        self._file.truncate(self._replay(path, self._file))
+        self._file.seek(0, os.SEEK_END)
 
     def __enter__(self) -> Self:
         return self
@@ -51,10 +59,9 @@ class Journal:
         os.fsync(self._file.fileno())
         self.seconds += seconds
 
-    def _replay(self, path: Path) -> None:
-        self._file.seek(0)
+    def _replay(self, path: Path, lines: Iterable[bytes]) -> int:
         complete = 0
-        for number, line in enumerate(self._file, start=1):
+        for number, line in enumerate(lines, start=1):
             if not line.endswith(b"\n"):
                 break
             try:
@@ -63,5 +70,4 @@ class Journal:
             except (ValueError, TypeError, KeyError) as error:
                 raise JournalError(f"{path}: line {number} is damaged. Delete the file and evaluate again.") from error
             complete += len(line)
-        self._file.truncate(complete)
-        self._file.seek(0, os.SEEK_END)
+        return complete

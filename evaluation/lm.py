@@ -12,10 +12,12 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from evaluation.devices import NO_WEIGHTS
 from evaluation.digest import digest_value
-from evaluation.errors import BenchmarkError, ModelError
+from evaluation.errors import BenchmarkError, ModelError, WorkerError
+from evaluation.job import WHOLE, AnsweredPart, Part
 from evaluation.journal import Journal
 
 # A generation setting of ours: answers end, truncated, where the model's context does, as vLLM ends them. Without it a
@@ -40,18 +42,33 @@ class JournalledLM(HFLM):  # type: ignore[misc]  # lm_eval carries no types
     `generate_until`, whether the token limit cut it off; `spent` what was generated since the journal was given.
     """
 
-    def __init__(self, path: Path, *, device: str, dtype: str, batch_size: int) -> None:
-        """Load the model directory; ModelError when its weights do not fill exactly the architecture it names."""
-        model, tokenizer = load(path, dtype)
-        super().__init__(pretrained=model.to(device), tokenizer=tokenizer, batch_size=batch_size, backend="causal")
+    def __init__(self, path: Path, *, device: str, dtype: str, batch_size: int, max_length: int | None = None) -> None:
+        """Load the model directory; ModelError when its weights do not fill exactly the architecture it names.
+
+        On the device of no weights only journals answer.
+        """
+        model, tokenizer = load(path, dtype, device)
+        super().__init__(
+            pretrained=model.to(device),
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+            max_length=max_length,
+            backend="causal",
+        )
+        self._can_answer = device != NO_WEIGHTS
+        self._likelihood_room = 0
         self._stop_at(stop_tokens(model, tokenizer))
         self.truncated: list[bool] = []
         self.spent = Spent()
 
-    def keep(self, journal: Journal, on_chunk: Callable[[int, int], None]) -> None:
-        """Answer from and into `journal` from now on, calling `on_chunk(done, total)` in requests after each chunk."""
+    def keep(self, journal: Journal, on_chunk: Callable[[int, int], None], part: Part = WHOLE) -> None:
+        """Answer from and into `journal` from now on, calling `on_chunk(done, total)` in requests after each chunk.
+
+        With a part of several, only its chunks are answered, and AnsweredPart is raised when they are.
+        """
         self._journal = journal
         self._on_chunk = on_chunk
+        self._part = part
         self.spent = Spent()
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
@@ -63,7 +80,9 @@ class JournalledLM(HFLM):  # type: ignore[misc]  # lm_eval carries no types
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Return, for each request, the log-likelihood of its continuation and whether it is the greedy one."""
-        self._refuse_too_long(requests, ["".join(request.args) for request in requests], lambda _: 0)
+        self._refuse_too_long(
+            requests, ["".join(request.args) for request in requests], lambda _: self._likelihood_room
+        )
         answers = self._answer("loglikelihood", requests, partial(super().loglikelihood, disable_tqdm=True))
         return [(likelihood, greedy) for likelihood, greedy in answers]
 
@@ -79,12 +98,18 @@ class JournalledLM(HFLM):  # type: ignore[misc]  # lm_eval carries no types
 
     def _answer(self, kind: str, requests: list[Instance], answer: Callable[[list[Instance]], list[Any]]) -> list[Any]:
         answers: list[Any] = []
-        for start in range(0, len(requests), self.batch_size):
+        for number, start in enumerate(range(0, len(requests), self.batch_size)):
+            if not self._part.holds(number):
+                continue
             chunk = requests[start : start + self.batch_size]
             # The start tells repeats of one request apart: each shall be another sample.
             key = digest_value([kind, start, [list(request.args) for request in chunk]])
             kept = self._journal.find(key)
             if kept is None:
+                if not self._can_answer:
+                    raise WorkerError(
+                        f"answers from {start} on of {chunk[0].task_name} are in no journal: evaluate again to go on."
+                    )
                 torch.manual_seed(int(key[:12], 16))
                 started = time.perf_counter()
                 self._tokens = 0
@@ -95,6 +120,8 @@ class JournalledLM(HFLM):  # type: ignore[misc]  # lm_eval carries no types
                 self.spent = Spent(spent.answers + len(chunk), spent.tokens + self._tokens, spent.seconds + seconds)
             answers += kept
             self._on_chunk(len(answers), len(requests))
+        if self._part != WHOLE:
+            raise AnsweredPart
         return answers
 
     def _generate(self, chunk: list[Instance]) -> list[tuple[str, bool]]:
@@ -157,10 +184,15 @@ def stop_tokens(model: Any, tokenizer: Any) -> set[int]:
     return {tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
 
 
-def load(path: Path, dtype: str) -> tuple[Any, Any]:
-    """Return model and tokenizer; ModelError when the weights do not fill exactly the architecture."""
+def load(path: Path, dtype: str, device: str = "cpu") -> tuple[Any, Any]:
+    """Return model and tokenizer; ModelError when the weights do not fill exactly the architecture.
+
+    The model is on the CPU, or for the device of no weights is its architecture alone.
+    """
     causal: Any = AutoModelForCausalLM  # transformers does not type output_loading_info
     try:
+        if device == NO_WEIGHTS:
+            return _architecture(path, dtype), _tokenizer(path)
         model, info = causal.from_pretrained(
             path,
             dtype=getattr(torch, dtype),
@@ -169,7 +201,7 @@ def load(path: Path, dtype: str) -> tuple[Any, Any]:
             trust_remote_code=False,
             output_loading_info=True,
         )
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        tokenizer = _tokenizer(path)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{path} cannot be loaded: {' '.join(str(error).split())}") from error
     # transformers fills such tensors with random numbers and goes on.
@@ -180,3 +212,17 @@ def load(path: Path, dtype: str) -> tuple[Any, Any]:
             "write the model again."
         )
     return model, tokenizer
+
+
+def _tokenizer(path: Path) -> Any:
+    return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+
+
+def _architecture(path: Path, dtype: str) -> Any:
+    causal: Any = AutoModelForCausalLM
+    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    with torch.device("meta"):
+        model = causal.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False)
+    if (path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+    return model

@@ -28,7 +28,7 @@ class LogitsExtrapolationLM(JournalledLM):
     def __init__(self, pair: LogitsExtrapolation, *, device: str, dtype: str, batch_size: int) -> None:
         """Load both models; ModelError when one cannot be loaded or they do not share tokenizer and vocabulary."""
         super().__init__(pair.end, device=device, dtype=dtype, batch_size=batch_size)
-        start, tokenizer = load(pair.start, dtype)
+        start, tokenizer = load(pair.start, dtype, device)
         _refuse_other_vocabulary(pair, (self.model, self.tokenizer), (start, tokenizer))
         self._stop_at({*self._stops, *stop_tokens(start, tokenizer)})
         self._max_length = min(

@@ -2,12 +2,14 @@
 
 It reads one job from its standard input, reports progress as JSON lines on its standard output, and leaves a report a
 benchmark. It holds a lock on each evaluation, so two workers never write one journal, and it does not outlive its
-parent.
+parent. Of several workers each answers its part of the chunks; one more, without weights, then scores what they left
+in their journals.
 """
 
 import gc
-from collections.abc import Mapping
-from contextlib import ExitStack
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +17,10 @@ from filelock import FileLock
 
 from evaluation.child import Send, serve
 from evaluation.details import BOOTSTRAPS, write_details
+from evaluation.devices import MASK, NO_WEIGHTS, cuda_index, device_kind, mask, occupied
 from evaluation.errors import BenchmarkError, DeviceError, ModelError
 from evaluation.fingerprint import LogitsExtrapolation
-from evaluation.job import Assignment, Job
+from evaluation.job import AnsweredPart, Assignment, Job
 from evaluation.journal import Journal
 from evaluation.problems import problem_id
 from evaluation.report import Report
@@ -37,12 +40,15 @@ def run(job: Job, send: Send) -> None:
     """Score every assignment that has no report yet, loading the model once; `send` gets an event for each chunk."""
     with ExitStack() as locks:
         # In one order for everybody: two jobs with the same benchmarks cannot wait for each other.
-        for directory in sorted({assignment.directory for assignment in job.assignments}):
-            locks.enter_context(FileLock(directory / "lock"))
+        for path in sorted({assignment.lock_path(job.part) for assignment in job.assignments}):
+            locks.enter_context(FileLock(path))
         pending = [assignment for assignment in job.assignments if not assignment.complete]
         if not pending:
             return
-        _refuse_absent_device(job.device)
+        if device_kind(job.device) == "cuda":
+            _refuse_absent_device(job.device)
+            # After those of the evaluation: who holds a GPU waits for nobody.
+            locks.enter_context(_own_gpus(job, send))
         # Collecting garbage among the modules that torch and transformers leave behind costs a fifth of the start.
         gc.disable()
         # Tasks first: a broken one is refused before minutes go into a large model.
@@ -51,11 +57,14 @@ def run(job: Job, send: Send) -> None:
         gc.freeze()
         gc.enable()
         for assignment, task in zip(pending, tasks, strict=True):
-            with Journal(assignment.journal_path) as journal:
-                lm.keep(journal, partial(_report_progress, send, lm, assignment.benchmark))
-                report, results = score(
-                    lm, task, assignment=assignment, model=str(job.model), limit=job.limit, journal=journal
-                )
+            with Journal(assignment.journal_path(job.part), assignment.other_journals(job.part)) as journal:
+                lm.keep(journal, partial(_report_progress, send, lm, assignment.benchmark), job.part)
+                try:
+                    report, results = score(
+                        lm, task, assignment=assignment, model=str(job.model), limit=job.limit, journal=journal
+                    )
+                except AnsweredPart:
+                    continue
             # Last the report, which says that the evaluation is done.
             write_details(results, report=report, lm=lm, assignment=assignment)
             report.write(assignment.report_path)
@@ -131,23 +140,43 @@ def load_any_task(name: str, path: str) -> Any:  # lm_eval's Task
 
 
 def _load_lm(job: Job) -> "JournalledLM":
+    device = "cuda" if device_kind(job.device) == "cuda" else job.device
+    settings: dict[str, Any] = {"device": device, "dtype": job.dtype, "batch_size": job.batch_size}
     if isinstance(job.model, LogitsExtrapolation):
         from evaluation.logits import LogitsExtrapolationLM
 
-        return LogitsExtrapolationLM(job.model, device=job.device, dtype=job.dtype, batch_size=job.batch_size)
+        return LogitsExtrapolationLM(job.model, **settings)
+    settings["max_length"] = job.backend.max_model_len
+    if job.backend.name == "vllm" and device != NO_WEIGHTS:
+        from evaluation.engine import EngineLM
+
+        return EngineLM(job.model, **settings, backend=job.backend)
     from evaluation.lm import JournalledLM
 
-    return JournalledLM(job.model, device=job.device, dtype=job.dtype, batch_size=job.batch_size)
+    return JournalledLM(job.model, **settings)
 
 
 def _refuse_absent_device(device: str) -> None:
-    if device == "cpu":
-        return
     import torch
 
-    found, wanted = torch.cuda.device_count(), torch.device(device).index or 0
-    if wanted >= found:
-        raise DeviceError(f"device {device} was asked for and this machine has {found} CUDA devices: pass device cpu.")
+    found = torch.cuda.device_count()
+    for name in device.split(","):
+        if cuda_index(name) >= found:
+            raise DeviceError(
+                f"device {name} was asked for and this machine has {found} CUDA devices: pass device cpu."
+            )
+
+
+@contextmanager
+def _own_gpus(job: Job, send: Send) -> Iterator[None]:
+    with ExitStack() as locks:
+        if not job.backend.share_device:
+            locks.enter_context(
+                occupied(job.device, os.environ, on_wait=lambda name: send({"event": "waiting", "gpu": name}))
+            )
+        # Nothing has touched a GPU yet, so that this process and those of vLLM never see another.
+        os.environ[MASK] = mask(job.device, os.environ)
+        yield
 
 
 def _number(sample: Mapping[str, Any], metric: str) -> float:
