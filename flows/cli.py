@@ -340,9 +340,18 @@ def evaluate(
     directory: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Write results and samples as lm-eval does.")
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or several workers: cuda:0,cuda:1.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="Precision to run in; auto: the model's own.")] = "auto",
-    batch_size: Annotated[int, typer.Option(min=1, help="Problems at once.")] = 64,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Problems at once (default: 64, with vllm 1024).")
+    ] = None,
+    backend: Annotated[
+        str,
+        typer.Option(
+            help="What answers: hf or vllm, as NAME:parameter=value,… with tensor_parallel_size, "
+            "gpu_memory_utilization, max_model_len, share_device."
+        ),
+    ] = "hf",
     limit: Annotated[int | None, typer.Option(min=1, help="Score only the first problems.")] = None,
     cache: Cache = None,
     as_json: Json = False,
@@ -351,6 +360,8 @@ def evaluate(
 
     Example: relex evaluate predicted/step-500 --benchmark my-benchmark.yaml
     Two models: relex evaluate --compare predicted/step-500 runs/qwen/checkpoint-75 --benchmark my-benchmark.yaml
+    Eight GPUs: relex evaluate predicted/step-500 --benchmark math --backend vllm:tensor_parallel_size=2
+    --device cuda:0,cuda:1,cuda:2,cuda:3,cuda:4,cuda:5,cuda:6,cuda:7
     Logits Extrapolation: relex evaluate runs/qwen/checkpoint-75 --logits-from models/qwen-base --alpha 4 --benchmark …
     """
     from evaluation.export import export
@@ -377,6 +388,7 @@ def evaluate(
             dtype=dtype,
             batch_size=batch_size,
             limit=limit,
+            backend=backend,
             on_progress=lambda step: bars(
                 f"{Path(str(subject)).name} {step.benchmark}" if compared else step.benchmark,
                 step.done,

@@ -29,6 +29,7 @@ def reports(
         dtype=settings.dtype,
         batch_size=settings.batch_size,
         limit=limit,
+        backend=settings.backend,
         on_progress=on_progress,
     )
 

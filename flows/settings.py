@@ -17,6 +17,8 @@ from pydantic import (
     field_validator,
 )
 
+from evaluation.backend import BATCH_SIZES, parse_backend
+from evaluation.errors import EvaluationError
 from flows.errors import ConfigError
 from relex.errors import RelexError
 from relex.layouts.files import is_remote
@@ -95,11 +97,21 @@ class Settings(BaseModel):
     cache: ByteSize = Field(
         default=ByteSize(8 << 30), description="Disk for what is read from a URL, until it has been read, such as 8GiB."
     )
-    device: str = Field(default="cpu", description="Device for evaluation: cpu, cuda or cuda:N.")
+    device: str = Field(
+        default="cpu", description="Device for evaluation: cpu, cuda, cuda:N, or several: cuda:0,cuda:1."
+    )
+    backend: str = Field(
+        default="hf",
+        description="What answers: hf, vllm, or vllm:tensor_parallel_size=2,max_model_len=8192,share_device=true.",
+    )
     dtype: str = Field(
         default="auto", description="Precision of evaluation; auto: the model's own, equal for all models."
     )
-    batch_size: int = Field(default=64, gt=0, description="Problems evaluated at once.")
+    batch_size: int = Field(
+        default_factory=lambda given: BATCH_SIZES[str(given.get("backend", "hf")).partition(":")[0]],
+        gt=0,
+        description="Problems evaluated at once; by default 64, with vllm 1024.",
+    )
     poll_seconds: float = Field(
         default=2.0, gt=0, description="How often the watcher looks at the directory; by default 30 s at a URL."
     )
@@ -129,6 +141,15 @@ class Settings(BaseModel):
             return [parse_method(spec).spec for spec in specs]
         except RelexError as error:
             raise ValueError(str(error)) from error
+
+    @field_validator("backend")
+    @classmethod
+    def _answering(cls, spec: str) -> str:
+        try:
+            parse_backend(spec)
+        except EvaluationError as error:
+            raise ValueError(str(error)) from error
+        return spec
 
     @field_validator("targets")
     @classmethod

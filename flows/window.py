@@ -26,7 +26,7 @@ def window_key(settings: Settings, base: Weights, inside: list[StoredCheckpoint]
 def key_of(settings: Settings, base: Weights, checkpoints: Mapping[int, str]) -> str:
     """Return the same name, told by the identity of each checkpoint's files."""
     deciding = ("training_run", "window", "targets", "total_steps", "methods", "attempts", "margin", "confidence")
-    scoring = ("selection", "gate", "report", "registered_model", "dtype", "batch_size")
+    scoring = ("selection", "gate", "report", "registered_model", "dtype", "batch_size", "backend")
     content = {name: getattr(settings, name) for name in (*deciding, *scoring)}
     content["base"] = base.identity
     content["checkpoints"] = [[step, identity] for step, identity in sorted(checkpoints.items())]
