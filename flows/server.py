@@ -13,6 +13,7 @@ import psutil
 
 from deploy.store import prepare
 from flows import service
+from flows.access import Access, mlflow_environment, prefect_environment, read_access
 from flows.errors import StackError
 from flows.service import Service
 
@@ -20,6 +21,7 @@ from flows.service import Service
 NO_TELEMETRY = {"DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
 
 _HOST = "127.0.0.1"
+_REFUSALS = (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN)
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,11 @@ MLFLOW = Server("mlflow", 5000, "/health", "/version")
 
 
 def launch(home: Path, server: Server) -> Service:
-    """Start a server on the loopback interface, at the port it had before or prefers, else at a free one."""
+    """Start a server on the loopback interface, at the port it had before or prefers, else at a free one.
+
+    It asks for the user and password of `HOME/auth` where that is there.
+    """
+    access = read_access(home)
     former = service.find(home, server.name)
     # Before the choice: a killed MLflow server leaves a worker that holds the port.
     service.stop(home, [server.name])
@@ -47,8 +53,8 @@ def launch(home: Path, server: Server) -> Service:
     return service.start(
         home,
         server.name,
-        _argv(home, server, port),
-        environment=_environment(home),
+        _argv(home, server, port, access),
+        environment=_environment(home, server, access),
         url=f"http://{_HOST}:{port}",
     )
 
@@ -72,6 +78,30 @@ def is_outdated(client: httpx.Client, found: Service, server: Server) -> bool:
     return answer.is_success and answer.text.strip('"\n') != version(server.name)
 
 
+def admits(client: httpx.Client, found: Service, server: Server, access: Access | None) -> bool:
+    """Return whether a server that answers lets in who may; StackError where it asks for something else than `access`.
+
+    `access` is what `HOME/auth` says. False where the server does not answer in time.
+    """
+    url = f"{found.url}{server.version}"
+    try:
+        asks = client.get(url).status_code == httpx.codes.UNAUTHORIZED
+        refuses = access is not None and client.get(url, auth=(access.user, access.password)).status_code in _REFUSALS
+    except httpx.TransportError:
+        return False
+    if asks and access is None:
+        raise StackError(f"{server.name} asks for a password and the file auth is gone. Run `relex down` first.")
+    if not asks and access is not None:
+        raise StackError(f"{server.name} was started before the file auth and asks nobody. Run `relex down` first.")
+    if refuses:
+        own = " MLflow keeps its users itself: change the password there, or delete mlflow/users.db in the same place."
+        raise StackError(
+            f"{server.name} refuses the user and password of the file auth. Run `relex down` first."
+            f"{own if server == MLFLOW else ''}"
+        )
+    return True
+
+
 def still_starting(home: Path, found: Service, server: Server, *, seconds: float, limit: float) -> Service:
     """Return the service to go on waiting for, after it has not answered for `seconds`.
 
@@ -88,7 +118,7 @@ def still_starting(home: Path, found: Service, server: Server, *, seconds: float
     raise StackError(f"{server.name} {ending}: {lines[-1] if lines else 'it wrote nothing'}. Its log is {found.log}.")
 
 
-def _argv(home: Path, server: Server, port: int) -> list[str]:
+def _argv(home: Path, server: Server, port: int, access: Access | None) -> list[str]:
     argv = [sys.executable, "-m", server.name, "server"]
     address = ["--host", _HOST, "--port", str(port)]
     if server == PREFECT:
@@ -96,10 +126,11 @@ def _argv(home: Path, server: Server, port: int) -> list[str]:
     store = prepare(home / "mlflow")
     places = ["--backend-store-uri", store.tracking_uri, "--default-artifact-root", str(store.artifacts)]
     # Clients on this file system read and write the artifacts themselves; nothing is left to be passed through.
-    return [*argv, *address, *places, "--no-serve-artifacts", "--workers", "1"]
+    asking = [] if access is None else ["--app-name", "basic-auth"]
+    return [*argv, *address, *places, "--no-serve-artifacts", "--workers", "1", *asking]
 
 
-def _environment(home: Path) -> dict[str, str]:
+def _environment(home: Path, server: Server, access: Access | None) -> dict[str, str]:
     # What the caller set for other servers must not reach these.
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "MLFLOW_"))}
     return {
@@ -109,6 +140,11 @@ def _environment(home: Path) -> dict[str, str]:
         # In memory, the default, a restart of the server loses the slots and crashes those who hold them.
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        **(
+            prefect_environment(access)
+            if server == PREFECT
+            else mlflow_environment(access, users=home / "mlflow/users.db")
+        ),
     }
 
 

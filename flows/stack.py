@@ -1,7 +1,7 @@
 """The local stack: a Prefect server, an MLflow server, and whatever else runs in the background beside them.
 
 Everything lies in one directory, the home: prefect/ and mlflow/ (databases and artifacts), logs/ and services/. Servers
-listen on the loopback interface only.
+listen on the loopback interface only, and ask for a password where the home has a file auth (see flows.access).
 """
 
 import logging
@@ -18,8 +18,18 @@ from filelock import FileLock, Timeout
 
 from deploy.store import prepare
 from flows import service
+from flows.access import client_environment, read_access
 from flows.errors import StackError
-from flows.server import MLFLOW, NO_TELEMETRY, PREFECT, answers, is_outdated, launch, still_starting
+from flows.server import (
+    MLFLOW,
+    NO_TELEMETRY,
+    PREFECT,
+    admits,
+    answers,
+    is_outdated,
+    launch,
+    still_starting,
+)
 from flows.service import Service
 
 __all__ = [
@@ -59,11 +69,13 @@ def up(home: Path, *, on_progress: Callable[[str], None] | None = None) -> Stack
     """Start what is not running of the two servers, both at once, and return when both answer.
 
     Servers of this home that answer with the installed version are left alone, whoever started them. StackError with
-    the end of its log for one that does not answer within 120 s or ends before.
+    the end of its log for one that does not answer within 120 s or ends before, and for one that asks for another
+    password than the home's.
     """
     tell = on_progress or _log.info
     home = _home(home)
-    with _locked(home), httpx.Client(trust_env=False, timeout=2) as client:
+    access = read_access(home)
+    with _locked(home), httpx.Client(trust_env=False, timeout=5) as client:
         started = time.monotonic()
         waiting = {}
         for server in _SERVERS:
@@ -79,7 +91,7 @@ def up(home: Path, *, on_progress: Callable[[str], None] | None = None) -> Stack
         while waiting:
             for server, found in list(waiting.items()):
                 seconds = time.monotonic() - started
-                if answers(client, home, found, server):
+                if answers(client, home, found, server) and admits(client, found, server, access):
                     del waiting[server]
                     tell(f"{server.name} answers at {found.url} after {seconds:.1f} s")
                 else:
@@ -89,8 +101,9 @@ def up(home: Path, *, on_progress: Callable[[str], None] | None = None) -> Stack
 
 
 def running(home: Path) -> Stack:
-    """Return the stack of this home; StackError where one of its servers is not running."""
+    """Return the stack of this home, and let this process in; StackError where one of its servers is not running."""
     home = _home(home)
+    _enter(home)
     urls = {}
     for server in _SERVERS:
         found = service.find(home, server.name)
@@ -112,11 +125,16 @@ def environment(stack: Stack) -> dict[str, str]:
         "MLFLOW_TRACKING_URI": stack.mlflow_url,
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
         "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+        **client_environment(read_access(stack.home)),
     }
 
 
 def tracking_uri(home: Path) -> str:
-    """Return where this home's registry is read: its MLflow server, or its database while the server is not running."""
+    """Return where this home's registry is read, and let this process in.
+
+    That is its MLflow server, or its database while the server is not running.
+    """
+    _enter(_home(home))
     found = service.find(_home(home), "mlflow")
     if found is not None and found.state == "running" and found.url is not None:
         return found.url
@@ -160,6 +178,11 @@ def down(home: Path) -> list[Service]:
         service.stop(home, [name for name in names if not _is_server(name)])
         service.stop(home, [name for name in names if _is_server(name)])
     return status(home)
+
+
+def _enter(home: Path) -> None:
+    # In the environment and not in the address, which is shown and recorded.
+    os.environ.update(client_environment(read_access(home)))
 
 
 def _is_server(name: str) -> bool:
