@@ -19,10 +19,12 @@ from prefect.client.schemas.objects import State as RunState
 from prefect.events import emit_event
 from prefect.states import Completed
 
+from flows import outbox
 from flows.arming import Armed, arm
 from flows.drift import announce, write_sent
 from flows.errors import WatchError
 from flows.ledger import (
+    CHECKPOINT_READY,
     Ledger,
     Seen,
     due,
@@ -118,7 +120,9 @@ def _look(settings: Settings, pins: Pins | None, on_look: Look | None) -> str:
     armed = arm(settings, base, newest, ours, tell=tell)
     events, ledger = tick(settings, base, stored, ledger, now=now, end=armed.end)
     drifted, sent = announce(settings, stored, ledger, now=now) if settings.drift != "off" else ([], {})
-    for event in (*events, *drifted):
+    # A window and a target are announced until somebody works on them; for a checkpoint nobody has to.
+    outbox.keep(settings, [item for item in events if item.name == CHECKPOINT_READY], now=now)
+    for event in (*events, *drifted, *outbox.due(settings, now=now)):
         emit_event(event.name, {"prefect.resource.id": event.resource}, payload=event.payload, id=event.id)
         logger.info("%s %s", event.name, event.payload)
     if pins is not None:
