@@ -11,12 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from prefect import task
+from prefect import Task, task
 from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
 
 from flows.errors import ShardError
 from flows.settings import Settings
 from relex import shards
+from relex.errors import RelexError
 from relex.layouts.block_cache import BlockCache
 from relex.shards import Shard, Spread
 from relex.streaming import Progress
@@ -28,9 +30,19 @@ def write_shard(shard: Shard, cache: int) -> None:
         shards.write_shard(shard, blocks=blocks)
 
 
-shard_task = task(name="shard", task_run_name="{shard.file}", retries=2, retry_delay_seconds=2, cache_policy=NO_CACHE)(
-    write_shard
-)
+def _may_pass(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
+    """Whether a second attempt may do better: not where the first one was refused."""
+    return not isinstance(state.data, RelexError)
+
+
+shard_task = task(
+    name="shard",
+    task_run_name="{shard.file}",
+    retries=2,
+    retry_delay_seconds=2,
+    retry_condition_fn=_may_pass,
+    cache_policy=NO_CACHE,
+)(write_shard)
 
 
 def spreading(settings: Settings) -> Spread | None:
