@@ -7,6 +7,7 @@ that is due, shows it, and says so last, so that it may be killed at any moment 
 import json
 import logging
 from collections.abc import Collection
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from flows.drifting import compare
 from flows.ledger import Event, Ledger, Sent, event, resource
 from flows.publish import ProgressArtifact
 from flows.settings import Settings, load_settings
+from flows.slots import evaluating
 from flows.window import write_json
 from relex.layouts.block_cache import BlockCache
 from relex.store import StoredCheckpoint
@@ -80,7 +82,10 @@ def compare_reached(config: str) -> int:
     progress = ProgressArtifact(f"drift-progress-{settings.training_run}", "drift")
     with BlockCache(settings.home, size=int(settings.cache)) as blocks:
         found = look(settings, blocks=blocks)
-        return 0 if found is None else len(compare(settings, found[0], found[1], tell=progress))
+        if found is None:
+            return 0
+        with evaluating(settings) if settings.drift == "accuracy" else nullcontext():
+            return len(compare(settings, found[0], found[1], tell=progress))
 
 
 def log_compared(config: str, tracking_uri: str) -> None:

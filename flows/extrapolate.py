@@ -32,6 +32,7 @@ from flows.recording import record
 from flows.score import reports, score
 from flows.settings import Settings, load_settings
 from flows.shards import spreading
+from flows.slots import evaluating
 from flows.stop_approval import offer
 from flows.window import claim, decided, decision_path, window_directory, write_json
 from relex.download import local_model
@@ -68,7 +69,9 @@ def score_model(config: str, model: Model, benchmarks: list[str], limit: int | N
     def tell(step: Progress) -> None:
         progress(f"{step.benchmark} {step.done}/{step.total}", step.done, step.total)
 
-    return [score(model, report) for report in reports(settings, model, benchmarks, limit=limit, on_progress=tell)]
+    with evaluating(settings):
+        found = reports(settings, model, benchmarks, limit=limit, on_progress=tell)
+    return [score(model, report) for report in found]
 
 
 def gate_model(config: str, winner: Model, references: list[Model], looks: int) -> list[Gate]:
@@ -77,7 +80,8 @@ def gate_model(config: str, winner: Model, references: list[Model], looks: int) 
     `looks` windows of the run share the error.
     """
     settings = load_settings(Path(config))
-    scored = [(model, reports(settings, model, [settings.gate])[0]) for model in (winner, *references)]
+    with evaluating(settings):
+        scored = [(model, reports(settings, model, [settings.gate])[0]) for model in (winner, *references)]
     confidence = settings.confidence
     # A promotion judges again by them, without a model.
     write_gate_results(

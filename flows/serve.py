@@ -30,6 +30,7 @@ from flows.drift import drift_deployment
 from flows.extrapolate import extrapolate
 from flows.ledger import WINDOW_READY, resource
 from flows.settings import Settings, load_settings
+from flows.slots import create_limits
 from flows.stop_approval import stop_deployment
 from flows.watch import RUN_SECONDS, SCHEDULE_SECONDS, watch
 
@@ -130,6 +131,7 @@ def main() -> None:
     parser.add_argument("--run-seconds", type=float, default=RUN_SECONDS)
     parser.add_argument("--schedule-seconds", type=float, default=SCHEDULE_SECONDS)
     options = parser.parse_args()
+    create_limits(load_settings(options.config))
     served = deployments(
         options.config,
         tracking_uri=options.tracking_uri,

@@ -112,6 +112,11 @@ class Settings(BaseModel):
         gt=0,
         description="Problems evaluated at once; by default 64, with vllm 1024.",
     )
+    evaluations: int | None = Field(
+        default=None,
+        gt=0,
+        description="Evaluations at once: on each GPU (by default one), or on a machine's CPU (by default any number).",
+    )
     poll_seconds: float = Field(
         default=2.0, gt=0, description="How often the watcher looks at the directory; by default 30 s at a URL."
     )
