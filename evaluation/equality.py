@@ -16,6 +16,7 @@ import subprocess
 import sys
 from functools import cache
 
+from evaluation.child import die_with_parent
 from evaluation.errors import WorkerError
 
 # Of computing, not of waiting: how busy the machine is must not change a score.
@@ -39,7 +40,11 @@ class Judge:
 
         Raises WorkerError when the process cannot be started.
         """
-        process = self._process or self._start()
+        process = self._process
+        if process is None or process.poll() is not None:
+            # Whatever ended one that was not asked anything says nothing about this answer.
+            self.close()
+            process = self._start()
         assert process.stdin is not None
         try:
             process.stdin.write(json.dumps([answer, gold]).encode() + b"\n")
@@ -86,6 +91,10 @@ def _line(process: subprocess.Popen[bytes]) -> bytes:
 
 def main() -> None:
     """Answer a line of JSON, [answer, gold], with true or false, until there are no more; the argument is the limit."""
+    die_with_parent()
+    # Whoever started the parent may have ignored or blocked it, which children inherit.
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
     # Libraries log every answer that they cannot parse.
     logging.disable(logging.CRITICAL)
     import math_verify

@@ -1,12 +1,15 @@
 import json
 import os
+import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from fractions import Fraction
 from itertools import combinations
 
+import psutil
 import pytest
 
 from evaluation import equality
@@ -325,6 +328,63 @@ def test_the_comparing_process_ends_with_the_one_that_asks() -> None:
     process = int(asked.stdout)
     with pytest.raises(ProcessLookupError):
         os.kill(process, 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux alone kills orphans on request")
+def test_the_comparing_process_dies_with_a_killed_one_even_while_it_computes() -> None:
+    script = """
+        import json, os, signal
+        from evaluation import equality
+        equality.SECONDS = 1000.0
+        judge = equality.Judge()
+        assert judge.equal("1", "1")
+        endless = r"\\prod_{n=1}^{99999999} n"
+        judge._process.stdin.write(json.dumps([endless, "7"]).encode() + b"\\n")
+        judge._process.stdin.flush()
+        print(judge._process.pid, flush=True)
+        signal.pause()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        try:
+            assert parent.stdout is not None
+            process = psutil.Process(int(parent.stdout.readline()))
+            used = process.cpu_times().user
+            while process.cpu_times().user < used + 0.2:
+                time.sleep(0.01)
+        finally:
+            parent.kill()
+    _, alive = psutil.wait_procs([process], timeout=10)
+    for each in alive:
+        each.kill()
+    assert not alive
+
+
+def test_the_limit_holds_where_its_signal_is_ignored_and_blocked() -> None:
+    one = Judge()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(equality, "SECONDS", 0.2)
+        before = signal.signal(signal.SIGPROF, signal.SIG_IGN)
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPROF})
+        try:
+            assert one.equal("1", "1")
+        finally:
+            signal.signal(signal.SIGPROF, before)
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    started = time.monotonic()
+    assert not one.equal(r"\prod_{n=1}^{99999999} n", "7")
+    assert time.monotonic() - started < 10
+    one.close()
+
+
+def test_a_process_that_died_unasked_costs_no_answer() -> None:
+    one = Judge()
+    assert one.equal("1", "1")
+    assert one._process is not None
+    one._process.kill()
+    one._process.wait()
+    assert one.equal(r"\frac12", "0.5")
+    one.close()
 
 
 def test_an_installation_that_cannot_compare_says_so_and_scores_nothing_zero(monkeypatch: pytest.MonkeyPatch) -> None:
