@@ -14,7 +14,7 @@ from rich.console import Console
 
 from deploy.errors import DeployError
 from evaluation.errors import EvaluationError
-from flows.errors import FlowError
+from flows.errors import ConfigError, FlowError
 from relex.errors import RelexError
 
 if TYPE_CHECKING:
@@ -555,15 +555,21 @@ def up(
 ) -> None:
     """Start the local stack: Prefect server, MLflow server, and for each CONFIG its watcher and deployments.
 
+    What runs is left alone, what died is started again. Where the home has a file auth, one line user:password, both
+    servers ask for it.
     Example: relex up relex.yaml
     """
     from evaluation.benchmark import resolve_benchmark
     from flows import promoter, stack
     from flows.settings import load_settings
 
-    configs = {}
+    configs: dict[str, Path] = {}
     for path in config or []:
         settings = load_settings(path)
+        if (other := configs.get(settings.training_run, path)) != path:
+            raise ConfigError(
+                f"{other} and {path} both describe training run {settings.training_run}. Give one of them another name."
+            )
         for benchmark in (settings.selection, settings.gate, *settings.report):
             resolve_benchmark(benchmark)
         configs[settings.training_run] = path
@@ -571,6 +577,7 @@ def up(
         started = stack.up(home)
         for name, path in configs.items():
             stack.spawn_watcher(started, name, path)
+        stack.revive_watchers(started)
         promoter.revive(started)
     _show_stack(home, as_json=as_json)
 

@@ -37,6 +37,7 @@ __all__ = [
     "Stack",
     "down",
     "environment",
+    "revive_watchers",
     "running",
     "spawn",
     "spawn_watcher",
@@ -50,6 +51,9 @@ _log = logging.getLogger(__name__)
 _START_SECONDS = 120.0
 # Longer than one `up` that waits for its servers in vain.
 _LOCK_SECONDS = 300.0
+_WATCHER = "watcher-"
+# Where the command of a watcher names its relex.yaml.
+_CONFIG = 3
 
 
 @dataclass(frozen=True)
@@ -162,7 +166,16 @@ def spawn(home: Path, name: str, argv: Sequence[str], *, environment: Mapping[st
 def spawn_watcher(stack: Stack, training_run: str, config: Path) -> Service:
     """Start the process that serves one training run's watcher and extrapolation; a live one is left alone."""
     argv = [sys.executable, "-m", "flows.serve", str(config.absolute()), "--tracking-uri", stack.mlflow_url]
-    return spawn(stack.home, f"watcher-{training_run}", argv, environment=environment(stack))
+    return spawn(stack.home, f"{_WATCHER}{training_run}", argv, environment=environment(stack))
+
+
+def revive_watchers(stack: Stack) -> list[Service]:
+    """Start the watchers again that died, and return them; those that were stopped stay stopped."""
+    return [
+        spawn_watcher(stack, found.name.removeprefix(_WATCHER), Path(found.argv[_CONFIG]))
+        for found in status(stack.home)
+        if found.state == "dead" and found.name.startswith(_WATCHER)
+    ]
 
 
 def status(home: Path) -> list[Service]:

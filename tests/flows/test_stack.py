@@ -15,7 +15,8 @@ import pytest
 
 from deploy.registry import models
 from deploy.runs import record
-from flows import service, stack
+from evaluation.benchmark import write_benchmark
+from flows import cli, service, stack
 from flows.errors import StackError
 from flows.server import MLFLOW, is_outdated, launch, still_starting
 from flows.stack import Service, Stack
@@ -180,6 +181,36 @@ def test_spawning_a_live_name_again_leaves_it_alone_and_refuses_to_make_it_somet
     _wait(lambda: stack.status(quiet)[0].state == "dead")
     again = stack.spawn(quiet, "sleeper", ["sleep", "1000"])
     assert (again.state, again.pid == first.pid) == ("running", False)
+
+
+def test_watchers_that_died_are_started_again_and_those_that_were_stopped_are_not(quiet: Path) -> None:
+    running = Stack(quiet, "http://127.0.0.1:9", "http://127.0.0.1:9/api", "http://127.0.0.1:9")
+    stopped, killed, live = (stack.spawn_watcher(running, name, quiet / f"{name}.yaml") for name in ("a", "b", "c"))
+    service.stop(quiet, [stopped.name])
+    os.kill(int(killed.pid or 0), signal.SIGKILL)
+    # Before it finds that there is no such config.
+    os.kill(int(live.pid or 0), signal.SIGSTOP)
+    _wait(lambda: [found.state for found in stack.status(quiet)] == ["stopped", "dead", "running"])
+    (revived,) = stack.revive_watchers(running)
+    assert (revived.name, revived.argv, revived.pid == killed.pid) == (killed.name, killed.argv, False)
+    assert revived.argv[3] == str(quiet / "b.yaml")
+    assert [found.pid for found in stack.status(quiet)][2] == live.pid
+    os.kill(int(live.pid or 0), signal.SIGCONT)
+
+
+def test_two_configs_of_one_training_run_are_refused_before_anything_starts(
+    quiet: Path, config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split in ("selection", "gate"):
+        write_benchmark(config.parent, split, [{"prompt": f"{split} =", "answer": "1"}], max_new_tokens=1)
+    other = config.with_name("other.yaml")
+    other.write_text(config.read_text())
+    monkeypatch.setattr(sys, "argv", ["relex", "up", str(config), str(other), "--home", str(quiet / "home")])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 1
+    assert f"{config} and {other} both describe training run tiny. Give one of them" in capsys.readouterr().err
+    assert not (quiet / "home").exists()
 
 
 def test_a_spawned_process_has_its_environment_and_hears_an_interrupt(quiet: Path) -> None:
