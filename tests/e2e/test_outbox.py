@@ -1,0 +1,71 @@
+"""A checkpoint's event reaches the server's database, whoever is killed between the announcement and that."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from prefect.events import emit_event
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from flows import outbox
+from flows.ledger import CHECKPOINT_READY, Event, event
+from flows.settings import Settings
+from flows.stack import Stack
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(
+        training_run="lost",
+        checkpoints="run",
+        base="base",
+        window=40,
+        targets="auto",
+        selection="selection",
+        gate="gate",
+        registered_model="lost",
+        state=tmp_path,
+    )
+
+
+def _events(settings: Settings) -> list[Event]:
+    return [event(CHECKPOINT_READY, settings, str(step), {"step": step}) for step in (10, 20, 25)]
+
+
+def _kept(settings: Settings) -> list[int]:
+    rows = json.loads((settings.home / "outbox.json").read_bytes())
+    return sorted(row["payload"]["step"] for row in rows.values())
+
+
+def test_what_the_server_does_not_show_is_sent_again_and_the_same(servers: Stack, settings: Settings) -> None:
+    sent, lost = _events(settings)[:2], _events(settings)[2:]
+    with temporary_settings({PREFECT_API_URL: servers.prefect_api_url}):
+        for item in sent:
+            emit_event(item.name, {"prefect.resource.id": item.resource}, payload=item.payload, id=item.id)
+        outbox.keep(settings, [*sent, *lost], now=100.0)
+        assert outbox.due(settings, now=105.0) == []
+        end = time.monotonic() + 60
+        now = 110.0
+        while (again := outbox.due(settings, now=now)) != lost:
+            assert {item.id for item in again} <= {item.id for item in (*sent, *lost)}
+            assert time.monotonic() < end
+            time.sleep(0.5)
+            now += 10
+        assert _kept(settings) == [25]
+        # It has been sent again just now: the next time is later.
+        assert outbox.due(settings, now=now + 9) == []
+
+
+def test_while_the_server_does_not_answer_everything_is_kept(settings: Settings) -> None:
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
+        outbox.keep(settings, _events(settings), now=100.0)
+        assert outbox.due(settings, now=200.0) == []
+    assert _kept(settings) == [10, 20, 25]
+
+
+def test_without_a_server_nothing_is_kept(settings: Settings) -> None:
+    with temporary_settings(restore_defaults={PREFECT_API_URL}):
+        outbox.keep(settings, _events(settings), now=100.0)
+        assert outbox.due(settings, now=200.0) == []
+    assert not (settings.home / "outbox.json").exists()
