@@ -169,6 +169,7 @@ def test_a_refusal_before_the_gate_spends_no_attempt(automatic: Settings) -> Non
     store = Store(automatic, "line")
     store.train(until=40)
     store.decided(40, gated=False)
+    store.train(until=60)
     base, identities = store.seen()
     assert attempt(automatic, base, identities) == (1, 2)
 
