@@ -149,7 +149,7 @@ class _Follower:
     async def follow(self) -> None:
         """Look at the alias again and again, and at once when the engine ends."""
         while True:
-            if self._now.ended:
+            if self._proxy.backend is None:
                 await asyncio.sleep(self._service.poll_seconds)
             else:
                 with contextlib.suppress(TimeoutError):
@@ -165,8 +165,9 @@ class _Follower:
         await self._now.ending.aclose()
 
     async def _look(self) -> None:
-        now = self._now
-        if now.ended and self._proxy.backend is not None:
+        # As it is now: one that ends further down is seen to by the next look.
+        now, ended = self._now, self._now.ended
+        if ended and self._proxy.backend is not None:
             self._proxy.backend = None
             self._trouble(
                 now.row, f"the engine of {_title(now.row)} ended and is started again: {now.engine.last_words}"
@@ -175,10 +176,10 @@ class _Follower:
             wanted = await _champion(self._service, self._tracking_uri)
         except DeployError as error:
             self._trouble(now.row, f"whether the champion is still version {now.row.version} is not known: {error}")
-            if not now.ended:
+            if not ended:
                 return
             wanted = now.row
-        if wanted.version == now.row.version and not now.ended:
+        if wanted.version == now.row.version and not ended:
             self._told = ""
             return
         if wanted.version == self._failed and time.monotonic() < self._retry_at:
@@ -187,13 +188,13 @@ class _Follower:
             self._now = await _start(self._service, self._tracking_uri, wanted)
         except (DeployError, ServingError, OSError) as error:
             self._postpone(wanted)
-            goes_on = "nothing answers" if now.ended else f"version {now.row.version} goes on answering"
+            goes_on = "nothing answers" if ended else f"version {now.row.version} goes on answering"
             self._trouble(wanted, f"{_title(wanted)} cannot be served, {goes_on}: {error}")
             return
         self._failed, self._told = None, ""
         self._proxy.backend = self._now.backend
         then = f"; version {now.row.version} ends after the requests it has: {now.backend.requests}"
-        self._tell(News("answers", wanted.version, f"{_title(wanted)} answers now{'' if now.ended else then}"))
+        self._tell(News("answers", wanted.version, f"{_title(wanted)} answers now{'' if ended else then}"))
         task = asyncio.create_task(_retire(now))
         self._retiring.add(task)
         task.add_done_callback(self._retiring.discard)

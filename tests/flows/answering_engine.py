@@ -24,9 +24,10 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["Content-Length"])).decode()
         query = parse_qs(urlsplit(self.path).query)
         if "stream" in query:
-            self.stream(count=int(query["stream"][0]))
+            self.stream(count=int(query["stream"][0]), waits="wait" in query)
             return
-        time.sleep(float(query.get("seconds", ["0"])[0]))
+        if "wait" in query:
+            until_told()
         told = {"weights": WEIGHTS, "path": self.path, "headers": dict(self.headers.items()), "body": body}
         self.answer(json.dumps(told).encode(), status=int(query.get("status", ["200"])[0]))
 
@@ -37,20 +38,27 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content)
 
-    def stream(self, *, count: int) -> None:
+    def stream(self, *, count: int, waits: bool) -> None:
         self.send_response(200)
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         try:
             for number in range(count):
                 self.wfile.write(f"2\r\n{number % 10}\n\r\n".encode())
-                time.sleep(0.05)
+                if waits:
+                    until_told()
+                time.sleep(0.01)
             self.wfile.write(b"0\r\n\r\n")
         except OSError:
             (MODEL.parent / "gone").touch()
 
     def log_message(self, format: str, *args: object) -> None:
         pass
+
+
+def until_told() -> None:
+    while not (MODEL.parent / "go").exists():
+        time.sleep(0.02)
 
 
 MODEL = Path(sys.argv[1])
