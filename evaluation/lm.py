@@ -140,7 +140,8 @@ class JournalledLM(HFLM):  # type: ignore[misc]  # lm_eval carries no types
         rows = self._model_generate(
             context=prompts["input_ids"].to(self.device),
             attention_mask=prompts["attention_mask"].to(self.device),
-            stop=until,
+            # An empty one would end every answer at once.
+            stop=[stop for stop in until if stop],
             max_length=width + limit,
             **settings,
         )
