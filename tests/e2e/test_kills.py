@@ -36,7 +36,7 @@ from tests.e2e.test_pipeline import wait_for
 
 ROUNDS = int(os.environ.get("RELEX_KILL_ROUNDS", "2"))
 SEED = int(os.environ.get("RELEX_KILL_SEED", "0"))
-VICTIMS = ("extrapolate", "prefect", "serving", "watch")
+VICTIMS = ("prefect", "serving", "extrapolate", "watch")
 STEPS = (10, 20, 25, 40)
 NAMES = ("left", "right")
 ACCESS = ("somebody", "no-one-may-read-this")
