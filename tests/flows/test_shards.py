@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import dask
+import distributed  # noqa: F401  its settings are there before the first one is changed
 import pytest
 import yaml
 
@@ -66,7 +67,7 @@ def test_a_scheduler_that_does_not_answer_is_named_in_one_line(config: Path) -> 
     assert spread is not None
     with (
         dask.config.set({"distributed.comm.timeouts.connect": "500ms"}),
-        pytest.raises(ShardError, match="dask_address tcp://127.0.0.1:9 does not answer") as caught,
+        pytest.raises(ShardError, match=r"dask_address tcp://127.0.0.1:9 does not answer") as caught,
     ):
         spread([SHARD], None)
     assert "\n" not in str(caught.value)
