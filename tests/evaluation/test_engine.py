@@ -63,7 +63,7 @@ def answers(journal: Path) -> list[Any]:
     return [answer for line in journal.read_text().splitlines() for answer in json.loads(line)["answers"]]
 
 
-def events(log: Path, kind: str) -> list[dict[str, object]]:
+def events(log: Path, kind: str) -> list[dict[str, Any]]:
     return [event for event in map(json.loads, log.read_text().splitlines()) if event["event"] == kind]
 
 
@@ -95,7 +95,7 @@ def test_sampled_answers_depend_on_their_chunk_alone_and_repeats_differ(
     assert run(engine(model), path, cut) == report
     assert sorted(map(str, answers(cut))) == sorted(map(str, answers(whole)))
     assert len(set(map(str, answers(whole)[:3]))) == 3
-    assert [event["requests"] for event in events(vllm, "generate")] == [5] * 7 + [1] + [5] * 3 + [1]
+    assert [len(event["limits"]) for event in events(vllm, "generate")] == [5] * 7 + [1] + [5] * 3 + [1]
 
 
 def test_likelihoods_are_those_of_transformers(
@@ -113,8 +113,9 @@ def test_likelihoods_are_those_of_transformers(
     assert 0 < expected.accuracy < 1
 
 
-@pytest.mark.usefixtures("vllm")
-def test_an_answer_ends_where_the_context_does_if_the_benchmark_says_so(model: Path, tmp_path: Path) -> None:
+def test_an_answer_ends_where_the_context_does_if_the_benchmark_says_so(
+    model: Path, vllm: Path, tmp_path: Path
+) -> None:
     problems = [{"prompt": "1" * length, "answer": "2"} for length in (3, 15, 20)]
     path = write_benchmark(tmp_path, "long", problems, max_new_tokens=200)
     with pytest.raises(BenchmarkError, match="problem 0 of long has 4 tokens and may generate 200, more than the 24"):
@@ -123,7 +124,7 @@ def test_an_answer_ends_where_the_context_does_if_the_benchmark_says_so(model: P
     lm = engine(model, max_length=24)
     run(lm, path, tmp_path / "cut")
     # All three are answered at once, each with its own room.
-    assert lm.spent.tokens <= 20 + 8 + 3
+    assert [event["limits"] for event in events(vllm, "generate")] == [[20, 8, 3]]
     assert lm.truncated[2]
 
 

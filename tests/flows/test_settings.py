@@ -25,6 +25,8 @@ def test_relative_paths_are_relative_to_the_file(config: Path, tmp_path: Path) -
         ({"targets": [100, 100]}, "a target is named twice"),
         ({"methods": ["relx"]}, "method 'relx' is not known; known are relex"),
         ({"training_run": "Tiny Run"}, "training_run: String should match pattern"),
+        ({"backend": "tgi"}, "backend is tgi and must be one of hf, vllm"),
+        ({"backend": "vllm:seed=1"}, "backend vllm has no parameter seed: it has tensor_parallel_size"),
         ({"memory": "lots"}, "memory: could not parse value and unit"),
     ],
 )
@@ -34,6 +36,14 @@ def test_a_wrong_key_or_value_is_named_in_one_line(config: Path, change: dict[st
         load_settings(config)
     assert "\n" not in str(caught.value)
     assert str(config) in str(caught.value)
+
+
+def test_as_many_problems_at_once_as_suit_the_backend_unless_it_is_said(config: Path) -> None:
+    content = yaml.safe_load(config.read_text())
+    content.pop("batch_size", None)
+    for change, size in (({}, 64), ({"backend": "vllm:max_model_len=8"}, 1024), ({"batch_size": 7}, 7)):
+        config.write_text(yaml.safe_dump(content | change))
+        assert load_settings(config).batch_size == size
 
 
 def test_a_file_that_is_missing_or_no_yaml_is_refused(tmp_path: Path) -> None:

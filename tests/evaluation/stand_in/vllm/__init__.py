@@ -142,7 +142,7 @@ class LLM:
         assert self._cached == 0, "prefixes of an earlier call are in the cache"
         assert isinstance(sampling_params, Sequence)
         assert len(sampling_params) == len(prompts)
-        log(event="generate", requests=len(prompts))
+        log(event="generate", limits=[each.max_tokens for each in sampling_params])
         self._cached = len(prompts)
         return [
             self._answer(str(number), prompt["prompt_token_ids"], asked)
