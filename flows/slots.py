@@ -42,6 +42,8 @@ def evaluating(settings: Settings) -> Iterator[None]:
     if not names:
         yield
         return
+    # A worker of a work pool has nobody who made them before.
+    create_limits(settings)
     # A server that was away takes the slot back and not the hour that the evaluation has run.
     with concurrency(names, occupy=1, strict=True, lease_duration=_LEASE_SECONDS, raise_on_lease_renewal_failure=False):
         yield
