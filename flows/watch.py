@@ -40,7 +40,7 @@ from flows.lock import held
 from flows.pins import Pins
 from flows.settings import Settings, load_settings
 from flows.window import decided, key_of
-from relex.errors import UnreachableError
+from relex.errors import AbsentError, UnreachableError
 from relex.layouts.files import open_directory
 from relex.layouts.pruning import setting_of, warning
 from relex.layouts.weights import Weights
@@ -79,8 +79,8 @@ def watch_store(settings: Settings, *, seconds: float, on_look: Look | None = No
             while True:
                 try:
                     warned = _look(settings, pins, on_look)
-                except UnreachableError as error:
-                    # The network comes back, and a repository may be made later.
+                except (UnreachableError, AbsentError, FileNotFoundError) as error:
+                    # The network comes back, a repository may be made later, and who starts anew moves the run away.
                     warned = f"waiting: {error}"
                     if on_look is not None:
                         on_look(0.0, f"{settings.training_run}: {warned}")

@@ -2,6 +2,7 @@
 
 RelexError
 ├── StoreError                     the store as a whole: no checkpoints, two directories for one step, too few steps
+│   ├── AbsentError                    there is no such training run
 │   └── UnreachableError               a store on the network does not answer, or does not let us in
 ├── CheckpointError                one checkpoint, or the base
 │   ├── CheckpointIncompleteError      files missing, truncated or still being written
@@ -24,6 +25,10 @@ class RelexError(Exception):
 
 class StoreError(RelexError):
     """The store as a whole cannot be used."""
+
+
+class AbsentError(StoreError):
+    """There is no such training run, or not any more."""
 
 
 class UnreachableError(StoreError):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from relex.errors import CheckpointError, CheckpointIncompleteError, CheckpointMismatchError, StoreError
+from relex.errors import AbsentError, CheckpointError, CheckpointIncompleteError, CheckpointMismatchError, StoreError
 from relex.layouts import hf
 from relex.layouts.block_cache import BlockCache
 from relex.layouts.detection import open_complete
@@ -72,7 +72,7 @@ def scan(
     """
     run = open_directory(location, blocks=blocks) if isinstance(location, (str, Path)) else location
     if not run.exists():
-        raise StoreError(
+        raise AbsentError(
             f"training run {run} is not a directory. Give the directory the trainer writes its checkpoints to."
         )
     steps = step_directories(run).items()
