@@ -20,7 +20,7 @@ import psutil
 
 from evaluation.child import last_words
 from flows.errors import ServingError
-from flows.server import NO_TELEMETRY
+from flows.server import NO_TELEMETRY, listens
 
 _HOST = "127.0.0.1"
 # A large model is read from a network disk and compiled for; one that cannot be loaded ends by itself.
@@ -134,22 +134,14 @@ async def _until_it_answers(engine: Engine, port: int) -> None:
                 pass
             else:
                 # An engine without this page answers, too. The port may have gone to a stranger in the meantime.
-                if answer.status_code < 500 and _listens(engine.process.pid, port):
+                if answer.status_code < 500 and _answers(engine.process.pid, port):
                     return
             await asyncio.sleep(_LOOK_SECONDS)
     raise ServingError(f"the engine ended with status {engine.process.returncode}: {engine.last_words}")
 
 
-def _listens(guard: int, port: int) -> bool:
+def _answers(guard: int, port: int) -> bool:
     try:
-        group = psutil.Process(guard).children(recursive=True)
+        return listens(psutil.Process(guard).children(recursive=True), port=port)
     except psutil.NoSuchProcess:
         return False
-    for process in group:
-        try:
-            connections = process.net_connections("tcp")
-        except psutil.Error:
-            continue
-        if any(one.status == psutil.CONN_LISTEN and one.laddr.port == port for one in connections):
-            return True
-    return False

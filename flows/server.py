@@ -66,7 +66,7 @@ def answers(client: httpx.Client, home: Path, found: Service, server: Server) ->
     except httpx.TransportError:
         return False
     # The port may have gone to a stranger, another home's server for one, between the choice and the bind.
-    return healthy and _listens(service.processes(home, server.name), port=_port(found))
+    return healthy and listens(service.processes(home, server.name), port=_port(found))
 
 
 def is_outdated(client: httpx.Client, found: Service, server: Server) -> bool:
@@ -168,7 +168,8 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _listens(group: Sequence[psutil.Process], *, port: int) -> bool:
+def listens(group: Sequence[psutil.Process], *, port: int) -> bool:
+    """Whether one of the processes listens on a port: what answers there may be a stranger."""
     for process in group:
         try:
             connections = process.net_connections("tcp")
