@@ -49,7 +49,7 @@ def _backtested(found: Backtested) -> list[str]:
 def _gates(decision: Decision) -> list[str]:
     rows = [
         f"| {item.reference} | {100 * item.difference:+.2f} | {_interval(item)} | {100 * item.lower_bound:+.2f} |"
-        f" {-100 * item.margin:+g} | {item.verdict} |"
+        f" {0.0 - 100 * item.margin:g} | {item.verdict} |"
         for item in decision.gates
     ]
     return [

@@ -184,6 +184,7 @@ def extrapolate(config: str, steps: list[int], key: str, tracking_uri: str) -> S
         directory.joinpath("decision.md").write_text(page(decision), encoding="utf-8")
         decision = register_task(config, decision, tracking_uri)
         decision = replace(decision, stop=offer(config, settings, decision, tracking_uri=tracking_uri))
+        directory.joinpath("decision.md").write_text(page(decision), encoding="utf-8")
         show(decision, figure)
         write_json(decision_path(settings, key), decision.to_json())
     return Completed(message=f"{decision.verdict}: {decision.registered or decision.reason}")
