@@ -54,7 +54,7 @@ def launch(home: Path, server: Server) -> Service:
         home,
         server.name,
         _argv(home, server, port, access),
-        environment=_environment(home, server, access),
+        environment=_environment(home, server, port, access),
         url=f"http://{_HOST}:{port}",
     )
 
@@ -130,13 +130,15 @@ def _argv(home: Path, server: Server, port: int, access: Access | None) -> list[
     return [*argv, *address, *places, "--no-serve-artifacts", "--workers", "1", *asking]
 
 
-def _environment(home: Path, server: Server, access: Access | None) -> dict[str, str]:
+def _environment(home: Path, server: Server, port: int, access: Access | None) -> dict[str, str]:
     # What the caller set for other servers must not reach these.
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "MLFLOW_"))}
     return {
         **inherited,
         **NO_TELEMETRY,
         "PREFECT_HOME": str(home / "prefect"),
+        # Its pages would ask port 4200, whatever the port that it was given.
+        "PREFECT_SERVER_UI_API_URL": f"http://{_HOST}:{port}/api",
         # In memory, the default, a restart of the server loses the slots and crashes those who hold them.
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",

@@ -47,6 +47,12 @@ def running(home: Path) -> Stack:
     return stack.up(home)
 
 
+def test_the_pages_ask_their_own_server(running: Stack) -> None:
+    """On the default port they do by themselves; here a stranger has that."""
+    settings = httpx.get(f"{running.prefect_url}/ui-settings").raise_for_status().json()
+    assert settings["api_url"] == running.prefect_api_url
+
+
 @pytest.fixture
 def quiet(tmp_path: Path) -> Iterator[Path]:
     """A home without servers."""
