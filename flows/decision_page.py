@@ -70,16 +70,22 @@ def _interval(item: Gate) -> str:
 def _scores(title: str, scores: Sequence[Score]) -> list[str]:
     if not scores:
         return []
+    # Where the backtest promised nothing there is no column for it.
+    promised = any(item.model.skill_at_least is not None for item in scores)
     rows = [
         f"| {item.model.title} | {item.benchmark} | {item.accuracy:.4f} | {item.low:.4f} to {item.high:.4f} |"
-        f" {item.n} | {'' if item.model.skill_at_least is None else f'{item.model.skill_at_least:.2f}'} |"
+        f" {item.n} |{_promise(item) if promised else ''}"
         for item in scores
     ]
     return [
         "",
         f"## {title}",
         "",
-        "| model | benchmark | accuracy | 95 % interval | problems | skill of the weights at least |",
-        "|---|---|---|---|---|---|",
+        f"| model | benchmark | accuracy | 95 % interval | problems |{' skill of the weights at least |' * promised}",
+        f"|---|---|---|---|---|{'---|' * promised}",
         *rows,
     ]
+
+
+def _promise(item: Score) -> str:
+    return " |" if item.model.skill_at_least is None else f" {item.model.skill_at_least:.2f} |"

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 from evaluation.gate import Gate
 from flows.decision import Decision, Model, Score, choose
@@ -55,5 +56,8 @@ def test_a_decision_survives_its_json_and_its_page_has_every_number() -> None:
     )
     assert Decision.from_json(json.loads(json.dumps(decision.to_json()))) == decision
     text = page(decision)
+    assert "skill of the weights" not in text
+    promised = replace(winner, model=replace(winner.model, skill_at_least=0.61))
+    assert "| 0.61 |" in page(replace(decision, selection=(score(0.4, role="observed"), promised)))
     for piece in ("0.7100", "0.4100", "+27.00", "tiny-candidates version 1", "steps 8 to 48"):
         assert piece in text
