@@ -16,6 +16,7 @@ from prefect.events.worker import EventsWorker
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from safetensors.torch import load_file
 
+from flows.decision import Decision
 from flows.errors import ConfigError, PinError
 from flows.ledger import read_ledger
 from flows.pins import Pins
@@ -58,6 +59,12 @@ def twice(pins: Pins) -> None:
 
 def tree(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def refuse(settings: Settings, key: str) -> None:
+    """Write the decision that keeps training after step 40."""
+    decision = Decision(settings.training_run, key, 40, (10, 25, 40), "keep training", "because")
+    write_json(decision_path(settings, key), decision.to_json())
 
 
 def test_what_the_trainer_deletes_is_kept_byte_for_byte(pinned: Settings, write_checkpoint: WriteCheckpoint) -> None:
@@ -301,7 +308,7 @@ def test_pins_go_with_the_decision_and_are_not_made_again(pinned: Settings, writ
     twice(pins)
     look(pinned, pins)
     (key,) = read_ledger(pinned).windows
-    write_json(decision_path(pinned, key), {})
+    refuse(pinned, key)
     look(pinned, pins)
     # Killed between the ledger and the deletion.
     assert pinned.pins.exists()
@@ -324,7 +331,7 @@ def test_a_run_that_writes_into_a_decided_window_is_pinned_anew(
     twice(pins)
     look(pinned, pins)
     (key,) = read_ledger(pinned).windows
-    write_json(decision_path(pinned, key), {})
+    refuse(pinned, key)
     for _ in range(2):
         look(pinned, pins)
     time.sleep(0.01)
@@ -344,7 +351,7 @@ def test_a_wider_window_after_the_decision_is_pinned_anew(pinned: Settings, writ
     pins = Pins(pinned)
     twice(pins)
     look(pinned, pins)
-    write_json(decision_path(pinned, next(iter(read_ledger(pinned).windows))), {})
+    refuse(pinned, next(iter(read_ledger(pinned).windows)))
     for _ in range(2):
         look(pinned, pins)
     wider = pinned.model_copy(update={"window": 60})
