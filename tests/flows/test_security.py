@@ -193,7 +193,8 @@ def test_an_evaluation_occupies_its_gpus_and_a_cpu_only_where_it_is_limited(conf
 def test_a_slot_is_one_evaluations_and_free_again_when_its_holder_was_killed(running: Stack, config: Path) -> None:
     settings = _limited(config, evaluations=1)
     with temporary_settings(_prefect(running)), get_client(sync_client=True) as client:
-        with pytest.raises(Exception, match="limit"), evaluating(settings):
+        # Whoever needs the limit first makes it, as the worker of a work pool does.
+        with evaluating(settings):
             pass
         # As each serving process does when it starts.
         for _ in range(2):
