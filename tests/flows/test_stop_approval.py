@@ -166,7 +166,7 @@ def test_an_approved_stop_survives_a_restart_and_happens_once(deployed: Path, se
     stop = read_stop(configure(deployed))
     assert stop is not None
     assert (stop.state, stop.by) == ("stopped", "ada in the Prefect UI")
-    assert steps_saved(deployed, server, stop) == 440
+    assert steps_saved(deployed, server, stop) == 140
     assert offer_to_stop(deployed, server).startswith("The training was stopped at")
 
 
