@@ -81,6 +81,8 @@ def serve(service: Service, *, tracking_uri: Callable[[], str], tell: Callable[[
             await ended
 
     asyncio.run(until_ended())
+    # Asked to end between two steps of the loop, it returns: nothing was left to interrupt.
+    raise KeyboardInterrupt
 
 
 @asynccontextmanager
