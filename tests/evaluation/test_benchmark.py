@@ -74,6 +74,10 @@ def test_a_shipped_base_is_a_base_and_no_benchmark(base: str) -> None:
         resolve_benchmark(base)
 
 
+# What errors are called and how the grading process ends decide no grade.
+APART = {"evaluation.errors", "evaluation.child"}
+
+
 def test_a_grade_is_named_by_all_that_decides_it() -> None:
     # What grading imports of this package, but for the errors and its own digest.
     for module, others in ALSO.items():
@@ -82,7 +86,7 @@ def test_a_grade_is_named_by_all_that_decides_it() -> None:
             text = " ".join(Path(each.replace(".", "/") + ".py").read_text() for each in new)
             used |= new
             found = re.findall(r"from (evaluation)(?:\.(\w+))? import (\w+)", text)
-            new = {f"{package}.{part or name}" for package, part, name in found} - used - {"evaluation.errors"}
+            new = {f"{package}.{part or name}" for package, part, name in found} - used - APART
         assert used == {module, *others}
 
 
