@@ -1,11 +1,15 @@
 """Details: lm-eval's own results and samples of one evaluation, as its command line writes them."""
 
+import json
 import platform
 import shutil
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evaluation.errors import ReportError
 from evaluation.job import Assignment
 from evaluation.report import Report
 
@@ -14,6 +18,16 @@ if TYPE_CHECKING:
 
 # Of the few metrics whose error has no formula; the others' costs nothing.
 BOOTSTRAPS = 1000
+
+
+def read_samples(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the samples of one evaluation, of all its filters; ReportError when they cannot be read."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            for line in file:
+                yield json.loads(line)
+    except (OSError, ValueError) as error:
+        raise ReportError(f"{path} cannot be read: {error}. Delete it and evaluate again.") from error
 
 
 def write_details(results: dict[str, Any], *, report: Report, lm: "JournalledLM", assignment: Assignment) -> None:

@@ -1,12 +1,12 @@
 """Difference: a problem on which two models score differently, with what each answered."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evaluation.errors import ComparisonError, ReportError
+from evaluation.details import read_samples
+from evaluation.errors import ComparisonError
 from evaluation.harness import Evaluated
 
 
@@ -54,15 +54,10 @@ def find_differences(candidate: Evaluated, reference: Evaluated) -> list[Differe
 def _samples(path: Path) -> Iterator[dict[str, Any]]:
     # Of the first filter, as in the report.
     chosen = None
-    try:
-        with path.open(encoding="utf-8") as file:
-            for line in file:
-                sample = json.loads(line)
-                chosen = chosen or sample["filter"]
-                if sample["filter"] == chosen:
-                    yield sample
-    except (OSError, ValueError) as error:
-        raise ReportError(f"{path} cannot be read: {error}. Delete it and evaluate again.") from error
+    for sample in read_samples(path):
+        chosen = chosen or sample["filter"]
+        if sample["filter"] == chosen:
+            yield sample
 
 
 def _flat(answers: Any) -> Iterator[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.bounds import mean_interval
+from evaluation.details import read_samples
 from evaluation.errors import ReportError
 from evaluation.harness import Evaluated
 
@@ -38,7 +39,7 @@ def read_rows(evaluated: Evaluated) -> list[Row]:
     """Return the table of one evaluation, the metric that decides first."""
     results = _read(evaluated.results)
     scores: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for sample in _samples(evaluated.samples):
+    for sample in read_samples(evaluated.samples):
         for metric in sample["metrics"]:
             if isinstance(sample[metric], (int, float)):
                 scores[metric, sample["filter"]].append(float(sample[metric]))
@@ -103,10 +104,3 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ReportError(f"{path} cannot be read: {error}. Delete it and evaluate again.") from error
     return content
-
-
-def _samples(path: Path) -> list[dict[str, Any]]:
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise ReportError(f"{path} cannot be read: {error}. Delete it and evaluate again.") from error

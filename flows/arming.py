@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from flows.ledger import Seen
 from flows.predict import backtest_window
 from flows.settings import Settings
-from flows.window import decided, decisions_of, key_of, write_json
+from flows.window import decided, decisions_of, key_up_to, write_json
 from relex.convergence import GROWTH
 from relex.errors import RelexError, UnreachableError
 from relex.extrapolation import Tell
@@ -63,7 +63,7 @@ def arm(
     """
     identities = {int(step): seen.identity for step, seen in checkpoints.items()}
     if settings.window != "auto":
-        key = _key(settings, base, identities, settings.window)
+        key = key_up_to(settings, base, identities, settings.window)
         return Armed(settings.window, closed=decided(settings, key))
     ready = _ready(newest, settings.end)
     final = any(item.step >= settings.end and item.state is State.READY for item in newest) and len(ready) == sum(
@@ -80,7 +80,7 @@ def arm(
     if final and refused == last:
         return Armed(refused, f"refused at step {refused}, the last one that is observed", closed=True)
     look = _read(settings)
-    if look is not None and look.key != _key(settings, base, identities, look.step):
+    if look is not None and look.key != key_up_to(settings, base, identities, look.step):
         look = None
     if look is not None and look.due and not decided(settings, look.key):
         return Armed(look.step, look.reason)
@@ -89,7 +89,7 @@ def arm(
     if not final and last < REARM_GROWTH * refused:
         return Armed(None, f"refused at step {refused}; looked at again from step {round(REARM_GROWTH * refused)}")
     if look is None or final or last >= GROWTH * look.step:
-        look = _look(settings, base, ready, _key(settings, base, identities, last), final=final, tell=tell)
+        look = _look(settings, base, ready, key_up_to(settings, base, identities, last), final=final, tell=tell)
         write_json(settings.home / "look.json", asdict(look))
     return Armed(look.step if look.due else None, f"backtest at step {look.step}: {look.reason}")
 
@@ -136,10 +136,6 @@ def _look(
         assert settings.total_steps is not None
         reason += f" Step {settings.total_steps} is in reach from step {-(-settings.total_steps // REACH)}."
     return _Look(step, key, due=final or (found.converged and reaches), reason=reason)
-
-
-def _key(settings: Settings, base: Weights, identities: Mapping[int, str], end: int) -> str:
-    return key_of(settings, base, {step: identity for step, identity in identities.items() if step <= end})
 
 
 def _read(settings: Settings) -> _Look | None:

@@ -139,3 +139,17 @@ def choose(selection: Sequence[Score], *, margin: float) -> tuple[Score | None, 
         behind = "is ahead of" if margin == 0 else f"is within {margin:g} of"
         return None, f"No candidate {behind} the last observed checkpoint on the selection benchmark: {numbers}."
     return best, f"Chosen on the selection benchmark: {numbers}."
+
+
+def gate_metrics(gates: Sequence[Gate]) -> dict[str, float]:
+    """Return the numbers of a gate by name, for MLflow."""
+    found: dict[str, float] = {}
+    for item in gates:
+        role = item.reference.split(" @ ", maxsplit=1)[0].replace(" ", "_")
+        found |= {
+            "gate_accuracy": item.candidate_accuracy,
+            f"gate_{role}_accuracy": item.reference_accuracy,
+            f"gate_{role}_difference": item.difference,
+            f"gate_{role}_lower_bound": item.lower_bound,
+        }
+    return found

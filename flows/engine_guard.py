@@ -8,14 +8,13 @@ and SIGKILL for what is left 10 s later.
 import contextlib
 import ctypes
 import os
-import signal
 import subprocess
 import sys
 import threading
 
 import psutil
 
-from evaluation.child import PR_SET_PDEATHSIG
+from evaluation.child import die_with_parent
 
 _PR_SET_CHILD_SUBREAPER = 36
 _TERM_SECONDS = 10.0
@@ -24,13 +23,14 @@ _KILL_SECONDS = 5.0
 
 def main() -> None:
     """Run the command until it ends or the input does; exit with its status."""
-    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
     engine = subprocess.Popen(
         sys.argv[2:],
         cwd=sys.argv[1],
         stdin=subprocess.DEVNULL,
         # There is one thread yet. For an engine whose guard is killed.
-        preexec_fn=lambda: _prctl(PR_SET_PDEATHSIG, signal.SIGKILL),  # noqa: PLW1509
+        preexec_fn=die_with_parent,  # noqa: PLW1509
     )
     threading.Thread(target=_end_with_input, args=(engine,), daemon=True).start()
     code = engine.wait()
@@ -50,11 +50,6 @@ def _end_with_input(engine: "subprocess.Popen[bytes]") -> None:
     with contextlib.suppress(subprocess.TimeoutExpired):
         engine.wait(_TERM_SECONDS)
     engine.kill()
-
-
-def _prctl(option: int, value: int) -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(option, value)
 
 
 if __name__ == "__main__":

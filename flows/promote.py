@@ -16,6 +16,7 @@ from deploy.champions import Judgement
 from deploy.registry import RegisteredModelVersion
 from evaluation.errors import ComparisonError
 from evaluation.gate import Gate, gate
+from flows.decision import gate_metrics
 from flows.errors import PromotionError
 from flows.gate_results import GateResults, Scored
 
@@ -98,7 +99,7 @@ def _judge(
     return Judgement(
         passed=not failed,
         reason=" ".join(item.sentence for item in failed or gates),
-        metrics=_metrics(gates),
+        metrics=gate_metrics(gates),
     )
 
 
@@ -138,16 +139,3 @@ def _gate(terms: GateResults, ours: Scored, theirs: Scored, *, margin: float) ->
 
 def _refusal(reason: str) -> Judgement:
     return Judgement(passed=False, reason=reason, metrics={})
-
-
-def _metrics(gates: Sequence[Gate]) -> dict[str, float]:
-    found: dict[str, float] = {}
-    for item in gates:
-        role = item.reference.split(" @ ", maxsplit=1)[0].replace(" ", "_")
-        found |= {
-            "gate_accuracy": item.candidate_accuracy,
-            f"gate_{role}_accuracy": item.reference_accuracy,
-            f"gate_{role}_difference": item.difference,
-            f"gate_{role}_lower_bound": item.lower_bound,
-        }
-    return found

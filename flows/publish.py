@@ -13,7 +13,7 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 
-from flows.decision import Decision, Model, Score
+from flows.decision import Decision, Model, Score, gate_metrics
 from flows.decision_page import page
 from relex import plots
 
@@ -88,15 +88,7 @@ def metrics(decision: Decision) -> dict[str, float]:
     for score in decision.selection:
         if score.model == decision.winner:
             found["selection_accuracy"] = score.accuracy
-    for item in decision.gates:
-        role = item.reference.split(" @ ", maxsplit=1)[0].replace(" ", "_")
-        found |= {
-            "gate_accuracy": item.candidate_accuracy,
-            f"gate_{role}_accuracy": item.reference_accuracy,
-            f"gate_{role}_difference": item.difference,
-            f"gate_{role}_lower_bound": item.lower_bound,
-        }
-    return found
+    return found | gate_metrics(decision.gates)
 
 
 def curves(decision: Decision) -> dict[str, dict[int, float]]:

@@ -33,6 +33,11 @@ def key_of(settings: Settings, base: Weights, checkpoints: Mapping[int, str]) ->
     return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def key_up_to(settings: Settings, base: Weights, checkpoints: Mapping[int, str], end: int) -> str:
+    """Return the name of the window of those checkpoints that are at steps up to `end`."""
+    return key_of(settings, base, {step: identity for step, identity in checkpoints.items() if step <= end})
+
+
 def window_directory(settings: Settings, key: str) -> Path:
     """Return the directory of one decision."""
     return settings.home / "windows" / key
@@ -59,11 +64,9 @@ def decisions_of(settings: Settings, base: Weights, checkpoints: Mapping[int, st
 
     A run that was started anew, or resumed inside a window, has not been decided.
     """
-
-    def key(window: int) -> str:
-        return key_of(settings, base, {step: identity for step, identity in checkpoints.items() if step <= window})
-
-    return [item for item in read_decisions(settings) if item.key == key(item.window)]
+    return [
+        item for item in read_decisions(settings) if item.key == key_up_to(settings, base, checkpoints, item.window)
+    ]
 
 
 @contextmanager

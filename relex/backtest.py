@@ -56,6 +56,10 @@ class Cell:
     trusted: bool
     by_tensor: tuple[float | None, ...]
 
+    def reach(self, last: int) -> int:
+        """Return how far a jump from step `last` was tested: the horizon, or as far as the longest jump."""
+        return min(last + self.longest, round(last * (1.0 + self.horizon)))
+
 
 @dataclass(frozen=True)
 class Recommendation:
@@ -194,7 +198,7 @@ def _recommend(gram: Gram, cells: tuple[Cell, ...], chance: float | None) -> Rec
             f" No jump longer than {best.longest} steps was tested, so beyond step {target} (to"
             f" {wished}, {best.horizon:g} times) it is the pattern that is trusted, not a test."
         )
-    target = min(target, wished)
+    target = best.reach(last)
     band = _norm_band(gram, start, target)
     return Recommendation(best.way, best.way.method, start, best.horizon, target, band, reason)
 

@@ -67,14 +67,11 @@ def converge(trajectory: Trajectory, gram: Gram) -> Convergence:
     looks = [backtest(gram.rows(range(row + 1))) for row in _rows(gram.steps)]
     latest = looks[-1]
     trusted = [{(cell.way, cell.horizon): cell for cell in look.cells if _is_trusted(cell)} for look in looks]
-    common = set.intersection(*(set(found) for found in trusted)) if len(looks) == _LOOKS else set()
+    common = set.intersection(*map(set, trusted)) if len(looks) == _LOOKS else set()
     ends = tuple(look.steps[-1] for look in looks)
-    if common:
-        best = max(common, key=lambda key: (key[1], trusted[-1][key].lower_bound or 0.0))
-        return _of("trusted", latest, ends, trusted[-1][best])
-    if trusted[-1]:
-        best = max(trusted[-1], key=lambda key: (key[1], trusted[-1][key].lower_bound or 0.0))
-        return _of("unsettled", latest, ends, trusted[-1][best])
+    if found := common or set(trusted[-1]):
+        best = max((trusted[-1][key] for key in found), key=lambda cell: (cell.horizon, cell.lower_bound or 0.0))
+        return _of("trusted" if common else "unsettled", latest, ends, best)
     why = latest.recommendation.reason
     if latest.recommendation.way is not None:
         why = "only windows that begin later than the first checkpoint beat the latest checkpoint."
@@ -125,7 +122,7 @@ def _is_trusted(cell: Cell) -> bool:
 
 def _of(state: Literal["trusted", "unsettled"], latest: Backtest, ends: tuple[int, ...], cell: Cell) -> Convergence:
     last = latest.steps[-1]
-    target = min(last + cell.longest, round(last * (1.0 + cell.horizon)))
+    target = cell.reach(last)
     seen = (
         f"after {', '.join(map(str, ends[:-1]))} and {last} steps" if state == "trusted" else f"only after {last} steps"
     )
@@ -158,9 +155,7 @@ def _bound(found: Convergence, method: str, target: int) -> float | None:
     reaching = [
         cell
         for cell in found.backtest.cells
-        if _is_trusted(cell)
-        and cell.way.method == method
-        and target <= min(last + cell.longest, last * (1.0 + cell.horizon))
+        if _is_trusted(cell) and cell.way.method == method and target <= cell.reach(last)
     ]
     return min(reaching, key=lambda cell: cell.horizon).lower_bound if reaching else None
 

@@ -1,9 +1,11 @@
 """A tiny random model with a character tokenizer, and what it answers when asked plainly."""
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 # Two threads fight over a model of this size; set before torch is imported, and inherited by the workers.
@@ -108,3 +110,13 @@ def edited(benchmark: Path, tmp_path: Path) -> Callable[[str, str], Path]:
         return path
 
     return edit
+
+
+def workers(parent: psutil.Process) -> list[psutil.Process]:
+    """Return the live scoring children of a process, among whose children may be what others have left."""
+    found = []
+    for child in parent.children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+            if "evaluation.worker" in child.cmdline():
+                found.append(child)
+    return found

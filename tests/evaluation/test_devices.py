@@ -1,6 +1,5 @@
 """Several workers end in the report of one, and a GPU is one evaluation's at a time."""
 
-import contextlib
 import json
 import os
 import signal
@@ -17,16 +16,7 @@ from evaluation.devices import mask, occupied, worker_devices
 from evaluation.errors import DeviceError, WorkerError
 from evaluation.harness import Progress, evaluate
 from evaluation.job import Part
-
-
-def scoring() -> list[psutil.Process]:
-    """Return the live scoring children of this process, among whose children may be what others have left."""
-    found = []
-    for each in psutil.Process().children():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if "evaluation.worker" in each.cmdline():
-                found.append(each)
-    return found
+from tests.evaluation.conftest import workers
 
 
 def journals(cache: Path) -> list[list[str]]:
@@ -53,7 +43,7 @@ def test_a_report_of_several_workers_is_that_of_one_and_a_killed_one_costs_its_c
 
     def kill(progress: Progress) -> None:
         if not seen:
-            found = scoring()
+            found = workers(psutil.Process())
             assert len(found) == 2
             max(found, key=lambda each: each.pid).send_signal(signal.SIGKILL)
         seen.append(progress)

@@ -1,6 +1,5 @@
 """The vLLM backend, before a stand-in of vLLM that has its interface and a real model (stand_in/vllm)."""
 
-import contextlib
 import json
 import os
 import re
@@ -24,6 +23,7 @@ from evaluation.journal import Journal
 from evaluation.lm import JournalledLM
 from evaluation.report import Report
 from evaluation.worker import load_task, score
+from tests.evaluation.conftest import workers
 
 STAND_IN = Path(__file__).parent / "stand_in"
 SAMPLED = "do_sample: true\n  temperature: 1.0\n  top_p: 0.9\n  until: []\nrepeats: 3"
@@ -41,16 +41,6 @@ def vllm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     yield tmp_path / "vllm.log"
     for name in ("vllm", "vllm.platforms"):
         sys.modules.pop(name, None)
-
-
-def scoring() -> list[psutil.Process]:
-    """Return the live scoring children of this process, among whose children may be what others have left."""
-    found = []
-    for each in psutil.Process().children():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if "evaluation.worker" in each.cmdline():
-                found.append(each)
-    return found
 
 
 def engine(model: Path, *, batch_size: int = 5, device: str = "cpu", max_length: int | None = None) -> JournalledLM:
@@ -175,7 +165,7 @@ def test_a_killed_engine_resumes_in_a_child_and_ends_in_the_report_of_two(
     model: Path, benchmark: Path, vllm: Path, tmp_path: Path
 ) -> None:
     def kill(progress: Progress) -> None:
-        (worker,) = scoring()
+        (worker,) = workers(psutil.Process())
         worker.send_signal(signal.SIGKILL)
 
     backend = "vllm:gpu_memory_utilization=0.5"

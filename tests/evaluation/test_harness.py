@@ -1,7 +1,6 @@
 """The parent's side, with real children; faults are real signals."""
 
 import array
-import contextlib
 import fcntl
 import json
 import shutil
@@ -24,6 +23,7 @@ from evaluation.errors import BenchmarkError, DeviceError, ModelError, WorkerErr
 from evaluation.harness import Progress, evaluate
 from evaluation.job import Assignment, Job
 from evaluation.report import Report
+from tests.evaluation.conftest import workers
 
 
 @pytest.fixture(scope="session")
@@ -54,15 +54,6 @@ def chunks(cache: Path, benchmark: str) -> list[str]:
     """Return the key of every chunk in the journal, in the order of generation, whole lines only."""
     (journal,) = cache.glob(f"{benchmark}-*/journal.jsonl")
     return [json.loads(line)["chunk"] for line in journal.read_text().splitlines(keepends=True) if line.endswith("\n")]
-
-
-def workers(parent: psutil.Process) -> list[psutil.Process]:
-    found = []
-    for child in parent.children():
-        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
-            if "evaluation.worker" in child.cmdline():
-                found.append(child)
-    return found
 
 
 def test_one_child_scores_a_model_on_every_benchmark(reports: list[Report], model: Path) -> None:
