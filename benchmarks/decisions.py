@@ -25,19 +25,19 @@ import torch
 import yaml
 
 from benchmarks.runs import RUNS, SAVE_STEPS, STEPS, Run, held_out, keep_gram, train
-from evaluation.gate import gate
-from evaluation.report import Report
-from flows.arming import REACH
-from flows.deciding import Stages, decide
-from flows.decision import Decision, Model, Score
-from flows.extrapolate import count_problems, gate_model
-from flows.predict import Predicted, predict
-from flows.score import reports, score
+from evaluation.verdict.gate import gate
+from evaluation.verdict.report import Report
+from flows.decide.flow import count_problems, gate_model
+from flows.decide.predict import Predicted, predict
+from flows.decide.procedure import Stages, decide
+from flows.decide.score import reports, score
 from flows.settings import Settings, load_settings
-from flows.stop import doubt
-from flows.window import decided, decision_path, read_decisions, window_key, write_json
-from relex.backtest import Recommendation, backtest
-from relex.convergence import converge
+from flows.state.decision import Decision, Model, Score
+from flows.state.windows import decided, decision_path, read_decisions, window_key, write_json
+from flows.stop.plan import doubt
+from flows.watch.due import REACH
+from relex.backtest.backtest import Recommendation, backtest
+from relex.backtest.convergence import converge
 from relex.extrapolation import extrapolate_run
 from relex.gram import cached
 from relex.predictors import parse_method

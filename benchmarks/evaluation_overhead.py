@@ -26,7 +26,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from evaluation.benchmark import write_benchmark
+from evaluation.benchmarks.benchmark import write_benchmark
 
 BARE = """
 import sys

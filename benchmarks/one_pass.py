@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from relex import gram, store, trajectory
 from relex.forecast import forecast
-from relex.materialise import Output, materialise
+from relex.output.materialise import Output, materialise
 from relex.predictors import parse_method
 
 MIB = 1 << 20

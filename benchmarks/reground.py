@@ -25,12 +25,12 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import yaml
 
-from evaluation.benchmark import write_benchmark
-from evaluation.harness import evaluate
+from evaluation.answers.harness import evaluate
+from evaluation.benchmarks.benchmark import write_benchmark
 from flows.demo.task import DIGITS, problems
-from flows.reground_settings import load_reground_settings
-from flows.regrounding import reground
-from flows.window import write_json
+from flows.reground.loop import reground
+from flows.reground.settings import load_reground_settings
+from flows.state.windows import write_json
 
 SAVE_STEPS = 8
 PROBLEMS = {"selection": 500, "report": 1000}

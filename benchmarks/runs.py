@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save
 
 from benchmarks.ablation import stored_as
-from evaluation.benchmark import write_benchmark
+from evaluation.benchmarks.benchmark import write_benchmark
 from flows.demo.task import DIGITS, Name, Split, problems
 from relex.gram import Gram, keep
 

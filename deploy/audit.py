@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, cast
 
 from deploy.runs import KEY_TAG, log_metrics
-from deploy.store import page
+from deploy.tracking import page
 from deploy.versions import AUDIT
 
 if TYPE_CHECKING:

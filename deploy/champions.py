@@ -15,7 +15,7 @@ from deploy.audit import Entry
 from deploy.errors import CandidateError, NoSuchVersionError
 from deploy.reaper import reap
 from deploy.registry import verified
-from deploy.store import connect, locked_experiment, refusals
+from deploy.tracking import connect, locked_experiment, refusals
 from deploy.versions import (
     AUDIT,
     CANDIDATES,

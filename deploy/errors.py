@@ -2,9 +2,11 @@
 
 DeployError
 ├── CandidateError           a model directory is not what its manifest says, or holds what must not be served
-└── RegistryError            the MLflow store cannot be reached, or refused
-    ├── DigestConflictError  the digest is registered already, for other bytes
-    └── NoSuchVersionError   there is no such version to promote, or to go back to
+├── RegistryError            the MLflow store cannot be reached, or refused
+│   ├── DigestConflictError  the digest is registered already, for other bytes
+│   └── NoSuchVersionError   there is no such version to promote, or to go back to
+├── ServingError             the champion cannot be served: its address is taken, or its engine does not come up
+└── StackError               a server of the local stack does not start, or is not running
 """
 
 
@@ -26,3 +28,11 @@ class DigestConflictError(RegistryError):
 
 class NoSuchVersionError(RegistryError):
     """There is no such version to promote, or to go back to."""
+
+
+class ServingError(DeployError):
+    """The champion cannot be served: its address is taken, or its engine does not come up."""
+
+
+class StackError(DeployError):
+    """A server of the local stack does not start, or is not running."""

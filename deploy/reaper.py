@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from deploy import audit
 from deploy.runs import KEY_TAG
-from deploy.store import local_path
+from deploy.tracking import local_path
 from deploy.versions import AUDIT, CANDIDATES, DIGEST, VERSIONS_TAG, champion_version, known_version, versions
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from deploy.candidate import Candidate, digest_of, verify
 from deploy.errors import CandidateError
 from deploy.reaper import reap
 from deploy.runs import log_artifacts, log_metrics, open_run
-from deploy.store import connect, local_path, locked_experiment, page, refusals
+from deploy.tracking import connect, local_path, locked_experiment, page, refusals
 from deploy.versions import (
     CANDIDATES,
     CHAMPION,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deploy.errors import RegistryError
-from deploy.store import connect, locked_experiment, page
+from deploy.tracking import connect, locked_experiment, page
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

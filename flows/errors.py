@@ -10,8 +10,6 @@ FlowError
 ├── PromotionError   a candidate does not become the champion
 ├── RegroundError    the cycles of a re-grounding are at work elsewhere, or were begun with other settings
 ├── TrainerError     the user's trainer failed, or left no checkpoints to predict from
-├── ServingError     the champion cannot be served: its address is taken, or its engine does not come up
-├── StackError       a server of the local stack does not start, or is not running
 └── DemoError        see flows.demo.errors
 """
 
@@ -54,11 +52,3 @@ class RegroundError(FlowError):
 
 class TrainerError(FlowError):
     """The user's trainer failed, or left no checkpoints to predict from."""
-
-
-class ServingError(FlowError):
-    """The champion cannot be served: its address is taken, or its engine does not come up."""
-
-
-class StackError(FlowError):
-    """A server of the local stack does not start, or is not running."""

@@ -17,11 +17,11 @@ from pydantic import (
     field_validator,
 )
 
-from evaluation.backend import BATCH_SIZES, parse_backend
+from evaluation.answers.backend import BATCH_SIZES, parse_backend
 from evaluation.errors import EvaluationError
 from flows.errors import ConfigError
 from relex.errors import RelexError
-from relex.layouts.files import is_remote
+from relex.files.location import is_remote
 from relex.predictors import parse_method
 
 _REMOTE_POLL_SECONDS = 30.0
@@ -124,7 +124,7 @@ class Settings(BaseModel):
         default=None, description="Run once, when the training is no longer needed: a line for the shell, or words."
     )
     stop_file: Path | None = Field(
-        default=None, description="Written once, when the training is no longer needed; see flows.stop_callback."
+        default=None, description="Written once, when the training is no longer needed; see flows.stop.callback."
     )
     stop: Literal["approve", "at-once"] = Field(
         default="approve", description="Whether somebody is asked before the training is stopped."

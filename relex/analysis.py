@@ -15,8 +15,8 @@ from torch import Tensor
 
 from relex import sanity, spectrum
 from relex.extrapolation import Tell, telling
+from relex.files.block_cache import BlockCache
 from relex.gram import Gram, cached
-from relex.layouts.block_cache import BlockCache
 from relex.linearity import Sample, squared_correlation, weight_r_squared
 from relex.trajectory import Trajectory, open_run
 

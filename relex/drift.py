@@ -18,12 +18,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from relex import manifest
 from relex.errors import NonFiniteError
 from relex.forecast import Forecast, forecast
 from relex.gram import measure
 from relex.layouts.weights import Weights
-from relex.materialise import Output, materialise
+from relex.output import manifest
+from relex.output.materialise import Output, materialise
 from relex.predictors import parse_method
 from relex.store import Checkpoint, check_same_tensors, open_base
 from relex.streaming import CHUNK, Block, Progress, Unit, Workspace, as_bytes, in_order, units, workspaces

@@ -6,21 +6,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from relex import manifest, sanity
-from relex.adapter import adapter_digest, check_adapters, write_adapter
+from relex import sanity
 from relex.errors import TargetError
+from relex.files.block_cache import BlockCache
+from relex.files.location import is_remote
 from relex.forecast import Forecast, check_target, forecast
 from relex.gram import cached
-from relex.layouts.block_cache import BlockCache
-from relex.layouts.files import is_remote
-from relex.manifest import Manifest
-from relex.materialise import Output, materialise
+from relex.matrix_updates import added
+from relex.output import manifest
+from relex.output.adapter import adapter_digest, check_adapters, write_adapter
+from relex.output.manifest import Manifest
+from relex.output.materialise import Output, materialise
+from relex.output.shards import Spread
+from relex.output.upload import check_destination, discard_other, is_uploaded, staged, upload
 from relex.predictors import MatrixPredictor, Method
-from relex.shards import Spread
 from relex.streaming import Progress
 from relex.trajectory import Trajectory, open_run
-from relex.upload import check_destination, discard_other, is_uploaded, staged, upload
-from relex.vectors import added
 
 DTYPES = ("float32", "float16", "bfloat16")
 

@@ -17,8 +17,8 @@ import torch
 from relex import sanity, spectrum
 from relex.errors import TargetError
 from relex.gram import Gram
-from relex.outer import Outer
 from relex.predictors import MatrixPredictor, Method
+from relex.rank_one import Outer
 from relex.trajectory import Trajectory
 
 FORMAT = 1

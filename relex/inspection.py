@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from relex import sanity, spectrum
+from relex.files.block_cache import BlockCache
 from relex.gram import cached
-from relex.layouts.block_cache import BlockCache
 from relex.layouts.weights import Weights
 from relex.sanity import Finding
 from relex.store import State, observed, open_base, scan

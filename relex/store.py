@@ -7,10 +7,11 @@ from enum import StrEnum
 from pathlib import Path
 
 from relex.errors import AbsentError, CheckpointError, CheckpointIncompleteError, CheckpointMismatchError, StoreError
+from relex.files.block_cache import BlockCache
+from relex.files.directory import Directory, Kind
+from relex.files.location import open_directory
 from relex.layouts import hf
-from relex.layouts.block_cache import BlockCache
 from relex.layouts.detection import open_complete
-from relex.layouts.files import Directory, Kind, open_directory
 from relex.layouts.settled import QUIET_SECONDS
 from relex.layouts.steps import step_directories
 from relex.layouts.weights import Weights

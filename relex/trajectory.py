@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from relex.errors import CheckpointMismatchError, StoreError
-from relex.layouts.block_cache import BlockCache
+from relex.files.block_cache import BlockCache
 from relex.layouts.factors import AdapterWeights, LowRank, Unchanged
 from relex.layouts.weights import TensorEntry, Weights, embedding_name
 from relex.store import Checkpoint, check_same_tensors, observed, open_base, scan

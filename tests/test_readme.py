@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import typer.main
 
-from flows.cli import app
-from flows.reground_settings import load_reground_settings
+from flows.cli.main import app
+from flows.reground.settings import load_reground_settings
 from flows.settings import load_settings
 from relex.predictors import METHODS
 

@@ -19,17 +19,19 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from evaluation.benchmark import write_benchmark
-from flows import publish, stack
-from flows.decision import Decision, Model, Score
+from deploy.local import stack
+from evaluation.benchmarks.benchmark import write_benchmark
+from flows.console import plain_table
+from flows.decide.score import reports, score
 from flows.demo.errors import DemoRunError
 from flows.demo.task import DIGITS, problems
-from flows.ledger import WINDOW_READY, read_ledger
-from flows.score import reports, score
+from flows.processes import spawn_watcher
+from flows.progress import OBSERVED, draw
 from flows.settings import Settings, load_settings
-from flows.tables import plain_table
-from flows.window import read_decisions
-from relex.layouts.files import open_directory
+from flows.state.decision import Decision, Model, Score
+from flows.state.ledger import WINDOW_READY, read_ledger
+from flows.state.windows import read_decisions
+from relex.files.location import open_directory
 from relex.layouts.steps import step_directories
 
 STEPS = 360
@@ -71,12 +73,12 @@ def run_demo(directory: Path, *, seed: int, home: Path, err: Console) -> Demonst
         pretrain(Path(settings.base), directory, seed, progress)
         started = starting.result()
         progress.update(servers, total=1, completed=1)
-        stack.spawn_watcher(started, settings.training_run, config)
+        spawn_watcher(started, settings.training_run, config)
         with training(settings, directory, seed) as trainer:
             decision = follow(settings, trainer, directory, progress)
         later = score_later(settings, pool, progress)
     figure = directory / "accuracy.png"
-    publish.draw(decision, figure, later=later)
+    draw(decision, figure, later=later)
     log_curve(started.mlflow_url, settings, later)
     seconds = time.monotonic() - began
     return Demonstration(decision, tuple(later), figure, started.prefect_url, started.mlflow_url, seconds)
@@ -211,7 +213,7 @@ def log_curve(tracking_uri: str, settings: Settings, later: list[Score]) -> None
         settings.registered_model,
         {score.model.step: score.accuracy for score in later},
         tracking_uri=tracking_uri,
-        series=f"{settings.training_run} {publish.OBSERVED}",
+        series=f"{settings.training_run} {OBSERVED}",
         metric="report_accuracy",
     )
 

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from relex.errors import CheckpointIncompleteError, CheckpointMismatchError
-from relex.layouts.files import Directory, FileIdentity
+from relex.files.directory import Directory, FileIdentity
+from relex.formats.pickled import Global, Made, load, shown
+from relex.formats.safetensors_header import DTYPES
+from relex.formats.torch_file import LocalTensor, read_torch_file, require_contiguous
 from relex.layouts.foreign import megatron_files
-from relex.layouts.header import DTYPES
 from relex.layouts.hf import descend
-from relex.layouts.pickled import Global, Made, load, shown
-from relex.layouts.torch_file import LocalTensor, read_torch_file, require_contiguous
 from relex.layouts.weights import Piece, TensorEntry, Weights, make_weights, tiled
 
 NAME = "dcp"

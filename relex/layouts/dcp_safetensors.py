@@ -10,8 +10,8 @@ from collections import defaultdict
 from typing import Any
 
 from relex.errors import CheckpointIncompleteError, CheckpointMismatchError
-from relex.layouts.files import Directory, FileIdentity
-from relex.layouts.header import Header, StoredTensor, read_header
+from relex.files.directory import Directory, FileIdentity
+from relex.formats.safetensors_header import Header, StoredTensor, read_header
 from relex.layouts.hf import descend
 from relex.layouts.weights import Piece, TensorEntry, Weights, make_weights, tiled
 

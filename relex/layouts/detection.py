@@ -3,8 +3,8 @@
 from typing import Protocol
 
 from relex.errors import CheckpointIncompleteError
+from relex.files.directory import Directory
 from relex.layouts import dcp, dcp_safetensors, hf, peft, verl_fsdp
-from relex.layouts.files import Directory
 from relex.layouts.foreign import refuse_known
 from relex.layouts.settled import check_settled
 from relex.layouts.weights import Weights

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 from relex.errors import CheckpointIncompleteError
-from relex.layouts.files import Directory
+from relex.files.directory import Directory
 
 # Trainers bury them deepest at policy/weights/iter_0000000 and at actor/model/dist_ckpt.
 _DEPTH = 3

@@ -9,9 +9,9 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from relex.errors import CheckpointIncompleteError, CheckpointMismatchError
-from relex.layouts.files import Directory
+from relex.files.directory import Directory
+from relex.formats.safetensors_header import read_header
 from relex.layouts.foreign import refuse_known
-from relex.layouts.header import read_header
 from relex.layouts.weights import TensorEntry, Weights, make_weights, whole
 
 NAME = "hf"

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from relex.errors import CheckpointIncompleteError, CheckpointMismatchError
+from relex.files.directory import Directory
+from relex.formats.safetensors_header import StoredTensor, read_header
 from relex.layouts.factors import AdapterWeights, Factor, LowRank, Unchanged
-from relex.layouts.files import Directory
 from relex.layouts.foreign import refuse_known
-from relex.layouts.header import StoredTensor, read_header
 from relex.layouts.hf import descend, read_json
 from relex.layouts.weights import TensorEntry, Weights, embedding_name, whole
 

@@ -14,11 +14,11 @@ from typing import Any
 import yaml
 
 from relex.errors import CheckpointError
-from relex.layouts.files import Directory, FileIdentity
+from relex.files.directory import Directory, FileIdentity
+from relex.formats.pickled import Made
+from relex.formats.torch_file import read_torch_file
 from relex.layouts.hf import descend
-from relex.layouts.pickled import Made
 from relex.layouts.steps import step_directories
-from relex.layouts.torch_file import read_torch_file
 
 # The settings of a run are a few kilobytes.
 _MOST_BYTES = 1 << 20

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 
 from relex.errors import CheckpointIncompleteError, CheckpointMismatchError
-from relex.layouts.files import Directory, FileIdentity, Kind
+from relex.files.directory import Directory, FileIdentity, Kind
 from relex.layouts.weights import Weights
 
 QUIET_SECONDS = 30.0

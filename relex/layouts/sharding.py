@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from relex.layouts.pickled import Made
-from relex.layouts.torch_file import LocalTensor
+from relex.formats.pickled import Made
+from relex.formats.torch_file import LocalTensor
 
 _MOST_DIMENSIONS = 64
 

@@ -3,7 +3,7 @@
 import re
 
 from relex.errors import StoreError
-from relex.layouts.files import Directory
+from relex.files.directory import Directory
 
 # What trainers call them, and what is to be added to the number to get the count of finished training steps.
 _NAMES = (

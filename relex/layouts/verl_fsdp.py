@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
 from relex.errors import CheckpointIncompleteError, CheckpointMismatchError
-from relex.layouts.files import Directory, FileIdentity
+from relex.files.directory import Directory, FileIdentity
+from relex.formats.pickled import shown
+from relex.formats.torch_file import read_torch_file, require_contiguous
 from relex.layouts.hf import descend, read_json
-from relex.layouts.pickled import shown
 from relex.layouts.sharding import Part, box_of, part_of
-from relex.layouts.torch_file import read_torch_file, require_contiguous
 from relex.layouts.weights import Piece, TensorEntry, Weights, make_weights, tiled
 
 NAME = "verl_fsdp"

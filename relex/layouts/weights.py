@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from relex.errors import CheckpointChangedError, CheckpointMismatchError
-from relex.layouts.files import Directory, FileIdentity
+from relex.files.directory import Directory, FileIdentity
 
 
 @dataclass(frozen=True)

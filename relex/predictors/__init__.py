@@ -13,8 +13,6 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from relex.errors import TargetError
-from relex.leading import Source
-from relex.outer import Outer
 from relex.predictors.alpha_rl import with_accuracies
 from relex.predictors.coordinates import Coordinates
 from relex.predictors.low_rank import LowRankLinear
@@ -24,6 +22,8 @@ from relex.predictors.next import Next
 from relex.predictors.raw import RawLinear
 from relex.predictors.reconstruct import Reconstruct
 from relex.predictors.secant import Secant
+from relex.rank_one import Outer
+from relex.triplets import Source
 
 
 class Predictor(Protocol):

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from relex.errors import TargetError
-from relex.leading import Source, triplets
-from relex.outer import Outer
+from relex.rank_one import Outer
+from relex.triplets import Source, triplets
 
 Array = NDArray[np.float64]
 

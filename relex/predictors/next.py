@@ -25,10 +25,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from relex.errors import TargetError
-from relex.leading import Pair, Source, Triplets, anchored, triplets
-from relex.outer import Outer
 from relex.predictors import next_network
+from relex.rank_one import Outer
 from relex.streaming import Progress
+from relex.triplets import Pair, Source, Triplets, anchored, triplets
 
 LONGEST = 1 << 15
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.store import Store, prepare
+from deploy.tracking import Store, prepare
 
 List = Callable[[Path], None]
 

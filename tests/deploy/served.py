@@ -12,7 +12,7 @@ from pathlib import Path
 
 import httpx
 
-from deploy.store import prepare
+from deploy.tracking import prepare
 
 
 def free_port() -> int:

@@ -17,7 +17,7 @@ from prefect.settings import Settings as PrefectSettings
 from prefect.utilities.importtools import import_object
 from prefect.utilities.templating import apply_values
 
-from flows.serve import deployments
+from flows.deployments import deployments
 from flows.settings import load_settings
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,7 @@ import pytest
 from deploy.candidate import verify
 from deploy.errors import CandidateError, DigestConflictError, RegistryError
 from deploy.registry import CHAMPION, Registered, champion, models, register
-from deploy.store import Store, connect
+from deploy.tracking import Store, connect
 
 
 def _register(model: Path, store: Store) -> Registered:
@@ -17,7 +17,7 @@ def _register(model: Path, store: Store) -> Registered:
 
 
 def test_importing_the_package_does_not_import_mlflow() -> None:
-    program = "import sys, deploy.registry, deploy.runs, deploy.store; sys.exit('mlflow' in sys.modules)"
+    program = "import sys, deploy.registry, deploy.runs, deploy.tracking; sys.exit('mlflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from deploy.candidate import verify
 from deploy.registry import models
-from deploy.store import connect
+from deploy.tracking import connect
 
 DYING = Path(__file__).with_name("dying.py")
 

@@ -5,7 +5,7 @@ import pytest
 from deploy.errors import RegistryError
 from deploy.registry import register
 from deploy.runs import Recorded, annotate, log_series, record
-from deploy.store import Store, connect
+from deploy.tracking import Store, connect
 
 
 def _refuse(store: Store, decision: Path) -> Recorded:

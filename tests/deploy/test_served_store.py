@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from deploy import store
+from deploy import tracking
 from deploy.candidate import verify
 from deploy.errors import CandidateError, RegistryError
 from deploy.registry import gate_reports, models, register, verified
 from deploy.runs import record
-from deploy.store import connect
+from deploy.tracking import connect
 from tests.deploy.served import free_port, serve
 from tests.deploy.tiny import write_prediction
 
@@ -82,7 +82,7 @@ def test_where_artifacts_are_remote_a_name_in_mlflow_is_the_lock_and_goes_with_a
 ) -> None:
     client = connect(server)
     client.create_experiment("locked", artifact_location="mlflow-artifacts:/locked")
-    with store.locked_experiment(client, "locked"):
+    with tracking.locked_experiment(client, "locked"):
         held = client.get_registered_model("locked.lock")
     assert [model.name for model in client.search_registered_models("name = 'locked.lock'")] == []
     # One that died here held the file lock too, which went with it.
@@ -91,7 +91,7 @@ def test_where_artifacts_are_remote_a_name_in_mlflow_is_the_lock_and_goes_with_a
     assert [model.name for model in client.search_registered_models("name = 'locked.lock'")] == []
     # One elsewhere may be alive.
     client.create_registered_model("locked.lock", tags={"relex.place": "elsewhere", "relex.owner": "process 7 of far"})
-    monkeypatch.setattr(store, "_LOCK_SECONDS", 0.5)
+    monkeypatch.setattr(tracking, "_LOCK_SECONDS", 0.5)
     with pytest.raises(
         RegistryError, match=r"still held by process 7 of far .* delete the registered model"
     ) as refusal:

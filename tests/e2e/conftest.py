@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from evaluation.benchmark import write_benchmark
-from flows import stack
+from deploy.local import stack
+from deploy.local.stack import Stack
+from evaluation.benchmarks.benchmark import write_benchmark
 from flows.demo.task import DIGITS, problems
-from flows.stack import Stack
 
 STEPS = 24
 

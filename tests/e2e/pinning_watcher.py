@@ -8,7 +8,7 @@ from prefect.events.worker import EventsWorker
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.settings import load_settings
-from flows.watch import watch_store
+from flows.watch.watcher import watch_store
 
 
 def show(progress: float, text: str) -> None:

@@ -26,12 +26,12 @@ import yaml
 from mlflow import MlflowClient
 from safetensors.torch import save_file
 
-from evaluation.benchmark import write_benchmark
-from flows import service, stack
-from flows.ledger import CHECKPOINT_READY, WINDOW_READY, resource
+from deploy.local import daemon, stack
+from deploy.local.stack import Stack
+from evaluation.benchmarks.benchmark import write_benchmark
 from flows.settings import Settings, load_settings
-from flows.stack import Stack
-from flows.window import read_decisions
+from flows.state.ledger import CHECKPOINT_READY, WINDOW_READY, resource
+from flows.state.windows import read_decisions
 from tests.e2e.test_pipeline import wait_for
 
 ROUNDS = int(os.environ.get("RELEX_KILL_ROUNDS", "2"))
@@ -119,7 +119,7 @@ def _up(home: Path, runs: list[Run]) -> Stack:
     """Do what `relex up CONFIG …` does, with watchers that look for 60 s every 62 s."""
     running = stack.up(home)
     for run in runs:
-        argv = [sys.executable, "-m", "flows.serve", str(run.config), "--tracking-uri", running.mlflow_url]
+        argv = [sys.executable, "-m", "flows.deployments", str(run.config), "--tracking-uri", running.mlflow_url]
         argv += ["--run-seconds", "60", "--schedule-seconds", "62"]
         environment = {**stack.environment(running), "OMP_NUM_THREADS": "1"}
         stack.spawn(home, f"watcher-{run.name}", argv, environment=environment)
@@ -150,7 +150,7 @@ def _flow_runs(running: Stack) -> list[dict[str, Any]]:
 
 
 def _leader(home: Path, name: str) -> psutil.Process | None:
-    found = service.find(home, name)
+    found = daemon.find(home, name)
     return None if found is None or found.pid is None else psutil.Process(found.pid)
 
 
@@ -159,7 +159,7 @@ def _flow_process(home: Path, run: Run, flow: str) -> psutil.Process | None:
     running = stack.running(home)
     flows = {item["id"]: item["name"] for item in _post(running, "flows/filter", {})}
     names = {item["id"]: flows[item["flow_id"]] for item in _flow_runs(running) if item["state_type"] == "RUNNING"}
-    for process in service.processes(home, f"watcher-{run.name}"):
+    for process in daemon.processes(home, f"watcher-{run.name}"):
         try:
             engine = "prefect" in " ".join(process.cmdline())
             flow_run = process.environ().get("PREFECT__FLOW_RUN_ID", "") if engine else ""
@@ -268,7 +268,7 @@ def _refuse_secrets(home: Path, running: Stack) -> None:
     for path in files:
         content = path.read_bytes()
         assert not [secret for secret in secrets if secret in content], path
-    processes = [process for found in stack.status(home) for process in service.processes(home, found.name)]
+    processes = [process for found in stack.status(home) for process in daemon.processes(home, found.name)]
     told = [" ".join(process.cmdline()) for process in processes]
     told += [str(_post(running, path, {})) for path in ("deployments/filter", "flow_runs/filter", "artifacts/filter")]
     told += [str(found) for found in stack.status(home)]

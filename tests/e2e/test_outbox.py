@@ -8,10 +8,10 @@ import pytest
 from prefect.events import emit_event
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows import outbox
-from flows.ledger import CHECKPOINT_READY, Event, event
+from deploy.local.stack import Stack
 from flows.settings import Settings
-from flows.stack import Stack
+from flows.state.ledger import CHECKPOINT_READY, Event, event
+from flows.watch import outbox
 
 
 @pytest.fixture

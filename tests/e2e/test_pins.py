@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flows.ledger import read_ledger
 from flows.settings import Settings, load_settings
+from flows.state.ledger import read_ledger
 from relex.store import State, open_base, scan
 
 WINDOW = 20

@@ -17,14 +17,14 @@ from mlflow import MlflowClient
 from transformers import AutoModelForCausalLM
 
 from deploy import registry
-from flows import stack
-from flows.ledger import read_ledger
+from deploy.local import stack
+from deploy.local.stack import Stack
 from flows.settings import load_settings
-from flows.stack import Stack
-from flows.window import read_decisions
-from relex import manifest
-from relex.layouts.files import LocalDirectory
+from flows.state.ledger import read_ledger
+from flows.state.windows import read_decisions
+from relex.files.local import LocalDirectory
 from relex.layouts.steps import step_directories
+from relex.output import manifest
 from tests.e2e.conftest import STEPS, TrainedRun, write_config
 
 Found = TypeVar("Found")
@@ -88,7 +88,7 @@ def serve(servers: Stack, server_environment: dict[str, str]) -> Iterator[Serve]
     started: list[psutil.Process] = []
 
     def start(config: Path, name: str) -> psutil.Process:
-        argv = [sys.executable, "-m", "flows.serve", str(config), "--tracking-uri", servers.mlflow_url]
+        argv = [sys.executable, "-m", "flows.deployments", str(config), "--tracking-uri", servers.mlflow_url]
         argv += ["--run-seconds", "20", "--schedule-seconds", "25"]
         service = stack.spawn(servers.home, name, argv, environment=server_environment)
         assert service.pid is not None
@@ -130,12 +130,14 @@ def test_killing_watcher_flow_and_evaluation_ends_in_one_registered_version(
     # The window fills while nobody looks; the next watcher finds it.
     last = _steps(trained)[STEPS]
     shutil.copytree(last, Path(settings.checkpoints) / last.name)
-    child = wait_for("an evaluation", lambda: next(iter(descendants(served, "evaluation.worker")), None))
+    child = wait_for("an evaluation", lambda: next(iter(descendants(served, "evaluation.answers.worker")), None))
     child.send_signal(signal.SIGKILL)
     # The next evaluation is the retry, or another model's: its flow dies under it.
     wait_for(
         "the next evaluation",
-        lambda: next((found for found in descendants(served, "evaluation.worker") if found.pid != child.pid), None),
+        lambda: next(
+            (found for found in descendants(served, "evaluation.answers.worker") if found.pid != child.pid), None
+        ),
     )
     flow = wait_for("the flow", lambda: running("extrapolate"))
     flow.send_signal(signal.SIGKILL)
@@ -167,7 +169,8 @@ def decide_now(config: Path, servers: Stack, environment: dict[str, str]) -> str
     """Run the flow on the window that is due, twice, in a process of its own; return what it logged."""
     code = (
         "import sys, time; from pathlib import Path\n"
-        "from flows.extrapolate import extrapolate; from flows.ledger import due; from flows.window import window_key\n"
+        "from flows.decide.flow import extrapolate; from flows.state.ledger import due\n"
+        "from flows.state.windows import window_key\n"
         "from flows.settings import load_settings; from relex.store import open_base, scan\n"
         "s = load_settings(Path(sys.argv[1])); base = open_base(s.base)\n"
         "stored = scan(s.checkpoints, base, now=time.time()); steps = due(stored, s.end)\n"

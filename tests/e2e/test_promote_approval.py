@@ -9,10 +9,11 @@ import httpx
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows import promoter, service
+from deploy.local import daemon
+from deploy.local.stack import Stack
 from flows.errors import PromotionError
-from flows.promote_approval import ask
-from flows.stack import Stack
+from flows.processes import PROMOTER, revive_promoter
+from flows.promote.flow import ask
 from tests.flows.test_promote import BEST, GOOD, Registry
 
 
@@ -51,7 +52,7 @@ def stopped(servers: Stack) -> Iterator[None]:
     """Talk to the server here; afterwards nobody serves questions."""
     with temporary_settings({PREFECT_API_URL: servers.prefect_api_url}):
         yield
-    service.stop(servers.home, [promoter.SERVICE])
+    daemon.stop(servers.home, [PROMOTER])
 
 
 def test_a_promotion_is_approved_in_the_ui_by_whoever_serves_it_then(servers: Stack, tmp_path: Path) -> None:
@@ -62,9 +63,9 @@ def test_a_promotion_is_approved_in_the_ui_by_whoever_serves_it_then(servers: St
     wait_for(lambda: look(servers, asked.flow_run_id)["state_type"] == "PAUSED")
     assert store.champion("approved") is None
     # The process that asked is gone; the next `relex up` starts it again.
-    service.stop(servers.home, [promoter.SERVICE])
+    daemon.stop(servers.home, [PROMOTER])
     resume(servers, asked.flow_run_id, answer="promote", name="grace")
-    promoter.revive(servers)
+    revive_promoter(servers)
     assert "promoted by grace in the Prefect UI, asked by ada" in ended(servers, asked.flow_run_id)
     assert store.champion("approved") == 1
     with pytest.raises(PromotionError, match="is the champion already"):

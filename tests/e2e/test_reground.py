@@ -9,10 +9,10 @@ import httpx
 import yaml
 from transformers import AutoModelForCausalLM
 
-from evaluation.benchmark import write_benchmark
+from deploy.local.stack import Stack
+from evaluation.benchmarks.benchmark import write_benchmark
 from flows.demo.task import DIGITS, problems
-from flows.stack import Stack
-from relex import manifest
+from relex.output import manifest
 from tests.e2e.conftest import TrainedRun
 
 REAL, JUMP = 6, 30
@@ -41,7 +41,7 @@ def test_grpo_goes_on_from_a_jump_that_was_judged(
     argv = [
         sys.executable,
         "-m",
-        "flows.cli",
+        "flows.cli.main",
         "reground",
         str(config),
         "--stack",

@@ -21,13 +21,13 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
+from deploy.local.stack import Stack
+from flows.decide.workers import spreading
 from flows.settings import Settings, load_settings
-from flows.shards import spreading
-from flows.stack import Stack
 from relex.errors import NonFiniteError
 from relex.extrapolation import Request, extrapolate
+from relex.output.shards import Spread
 from relex.predictors import parse_method
-from relex.shards import Spread
 from relex.trajectory import open_run
 from tests.relex.trajectories import drift, write_run
 

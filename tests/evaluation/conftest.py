@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from evaluation.benchmark import write_benchmark
+from evaluation.benchmarks.benchmark import write_benchmark
 
 CHARACTERS = "0123456789=+ "
 NEW_TOKENS = 40
@@ -117,6 +117,6 @@ def workers(parent: psutil.Process) -> list[psutil.Process]:
     found = []
     for child in parent.children():
         with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
-            if "evaluation.worker" in child.cmdline():
+            if "evaluation.answers.worker" in child.cmdline():
                 found.append(child)
     return found

@@ -1,15 +1,16 @@
-import re
+import ast
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from evaluation.benchmark import resolve_benchmark, write_benchmark
+from evaluation.benchmarks.benchmark import resolve_benchmark, write_benchmark
+from evaluation.benchmarks.task_yaml import ALSO
 from evaluation.errors import BenchmarkError
 from evaluation.problems import load_problems
-from evaluation.task_yaml import ALSO
 
 PROBLEMS = [{"prompt": "1+1=", "answer": "2"}, {"prompt": "2+2=", "answer": "4"}]
 
@@ -78,15 +79,35 @@ def test_a_shipped_base_is_a_base_and_no_benchmark(base: str) -> None:
 APART = {"evaluation.errors", "evaluation.child"}
 
 
+def imported(module: str) -> set[str]:
+    """Return the modules of this package that a module imports."""
+    spec = find_spec(module)
+    assert spec is not None
+    assert spec.origin is not None
+    nodes = ast.walk(ast.parse(Path(spec.origin).read_text()))
+    names = {
+        f"{node.module}.{alias.name}"
+        for node in nodes
+        if isinstance(node, ast.ImportFrom) and str(node.module).partition(".")[0] == "evaluation"
+        for alias in node.names
+    }
+    return {name if is_module(name) else name.rpartition(".")[0] for name in names}
+
+
+def is_module(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
+
 def test_a_grade_is_named_by_all_that_decides_it() -> None:
     # What grading imports of this package, but for the errors and its own digest.
     for module, others in ALSO.items():
         used, new = set(), {module}
         while new:
-            text = " ".join(Path(each.replace(".", "/") + ".py").read_text() for each in new)
             used |= new
-            found = re.findall(r"from (evaluation)(?:\.(\w+))? import (\w+)", text)
-            new = {f"{package}.{part or name}" for package, part, name in found} - used - APART
+            new = {name for each in new for name in imported(each)} - used - APART
         assert used == {module, *others}
 
 

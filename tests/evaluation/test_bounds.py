@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 from scipy import stats
 
-from evaluation.bounds import PairedBounds, mean_interval, paired_bounds
+from evaluation.verdict.bounds import PairedBounds, mean_interval, paired_bounds
 
 Scores = npt.NDArray[np.float64]
 REPEATS = 4

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.benchmark import resolve_benchmark, write_benchmark
+from evaluation.answers.job import Assignment
+from evaluation.answers.journal import Journal
+from evaluation.answers.lm import JournalledLM
+from evaluation.answers.worker import load_task, score
+from evaluation.benchmarks.benchmark import resolve_benchmark, write_benchmark
 from evaluation.errors import ModelError
-from evaluation.job import Assignment
-from evaluation.journal import Journal
-from evaluation.lm import JournalledLM
-from evaluation.report import Report
-from evaluation.worker import load_task, score
+from evaluation.verdict.report import Report
 
 TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}="
 

@@ -11,10 +11,11 @@ import pytest
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 
+from evaluation.answers.fingerprint import fingerprint
+from evaluation.answers.harness import Progress, evaluate, evaluate_in_detail
 from evaluation.errors import ReportError
-from evaluation.export import export, read_rows
-from evaluation.fingerprint import fingerprint
-from evaluation.harness import Evaluated, Progress, evaluate, evaluate_in_detail
+from evaluation.verdict.export import export, read_rows
+from evaluation.verdict.report import Evaluated
 
 METRICS = ("exact_match", "answered")
 

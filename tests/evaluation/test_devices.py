@@ -11,11 +11,11 @@ import psutil
 import pytest
 from filelock import FileLock
 
-from evaluation.backend import Backend
-from evaluation.devices import mask, occupied, worker_devices
+from evaluation.answers.backend import Backend
+from evaluation.answers.devices import mask, occupied, worker_devices
+from evaluation.answers.harness import Progress, evaluate
+from evaluation.answers.job import Part
 from evaluation.errors import DeviceError, WorkerError
-from evaluation.harness import Progress, evaluate
-from evaluation.job import Part
 from tests.evaluation.conftest import workers
 
 

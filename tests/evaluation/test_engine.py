@@ -13,16 +13,16 @@ import psutil
 import pytest
 import torch
 
-from evaluation.backend import Backend, parse_backend
-from evaluation.benchmark import resolve_benchmark, write_benchmark
+from evaluation.answers.backend import Backend, parse_backend
+from evaluation.answers.fingerprint import LogitsExtrapolation
+from evaluation.answers.harness import Progress, evaluate
+from evaluation.answers.job import Assignment
+from evaluation.answers.journal import Journal
+from evaluation.answers.lm import JournalledLM
+from evaluation.answers.worker import load_task, score
+from evaluation.benchmarks.benchmark import resolve_benchmark, write_benchmark
 from evaluation.errors import BackendError, BenchmarkError, DeviceError, EvaluationError, ModelError, WorkerError
-from evaluation.fingerprint import LogitsExtrapolation
-from evaluation.harness import Progress, evaluate
-from evaluation.job import Assignment
-from evaluation.journal import Journal
-from evaluation.lm import JournalledLM
-from evaluation.report import Report
-from evaluation.worker import load_task, score
+from evaluation.verdict.report import Report
 from tests.evaluation.conftest import workers
 
 STAND_IN = Path(__file__).parent / "stand_in"
@@ -44,7 +44,7 @@ def vllm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
 
 
 def engine(model: Path, *, batch_size: int = 5, device: str = "cpu", max_length: int | None = None) -> JournalledLM:
-    from evaluation.engine import EngineLM
+    from evaluation.answers.engine import EngineLM
 
     backend = Backend("vllm")
     return EngineLM(

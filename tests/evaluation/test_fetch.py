@@ -13,22 +13,23 @@ import huggingface_hub.constants
 import pytest
 from lm_eval.api.model import LM
 
-from evaluation.benchmark import resolve_benchmark
-from evaluation.catalog import catalog
+from evaluation.answers.job import Assignment
+from evaluation.answers.journal import Journal
+from evaluation.answers.worker import load_task, score
+from evaluation.benchmarks.benchmark import resolve_benchmark
+from evaluation.benchmarks.catalog import catalog
+from evaluation.benchmarks.fetch import fetch
+from evaluation.benchmarks.fetched import VARIABLE, read_manifest
+from evaluation.benchmarks.loading import load_any_task
+from evaluation.benchmarks.recipe import part_of
+from evaluation.benchmarks.task_yaml import SHIPPED, find_task, read_yaml
 from evaluation.errors import BenchmarkError
-from evaluation.fetch import fetch
-from evaluation.fetched import VARIABLE, read_manifest
-from evaluation.job import Assignment
-from evaluation.journal import Journal
 from evaluation.prompts import instructed, raw_chat
-from evaluation.recipe import part_of
-from evaluation.task_yaml import SHIPPED, find_task, read_yaml
-from evaluation.worker import load_any_task, load_task, score
-from flows.cli import main
+from flows.cli.main import main
 from tests.remote.hub_server import Hub, serve
 
 if TYPE_CHECKING:
-    from evaluation.lm import JournalledLM
+    from evaluation.answers.lm import JournalledLM
 
 MATH = [
     {"problem": "Compute $1+1$.", "level": "Level 1", "type": "Algebra", "solution": r"It is $\boxed{2}$."},

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from evaluation.answers.fingerprint import fingerprint
 from evaluation.errors import ModelError
-from evaluation.fingerprint import fingerprint
 
 
 @pytest.fixture

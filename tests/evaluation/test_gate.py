@@ -7,8 +7,8 @@ import pytest
 from scipy import stats
 
 from evaluation.errors import ComparisonError
-from evaluation.gate import Gate, gate
-from evaluation.report import Report, Setting
+from evaluation.verdict.gate import Gate, gate
+from evaluation.verdict.report import Report, Setting
 
 
 def report(scores: Sequence[float], model: str = "/models/candidate") -> Report:

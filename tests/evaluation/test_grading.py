@@ -12,17 +12,10 @@ from itertools import combinations
 import psutil
 import pytest
 
-from evaluation import equality
-from evaluation.equality import Judge, judge
 from evaluation.errors import WorkerError
-from evaluation.grading import (
-    ends_in_loop,
-    equal_math,
-    last_boxed,
-    pass_at,
-    score_boxed_math,
-    score_exact_match,
-)
+from evaluation.grading import equality
+from evaluation.grading.equality import Judge, judge
+from evaluation.grading.score import ends_in_loop, equal_math, last_boxed, pass_at, score_boxed_math, score_exact_match
 
 # Right answers, labelled by hand: (what a model puts in the box, what the data set has).
 RIGHT = [
@@ -323,7 +316,10 @@ def test_an_answer_that_cannot_be_computed_costs_its_process_and_the_next_has_an
 
 
 def test_the_comparing_process_ends_with_the_one_that_asks() -> None:
-    script = "from evaluation.equality import judge; judge().equal('1', '1'); print(judge()._process.pid, flush=True)"
+    script = (
+        "from evaluation.grading.equality import judge\n"
+        "judge().equal('1', '1'); print(judge()._process.pid, flush=True)"
+    )
     asked = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
     process = int(asked.stdout)
     with pytest.raises(ProcessLookupError):
@@ -396,7 +392,11 @@ def test_an_installation_that_cannot_compare_says_so_and_scores_nothing_zero(mon
 def test_a_judge_speaks_one_line_a_question() -> None:
     asked = "".join(json.dumps(pair) + "\n" for pair in ([r"\frac12", "0.5"], ["(", ")"], ["2", "3"]))
     answered = subprocess.run(
-        [sys.executable, "-m", "evaluation.equality", "5"], input=asked, capture_output=True, text=True, check=True
+        [sys.executable, "-m", "evaluation.grading.equality", "5"],
+        input=asked,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert answered.stdout.splitlines() == ["ready", "true", "false", "false"]
 

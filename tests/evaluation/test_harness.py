@@ -18,11 +18,11 @@ import psutil
 import pytest
 from filelock import FileLock
 
-from evaluation.benchmark import write_benchmark
+from evaluation.answers.harness import Progress, evaluate
+from evaluation.answers.job import Assignment, Job
+from evaluation.benchmarks.benchmark import write_benchmark
 from evaluation.errors import BenchmarkError, DeviceError, ModelError, WorkerError
-from evaluation.harness import Progress, evaluate
-from evaluation.job import Assignment, Job
-from evaluation.report import Report
+from evaluation.verdict.report import Report
 from tests.evaluation.conftest import workers
 
 
@@ -175,7 +175,7 @@ def long_job(model: Path, long_benchmark: Path, tmp_path: Path) -> Job:
 
 def test_a_worker_whose_input_ends_exits_without_the_help_of_the_kernel(long_job: Job) -> None:
     with subprocess.Popen(
-        [sys.executable, "-m", "evaluation.worker"],
+        [sys.executable, "-m", "evaluation.answers.worker"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -195,7 +195,7 @@ def test_a_worker_whose_input_ends_exits_without_the_help_of_the_kernel(long_job
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux alone kills orphans on request")
 def test_a_worker_dies_with_its_parent_even_if_its_input_stays_open(long_job: Job) -> None:
     lock = long_job.assignments[0].directory / "lock"
-    script = "import subprocess, sys; subprocess.run([sys.executable, '-m', 'evaluation.worker'])"
+    script = "import subprocess, sys; subprocess.run([sys.executable, '-m', 'evaluation.answers.worker'])"
     with (
         FileLock(lock),
         subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as parent,

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
+from evaluation.answers.journal import Journal
 from evaluation.errors import JournalError
-from evaluation.journal import Journal
 
 
 @pytest.fixture

@@ -12,14 +12,14 @@ from lm_eval.api.model import LM
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen2ForCausalLM
 
-from evaluation.benchmark import resolve_benchmark, write_benchmark
+from evaluation.answers.job import Assignment
+from evaluation.answers.journal import Journal
+from evaluation.answers.lm import JournalledLM
+from evaluation.answers.worker import load_task, score
+from evaluation.benchmarks.benchmark import resolve_benchmark, write_benchmark
 from evaluation.errors import BenchmarkError, ModelError
-from evaluation.job import Assignment
-from evaluation.journal import Journal
-from evaluation.lm import JournalledLM
 from evaluation.problems import problem_id
-from evaluation.report import Report
-from evaluation.worker import load_task, score
+from evaluation.verdict.report import Report
 
 
 @pytest.fixture(scope="module")

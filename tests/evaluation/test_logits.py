@@ -19,17 +19,17 @@ from typer.testing import CliRunner
 
 from deploy.candidate import verify
 from deploy.errors import CandidateError
-from evaluation.benchmark import resolve_benchmark, write_benchmark
+from evaluation.answers.fingerprint import LogitsExtrapolation, fingerprint
+from evaluation.answers.harness import Progress, evaluate
+from evaluation.answers.job import Assignment, Job
+from evaluation.answers.journal import Journal
+from evaluation.answers.lm import JournalledLM
+from evaluation.answers.logits import LogitsExtrapolationLM
+from evaluation.answers.worker import run as work
+from evaluation.benchmarks.benchmark import resolve_benchmark, write_benchmark
 from evaluation.errors import BenchmarkError, ModelError, WorkerError
-from evaluation.fingerprint import LogitsExtrapolation, fingerprint
-from evaluation.harness import Progress, evaluate
-from evaluation.job import Assignment, Job
-from evaluation.journal import Journal
-from evaluation.lm import JournalledLM
-from evaluation.logits import LogitsExtrapolationLM
-from evaluation.report import Report
-from evaluation.worker import run as work
-from flows.cli import app
+from evaluation.verdict.report import Report
+from flows.cli.main import app
 
 PROMPTS = ["1+1=", "77+5=", "0", "12345+678=", "=", "9 9 9 9 9 9", "3+4", "5=5"]
 EOS = 2
@@ -133,7 +133,7 @@ def killed_at_end(
     def kill(progress: Progress) -> None:
         for child in psutil.Process().children() if progress.done == 5 else []:
             with contextlib.suppress(psutil.NoSuchProcess):  # some other child, which has just ended
-                if "evaluation.worker" in child.cmdline():
+                if "evaluation.answers.worker" in child.cmdline():
                     child.kill()
 
     with pytest.raises(WorkerError) as death:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.benchmark import write_benchmark
-from evaluation.contents import describe
+from evaluation.benchmarks.benchmark import write_benchmark
+from evaluation.benchmarks.contents import describe
+from evaluation.benchmarks.overlap import overlap, refuse_overlap
 from evaluation.errors import BenchmarkError, OverlapError
-from evaluation.overlap import overlap, refuse_overlap
 
 APPLES = "Ann has three apples and eats one of them. How many are left?"
 RABBITS = "A farmer counts rabbits by their ears and finds fourteen ears. How many rabbits?"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from evaluation.errors import ReportError
-from evaluation.report import Report
+from evaluation.verdict.report import Report
 
 
 def report(*scores: float) -> Report:

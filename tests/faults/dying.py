@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from relex.materialise import Output, materialise
+from relex.output.materialise import Output, materialise
 from relex.trajectory import Trajectory
 from tests.relex.trajectories import MIB, Run, predict
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from relex import manifest
 from relex.errors import OutputError
-from relex.materialise import Output, materialise
+from relex.output import manifest
+from relex.output.materialise import Output, materialise
 from relex.trajectory import Trajectory
 from tests.relex.trajectories import MIB, Run, content, drift, predict, tree, write, write_run
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from deploy import champions, registry
 from deploy.registry import CHAMPION
-from deploy.store import connect, prepare
+from deploy.tracking import connect, prepare
 from tests.deploy.dying import child, watch
 from tests.deploy.tiny import write_prediction
 from tests.flows.test_promote import BEST, BETTER, GOOD, Registry

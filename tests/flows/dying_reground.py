@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from flows.reground_settings import load_reground_settings
-from flows.regrounding import reground
+from flows.reground.loop import reground
+from flows.reground.settings import load_reground_settings
 
 
 def die() -> NoReturn:

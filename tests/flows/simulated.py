@@ -9,12 +9,12 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.gate import Gate, gate
-from evaluation.report import Report
-from flows.deciding import Stages, decide
-from flows.decision import Backtested, Decision, Model, Score
-from flows.predict import Predicted
+from evaluation.verdict.gate import Gate, gate
+from evaluation.verdict.report import Report
+from flows.decide.predict import Predicted
+from flows.decide.procedure import Stages, decide
 from flows.settings import Settings
+from flows.state.decision import Backtested, Decision, Model, Score
 
 DISCORDANT = 0.2
 _SELECTION, _GATE = "selection", "gate"

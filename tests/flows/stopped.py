@@ -6,9 +6,9 @@ from typing import Any
 
 import yaml
 
-from flows.decision import Backtested, Decision, Model
 from flows.settings import Settings, load_settings
-from flows.window import decision_path, window_key, write_json
+from flows.state.decision import Backtested, Decision, Model
+from flows.state.windows import decision_path, window_key, write_json
 from relex.store import open_base, scan
 
 # A line of its own for each time it runs.

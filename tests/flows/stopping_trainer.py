@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from flows.stop_callback import StopOnFile
+from flows.stop.callback import StopOnFile
 
 STEPS = 12
 SECONDS = 60.0

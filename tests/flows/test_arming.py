@@ -10,12 +10,12 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from evaluation.gate import Gate
-from flows.arming import Armed, arm, attempt
-from flows.decision import Decision
-from flows.ledger import Ledger, known, left_behind, segment
+from evaluation.verdict.gate import Gate
 from flows.settings import Settings, load_settings
-from flows.window import decision_path, key_of, write_json
+from flows.state.decision import Decision
+from flows.state.ledger import Ledger, known, left_behind, segment
+from flows.state.windows import decision_path, key_of, write_json
+from flows.watch.due import Armed, arm, attempt
 from relex.layouts.weights import Weights
 from relex.store import open_base, scan
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.cli import main
+from flows.cli.main import main
 from tests.flows.conftest import WriteCheckpoint, make_old
 
 Relex = Callable[..., str]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flows.cli import main
+from flows.cli.main import main
 from tests.flows.conftest import WriteCheckpoint, make_old
 
 Relex = Callable[..., tuple[int, str, str]]

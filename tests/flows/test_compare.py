@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen2ForCausalLM
 
-from evaluation.benchmark import write_benchmark
-from evaluation.fingerprint import fingerprint
-from evaluation.report import Report
-from flows.cli import main
-from flows.compare import difference
+from evaluation.answers.fingerprint import fingerprint
+from evaluation.benchmarks.benchmark import write_benchmark
+from evaluation.verdict.report import Report
+from flows.cli.main import main
+from flows.study.compare import difference
 from tests.evaluation.conftest import write_model
 from tests.flows.conftest import make_old
 

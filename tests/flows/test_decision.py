@@ -1,9 +1,9 @@
 import json
 from dataclasses import replace
 
-from evaluation.gate import Gate
-from flows.decision import Decision, Model, Score, choose
-from flows.decision_page import page
+from evaluation.verdict.gate import Gate
+from flows.decide.page import page
+from flows.state.decision import Decision, Model, Score, choose
 
 OBSERVED = Model("observed", 48, "/models/observed/step-48")
 

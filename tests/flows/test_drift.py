@@ -15,17 +15,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from flows import drifting
-from flows.cli import main
-from flows.decision import Decision, Score
-from flows.drift import TARGET_REACHED, announce, write_sent
-from flows.drift_outlook import Reached, Waiting, look
-from flows.drift_page import page, summary, warnings
-from flows.drift_record import Compared, comparing, mark_told, read_compared, told
-from flows.ledger import Ledger, known, read_ledger, write_ledger
-from flows.predict import predict
+from flows.cli.main import main
+from flows.decide.predict import predict
+from flows.drift import measure
+from flows.drift.due import Reached, Waiting, look
+from flows.drift.flow import TARGET_REACHED, announce, write_sent
+from flows.drift.page import page, summary, warnings
+from flows.drift.record import Compared, comparing, mark_told, read_compared, told
 from flows.settings import Settings
-from flows.window import decision_path, window_key, write_json
+from flows.state.decision import Decision, Score
+from flows.state.ledger import Ledger, known, read_ledger, write_ledger
+from flows.state.windows import decision_path, window_key, write_json
 from relex.store import StoredCheckpoint, open_base, scan
 
 WINDOW = (10, 25, 40)
@@ -105,7 +105,7 @@ def outlook(settings: Settings) -> tuple[list[Reached], list[Waiting]]:
 def catch_up(settings: Settings) -> list[Compared]:
     found = look(settings)
     assert found is not None
-    return drifting.compare(settings, found[0], found[1])
+    return measure.compare(settings, found[0], found[1])
 
 
 def skill(row: Compared) -> float:
@@ -289,7 +289,7 @@ from flows.settings import load_settings
 settings = load_settings(Path(sys.argv[1]))
 base, due, _ = look(settings)
 with comparing(settings):
-    drifting.compare(settings, base, due, tell=lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    measure.compare(settings, base, due, tell=lambda *_: os.kill(os.getpid(), signal.SIGKILL))
 """
 
 

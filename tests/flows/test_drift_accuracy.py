@@ -8,15 +8,15 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from evaluation.benchmark import write_benchmark
-from evaluation.report import Report
-from flows import drifting
-from flows.decision import Decision, Model, Score
-from flows.drift_outlook import look
-from flows.drift_page import page
-from flows.drift_record import read_compared
+from evaluation.benchmarks.benchmark import write_benchmark
+from evaluation.verdict.report import Report
+from flows.drift import measure
+from flows.drift.due import look
+from flows.drift.page import page
+from flows.drift.record import read_compared
 from flows.settings import Settings, load_settings
-from flows.window import decision_path, window_directory, write_json
+from flows.state.decision import Decision, Model, Score
+from flows.state.windows import decision_path, window_directory, write_json
 from relex.extrapolation import Request, extrapolate
 from relex.predictors import parse_method
 from relex.trajectory import open_run
@@ -80,7 +80,7 @@ def test_the_winner_is_compared_on_gate_and_report_and_what_was_never_scored_is_
         # What was asked for later is added to what was compared.
         found = look(settings)
         assert found is not None
-        rows = drifting.compare(settings, found[0], found[1], tell=tell)
+        rows = measure.compare(settings, found[0], found[1], tell=tell)
     assert finished == ["compare relex @ 100", "compare expo @ 100", "gate @ 100", "report @ 100"]
     by_method = {row.method: row for row in rows}
     assert by_method["expo"].accuracies == ()

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from flows.arming import Armed
-from flows.ledger import (
+from flows.settings import Settings
+from flows.state.ledger import (
     CHECKPOINT_READY,
     WINDOW_READY,
     Event,
@@ -21,9 +21,9 @@ from flows.ledger import (
     tick,
     write_ledger,
 )
-from flows.settings import Settings
-from flows.watch import describe
-from flows.window import claim, claimed, decision_path, window_key, write_json
+from flows.state.windows import claim, claimed, decision_path, window_key, write_json
+from flows.watch.due import Armed
+from flows.watch.watcher import describe
 from relex.layouts.weights import Weights
 from relex.store import StoredCheckpoint, open_base, scan
 from tests.flows.conftest import WriteCheckpoint, make_old
@@ -106,7 +106,7 @@ def test_a_claimed_or_decided_window_is_not_announced_again(
 def other_process(settings: Settings, config: Path) -> Iterator[subprocess.Popen[str]]:
     code = (
         "import sys, time; from pathlib import Path\n"
-        "from flows.window import claim; from flows.settings import load_settings\n"
+        "from flows.state.windows import claim; from flows.settings import load_settings\n"
         "with claim(load_settings(Path(sys.argv[1])), 'abc') as mine: print(mine, flush=True); time.sleep(600)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(config)], stdout=subprocess.PIPE, text=True)

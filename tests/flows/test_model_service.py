@@ -21,11 +21,10 @@ import pytest
 
 from deploy import champions, registry
 from deploy.champions import Judgement
-from deploy.errors import CandidateError, NoSuchVersionError
-from deploy.store import prepare
-from flows import engine
-from flows.errors import ServingError
-from flows.model_service import News, Service, serving
+from deploy.errors import CandidateError, NoSuchVersionError, ServingError
+from deploy.serving import engine
+from deploy.serving.service import News, Service, serving
+from deploy.tracking import prepare
 from tests.deploy.tiny import write_prediction
 
 ANSWERING = (
@@ -230,7 +229,7 @@ def test_an_engine_that_dies_is_started_again_from_whole_files(home: Home) -> No
 
     async def scenario() -> None:
         async with home.serve() as client:
-            (died,) = (p for p in mine(home.path) if "flows.engine_guard" not in command_of(p) and p.children() != [])
+            (died,) = (p for p in mine(home.path) if "deploy.serving.guard" not in command_of(p) and p.children() != [])
             left = died.children()
             file.write_bytes(whole.swapcase())
             died.kill()
@@ -276,7 +275,7 @@ def test_asked_to_end_it_leaves_no_process(home: Home) -> None:
     home.promote(1)
     words = ["--home", str(home.path), "--port", "0", "--engine", ANSWERING, "--json"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "flows.cli", "serve", "digits", *words], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "flows.cli.main", "serve", "digits", *words], stdout=subprocess.PIPE, text=True
     )
     try:
         assert process.stdout is not None
@@ -324,6 +323,6 @@ def test_without_an_engine_it_says_what_to_install(tmp_path: Path, monkeypatch: 
 
 def alias(home: Home, version: int) -> None:
     """Move the alias as MLflow's own page does, which verifies nothing."""
-    from deploy.store import connect
+    from deploy.tracking import connect
 
     connect(home.uri).set_registered_model_alias("digits", registry.CHAMPION, str(version))

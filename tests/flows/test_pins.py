@@ -16,14 +16,14 @@ from prefect.events.worker import EventsWorker
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from safetensors.torch import load_file
 
-from flows.decision import Decision
+from flows.decide.predict import predict
 from flows.errors import ConfigError, PinError
-from flows.ledger import read_ledger
-from flows.pins import Pins
-from flows.predict import predict
 from flows.settings import Settings, load_settings
-from flows.watch import _look, watch_store
-from flows.window import decision_path, write_json
+from flows.state.decision import Decision
+from flows.state.ledger import read_ledger
+from flows.state.windows import decision_path, write_json
+from flows.watch.pins import Pins
+from flows.watch.watcher import _look, watch_store
 from relex.store import State, open_base, scan
 from tests.flows.conftest import WriteCheckpoint, make_old
 

@@ -12,14 +12,14 @@ import pytest
 from deploy import champions, registry
 from deploy.errors import CandidateError, NoSuchVersionError
 from deploy.registry import CHAMPION
-from deploy.store import connect, prepare
-from evaluation.report import Report
-from flows.cli import main
-from flows.decision import Model
+from deploy.tracking import connect, prepare
+from evaluation.verdict.report import Report
+from flows.cli.main import main
+from flows.decide.gate_results import write_gate_results
 from flows.errors import PromotionError
-from flows.gate_results import write_gate_results
-from flows.listing import listing
-from flows.promote import Promotion, promote, rollback
+from flows.promote.listing import listing
+from flows.promote.promotion import Promotion, promote, rollback
+from flows.state.decision import Model
 from tests.deploy.served import serve
 from tests.deploy.tiny import write_prediction
 

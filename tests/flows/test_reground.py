@@ -19,17 +19,17 @@ import yaml
 from safetensors.torch import load_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from evaluation.benchmark import write_benchmark
-from evaluation.fingerprint import fingerprint
-from flows import service
-from flows.cycle import Plan, Trained, jump
+from deploy.local import daemon
+from evaluation.answers.fingerprint import fingerprint
+from evaluation.benchmarks.benchmark import write_benchmark
 from flows.demo.model import build_tokenizer
 from flows.errors import ConfigError, RegroundError, TrainerError
-from flows.lock import held
-from flows.reground_page import page
-from flows.reground_settings import Reference, RegroundSettings, load_reground_settings
-from flows.regrounding import Regrounding, reground
-from flows.trainer_command import TEMPLATES, fill, run_trainer
+from flows.reground.cycle import Plan, Trained, jump
+from flows.reground.loop import Regrounding, reground
+from flows.reground.page import page
+from flows.reground.settings import Reference, RegroundSettings, load_reground_settings
+from flows.reground.trainer import TEMPLATES, fill, run_trainer
+from flows.state.lock import held
 from relex.errors import DuplicateError
 from tests.flows.conftest import WriteCheckpoint
 
@@ -194,7 +194,7 @@ def killed(scene: Scene) -> Iterator[dict[str, RegroundSettings]]:
         assert done.stdout.splitlines() == [f"{point} -9" for point in POINTS], done.stderr
         yield runs
     finally:
-        service.stop(runs["train"].home, ["cycle-1"])
+        daemon.stop(runs["train"].home, ["cycle-1"])
 
 
 @pytest.mark.parametrize("point", POINTS)
@@ -203,7 +203,7 @@ def test_killed_anywhere_the_same_call_ends_in_the_same_model(
 ) -> None:
     settings = killed[point]
     finished = {path: path.stat().st_mtime_ns for path in settings.home.rglob("*.json")}
-    left = service.find(settings.home, "cycle-1")
+    left = daemon.find(settings.home, "cycle-1")
     assert (left is not None and left.state == "running") == (point == "train")
     found = reground(settings, tell=silent)
     assert left is None or left.pid is None or not psutil.pid_exists(left.pid)
@@ -274,14 +274,14 @@ def test_a_trainer_that_stops_early_is_refused_and_trained_again_by_the_next_cal
 
 def test_a_terminated_command_ends_its_trainer(scene: Scene) -> None:
     settings = begin(scene, "terminated", "--hang-in", "0001/run-1")
-    argv = [sys.executable, "-m", "flows.cli", "reground", str(scene.root / "terminated.yaml")]
+    argv = [sys.executable, "-m", "flows.cli.main", "reground", str(scene.root / "terminated.yaml")]
     with subprocess.Popen(argv, cwd=ROOT) as command:
         try:
             end = time.monotonic() + 120
             checkpoint = settings.cycle_directory(1) / "run-1/checkpoint-2/trainer_state.json"
             while not checkpoint.exists() and command.poll() is None and time.monotonic() < end:
                 time.sleep(0.05)
-            started = service.find(settings.home, "cycle-1")
+            started = daemon.find(settings.home, "cycle-1")
             assert started is not None
             assert started.pid is not None
             command.send_signal(signal.SIGTERM)
@@ -289,7 +289,7 @@ def test_a_terminated_command_ends_its_trainer(scene: Scene) -> None:
             assert not psutil.pid_exists(started.pid)
         finally:
             command.kill()
-            service.stop(settings.home, ["cycle-1"])
+            daemon.stop(settings.home, ["cycle-1"])
 
 
 def test_without_a_prediction_the_cycle_goes_on_from_its_last_checkpoint(

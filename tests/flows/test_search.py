@@ -3,8 +3,8 @@
 import pytest
 from scipy.stats import binom
 
-from flows.decision import Model, Score
-from flows.search import search, subsets
+from flows.decide.search import search, subsets
+from flows.state.decision import Model, Score
 from tests.flows.simulated import World
 
 # An arc, as over targets: near ones win a little, far ones lose.

@@ -19,15 +19,16 @@ from prefect.client.orchestration import get_client
 from prefect.concurrency.sync import concurrency
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
+from deploy.errors import StackError
+from deploy.local import daemon, stack
+from deploy.local.access import client_environment, read_access
+from deploy.local.server import PREFECT, admits
+from deploy.local.stack import Stack
 from deploy.registry import models
 from deploy.runs import record
-from flows import cli, service, stack
-from flows.access import client_environment, read_access
-from flows.errors import StackError
-from flows.server import PREFECT, admits
+from flows.cli import main
+from flows.decide.slots import create_limits, evaluating, limits
 from flows.settings import Settings, load_settings
-from flows.slots import create_limits, evaluating, limits
-from flows.stack import Stack
 
 USER, PASSWORD = "somebody", "no-one-may-read-this"
 HOLD = """
@@ -63,7 +64,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 def test_a_server_listens_on_the_loopback_interface_only(running: Stack, name: str) -> None:
     addresses = {
         connection.laddr.ip
-        for process in service.processes(running.home, name)
+        for process in daemon.processes(running.home, name)
         for connection in process.net_connections("inet")
         if connection.status == psutil.CONN_LISTEN
     }
@@ -97,11 +98,11 @@ def test_the_password_is_in_no_file_command_line_or_status(
     for arguments in (["status"], ["status", "--json"], ["models", "closed", "--json"]):
         monkeypatch.setattr(sys, "argv", ["relex", *arguments, "--home", str(running.home)])
         with pytest.raises(SystemExit) as end:
-            cli.main()
+            main.main()
         assert not end.value.code
     told = capsys.readouterr()
     assert "prefect" in told.out
-    processes = [process for name in ("prefect", "mlflow") for process in service.processes(running.home, name)]
+    processes = [process for name in ("prefect", "mlflow") for process in daemon.processes(running.home, name)]
     assert len(processes) >= 3
     lines = [" ".join(process.cmdline()) for process in processes]
     assert not [line for line in (told.out, told.err, *lines, str(running)) if PASSWORD in line]
@@ -128,7 +129,7 @@ def test_a_server_that_asks_nobody_is_not_taken_for_one_that_does(tmp_path: Path
         port = probe.getsockname()[1]
     write_auth(tmp_path, f"{USER}:{PASSWORD}")
     argv = [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1", "--directory", str(tmp_path)]
-    found = service.start(tmp_path, "prefect", argv, environment=dict(os.environ), url=f"http://127.0.0.1:{port}")
+    found = daemon.start(tmp_path, "prefect", argv, environment=dict(os.environ), url=f"http://127.0.0.1:{port}")
     access = read_access(tmp_path)
     try:
         with httpx.Client(trust_env=False) as client:
@@ -139,7 +140,7 @@ def test_a_server_that_asks_nobody_is_not_taken_for_one_that_does(tmp_path: Path
             ):
                 admits(client, found, PREFECT, access)
     finally:
-        service.stop(tmp_path, ["prefect"])
+        daemon.stop(tmp_path, ["prefect"])
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,9 @@ import torch
 import yaml
 from safetensors.torch import load_file, save
 
-from flows.ledger import WINDOW_READY, left_behind, read_ledger, tick, write_ledger
-from flows.pins import Pins
 from flows.settings import Settings, load_settings
+from flows.state.ledger import WINDOW_READY, left_behind, read_ledger, tick, write_ledger
+from flows.watch.pins import Pins
 from relex.store import StoredCheckpoint, open_base, scan
 
 WINDOW = 40

@@ -8,10 +8,10 @@ import pytest
 import yaml
 
 from flows import settings as settings_module
+from flows.decide.workers import spreading
 from flows.errors import ConfigError, ShardError
 from flows.settings import Settings, load_settings
-from flows.shards import spreading
-from relex.shards import Shard
+from relex.output.shards import Shard
 
 SHARD = Shard("model-00001-of-00002.safetensors", ("/nowhere/.step-1.partial",), "inputs", 1 << 20, 1)
 

@@ -13,13 +13,15 @@ import httpx
 import psutil
 import pytest
 
+from deploy.errors import StackError
+from deploy.local import daemon, stack
+from deploy.local.server import MLFLOW, is_outdated, launch, still_starting
+from deploy.local.stack import Service, Stack
 from deploy.registry import models
 from deploy.runs import record
-from evaluation.benchmark import write_benchmark
-from flows import cli, service, stack
-from flows.errors import StackError
-from flows.server import MLFLOW, is_outdated, launch, still_starting
-from flows.stack import Service, Stack
+from evaluation.benchmarks.benchmark import write_benchmark
+from flows.cli import main
+from flows.processes import revive_watchers, spawn_watcher
 
 UP = "import sys; from pathlib import Path; from flows import stack; sys.stdout.write(str(stack.up(Path(sys.argv[1]))))"
 
@@ -116,7 +118,7 @@ def test_a_killed_server_is_started_again_at_its_address_with_its_data(running: 
     kept = record("kept", tracking_uri=running.mlflow_url, key="before", title="before the kill")
     before = _pids(running.home)
     assert before["mlflow"] is not None
-    left = service.processes(running.home, "mlflow")
+    left = daemon.processes(running.home, "mlflow")
     os.kill(before["mlflow"], signal.SIGKILL)
     _wait(lambda: {found.state for found in stack.status(running.home)} == {"running", "dead"})
     with pytest.raises(StackError, match="mlflow is dead"):
@@ -132,7 +134,7 @@ def test_a_killed_server_is_started_again_at_its_address_with_its_data(running: 
 def test_down_leaves_no_process_and_up_finds_the_data_again(running: Stack) -> None:
     kept = record("down", tracking_uri=running.mlflow_url, key="before", title="before down")
     stack.spawn(running.home, "sleeper", ["sleep", "1000"])
-    everything = [p for name in _pids(running.home) for p in service.processes(running.home, name)]
+    everything = [p for name in _pids(running.home) for p in daemon.processes(running.home, name)]
     assert len(everything) >= 4
     stopped = stack.down(running.home)
     assert {found.state for found in stopped} == {"stopped"}
@@ -157,11 +159,11 @@ def test_a_server_that_ends_at_once_is_reported_with_its_log(quiet: Path) -> Non
 
 
 def test_a_server_that_never_answers_is_given_up_and_stopped(quiet: Path) -> None:
-    found = service.start(quiet, "mlflow", ["sleep", "1000"], environment={}, url="http://127.0.0.1:9")
+    found = daemon.start(quiet, "mlflow", ["sleep", "1000"], environment={}, url="http://127.0.0.1:9")
     assert still_starting(quiet, found, MLFLOW, seconds=119, limit=120) == found
     with pytest.raises(StackError, match="mlflow did not answer within 120 s: it wrote nothing"):
         still_starting(quiet, found, MLFLOW, seconds=121, limit=120)
-    assert service.processes(quiet, "mlflow") == []
+    assert daemon.processes(quiet, "mlflow") == []
 
 
 def test_a_server_of_another_version_is_outdated(quiet: Path) -> None:
@@ -170,7 +172,7 @@ def test_a_server_of_another_version_is_outdated(quiet: Path) -> None:
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     argv = [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1", "--directory", str(quiet)]
-    found = service.start(quiet, "mlflow", argv, environment=dict(os.environ), url=url)
+    found = daemon.start(quiet, "mlflow", argv, environment=dict(os.environ), url=url)
     with httpx.Client(trust_env=False) as client:
         assert not is_outdated(
             client, Service("mlflow", None, "http://127.0.0.1:9", "running", quiet, ("mlflow",)), MLFLOW
@@ -191,13 +193,13 @@ def test_spawning_a_live_name_again_leaves_it_alone_and_refuses_to_make_it_somet
 
 def test_watchers_that_died_are_started_again_and_those_that_were_stopped_are_not(quiet: Path) -> None:
     running = Stack(quiet, "http://127.0.0.1:9", "http://127.0.0.1:9/api", "http://127.0.0.1:9")
-    stopped, killed, live = (stack.spawn_watcher(running, name, quiet / f"{name}.yaml") for name in ("a", "b", "c"))
-    service.stop(quiet, [stopped.name])
+    stopped, killed, live = (spawn_watcher(running, name, quiet / f"{name}.yaml") for name in ("a", "b", "c"))
+    daemon.stop(quiet, [stopped.name])
     os.kill(int(killed.pid or 0), signal.SIGKILL)
     # Before it finds that there is no such config.
     os.kill(int(live.pid or 0), signal.SIGSTOP)
     _wait(lambda: [found.state for found in stack.status(quiet)] == ["stopped", "dead", "running"])
-    (revived,) = stack.revive_watchers(running)
+    (revived,) = revive_watchers(running)
     assert (revived.name, revived.argv, revived.pid == killed.pid) == (killed.name, killed.argv, False)
     assert revived.argv[3] == str(quiet / "b.yaml")
     assert [found.pid for found in stack.status(quiet)][2] == live.pid
@@ -213,7 +215,7 @@ def test_two_configs_of_one_training_run_are_refused_before_anything_starts(
     other.write_text(config.read_text())
     monkeypatch.setattr(sys, "argv", ["relex", "up", str(config), str(other), "--home", str(quiet / "home")])
     with pytest.raises(SystemExit) as end:
-        cli.main()
+        main.main()
     assert end.value.code == 1
     assert f"{config} and {other} both describe training run tiny. Give one of them" in capsys.readouterr().err
     assert not (quiet / "home").exists()
@@ -241,7 +243,7 @@ def test_down_ends_even_a_grandchild_that_ignores_it(quiet: Path) -> None:
     program = f"import subprocess, sys, time; {born}; time.sleep(1000)"
     found = stack.spawn(quiet, "parent", [sys.executable, "-c", program])
     _wait(lambda: "deaf" in found.log.read_text())
-    family = service.processes(quiet, "parent")
+    family = daemon.processes(quiet, "parent")
     assert len(family) == 2
     stack.down(quiet)
     assert not any(process.is_running() for process in family)

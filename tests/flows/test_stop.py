@@ -11,17 +11,17 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from deploy.local.stack import tracking_uri
 from deploy.runs import record
-from deploy.store import connect
-from flows.cli import main
-from flows.decision import Model
+from deploy.tracking import connect
+from flows.cli.main import main
 from flows.errors import StopError
-from flows.ledger import Ledger, Seen, write_ledger
-from flows.stack import tracking_uri
-from flows.stop import saving
-from flows.stop_outlook import Outlook, confirm, outlook
-from flows.stopping import Stop, read_stop, record_path, told
-from flows.window import read_decisions
+from flows.state.decision import Model
+from flows.state.ledger import Ledger, Seen, write_ledger
+from flows.state.windows import read_decisions
+from flows.stop.execute import Stop, read_stop, record_path, told
+from flows.stop.plan import saving
+from flows.stop.status import Outlook, confirm, outlook
 from tests.flows.conftest import WriteCheckpoint
 from tests.flows.stopped import COMMAND, configure, decided, runs
 

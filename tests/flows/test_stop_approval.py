@@ -20,14 +20,14 @@ from prefect.exceptions import Pause
 from prefect.flow_engine import run_flow
 from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
 
+from deploy.local import daemon, stack
+from deploy.local.server import PREFECT, answers, launch, still_starting
+from deploy.local.stack import Stack
 from deploy.runs import record
-from deploy.store import connect, prepare
-from flows import service, stack
-from flows.server import PREFECT, answers, launch, still_starting
-from flows.stack import Stack
-from flows.stop_approval import CONTINUE, STOP, offer, stop_deployment, stop_flow
-from flows.stop_outlook import confirm, outlook
-from flows.stopping import Stop, read_stop
+from deploy.tracking import connect, prepare
+from flows.stop.execute import Stop, read_stop
+from flows.stop.flow import CONTINUE, STOP, offer, stop_deployment, stop_flow
+from flows.stop.status import confirm, outlook
 from tests.flows.conftest import WriteCheckpoint
 from tests.flows.stopped import COMMAND, configure, decided, runs
 
@@ -49,7 +49,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         with temporary_settings({PREFECT_API_URL: api, PREFECT_LOGGING_TO_API_ENABLED: False}):
             yield Stack(home, str(found.url), api, prepare(home / "mlflow").tracking_uri)
     finally:
-        service.stop(home, ["prefect"])
+        daemon.stop(home, ["prefect"])
 
 
 @pytest.fixture

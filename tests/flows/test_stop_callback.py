@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.stop_callback import StopOnFile
+from flows.stop.callback import StopOnFile
 from tests.flows.stopping_trainer import STEPS, WriteAtStep, train
 
 
@@ -25,7 +25,7 @@ def test_a_file_that_an_earlier_training_left_is_warned_of_and_ignored_until_it_
 ) -> None:
     stop = tmp_path / "STOP"
     stop.write_text("{}")
-    with caplog.at_level(logging.WARNING, "flows.stop_callback"):
+    with caplog.at_level(logging.WARNING, "flows.stop.callback"):
         assert train(tmp_path, [StopOnFile(stop)]) == STEPS
     assert [record.getMessage() for record in caplog.records] == [
         f"stop file {stop} is older than this training and is ignored; write it anew to stop"
@@ -59,5 +59,5 @@ def test_every_rank_ends_at_the_same_step_when_the_file_appears_between_their_lo
 
 def test_the_training_s_process_is_spared_what_only_relex_needs(two_ranks: Path) -> None:
     imported = set((two_ranks / "modules").read_text().splitlines())
-    assert "flows.stop_callback" in imported
+    assert "flows.stop.callback" in imported
     assert not imported & {"prefect", "mlflow", "lm_eval", "math_verify", "typer", "relex", "evaluation", "deploy"}

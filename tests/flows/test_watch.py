@@ -4,9 +4,9 @@ import threading
 import time
 from pathlib import Path
 
-from flows.ledger import read_ledger
 from flows.settings import Settings
-from flows.watch import watch_store
+from flows.state.ledger import read_ledger
+from flows.watch.watcher import watch_store
 from tests.flows.conftest import WriteCheckpoint
 
 

@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from relex import manifest
-from relex.adapter import write_adapter
-from relex.cut import TOLERANCE
 from relex.errors import CheckpointChangedError, OutputError, TargetError
 from relex.extrapolation import extrapolate_run
 from relex.forecast import Forecast
-from relex.manifest import Manifest
-from relex.materialise import rebuild
+from relex.output import manifest
+from relex.output.adapter import write_adapter
+from relex.output.manifest import Manifest
+from relex.output.materialise import rebuild
+from relex.output.truncation import TOLERANCE
 from relex.predictors import parse_method
 from relex.trajectory import Trajectory
 from tests.layouts.peft_files import load_adapter, load_base, logits, merge, states, write_run

@@ -16,9 +16,9 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from relex import store
 from relex.errors import CheckpointError, CheckpointIncompleteError, CheckpointMismatchError
+from relex.files.local import LocalDirectory
 from relex.layouts import dcp
 from relex.layouts.detection import open_any
-from relex.layouts.files import LocalDirectory
 from relex.layouts.weights import Weights
 from relex.store import State
 from tests.layouts.dcp_files import WORLD, quiet_tree, save, write_dcp_run

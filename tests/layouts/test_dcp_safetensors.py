@@ -14,8 +14,8 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 from relex import store
 from relex.errors import CheckpointIncompleteError, CheckpointMismatchError
+from relex.files.local import LocalDirectory
 from relex.layouts.detection import open_any
-from relex.layouts.files import LocalDirectory
 from relex.layouts.weights import Weights
 from relex.store import State
 from tests.layouts.dcp_files import save, write_dcp_safetensors_run

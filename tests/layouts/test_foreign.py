@@ -7,7 +7,7 @@ import pytest
 
 from relex import store
 from relex.errors import CheckpointIncompleteError
-from relex.layouts.files import LocalDirectory
+from relex.files.local import LocalDirectory
 from relex.layouts.foreign import megatron_files, refuse_known
 from relex.store import State
 from tests.relex.trajectories import drift, quiet, write_model

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from relex import factor_gram, gram, store
 from relex.errors import CheckpointDamagedError, CheckpointError, CheckpointIncompleteError, CheckpointMismatchError
+from relex.files.local import LocalDirectory
+from relex.files.location import open_directory
 from relex.layouts.detection import open_any
 from relex.layouts.factors import AdapterWeights, LowRank, Unchanged
-from relex.layouts.files import LocalDirectory, open_directory
 from relex.layouts.weights import TensorEntry
-from relex.materialise import Output, materialise
+from relex.output.materialise import Output, materialise
 from relex.trajectory import Trajectory, open_trajectory
 from tests.layouts.peft_files import load_adapter, load_base, logits, merge, settings, states, write_merged, write_run
 from tests.relex.trajectories import MIB, STEPS, Run, content, least_memory, load, measure, predict, quiet, write

@@ -19,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relex.errors import CheckpointError, CheckpointIncompleteError, CheckpointMismatchError
-from relex.layouts import pickled
-from relex.layouts.pickled import Global, Made, load
+from relex.formats import pickled
+from relex.formats.pickled import Global, Made, load
 
 WHERE = "run/data.pkl"
 

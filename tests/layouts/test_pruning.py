@@ -9,7 +9,7 @@ import yaml
 from transformers import TrainingArguments
 from trl.trainer.grpo_config import GRPOConfig
 
-from relex.layouts.files import LocalDirectory
+from relex.files.local import LocalDirectory
 from relex.layouts.pruning import Limit, find_limit, warning
 
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from relex.errors import CheckpointError, CheckpointIncompleteError, CheckpointMismatchError
-from relex.layouts.files import LocalDirectory
-from relex.layouts.torch_file import LocalTensor, read_torch_file, require_contiguous
+from relex.files.local import LocalDirectory
+from relex.formats.torch_file import LocalTensor, read_torch_file, require_contiguous
 
 NAME = "weights.pt"
 

@@ -20,9 +20,9 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from relex import store
 from relex.errors import CheckpointError, CheckpointIncompleteError, CheckpointMismatchError
+from relex.files.local import LocalDirectory
 from relex.layouts import verl_fsdp
 from relex.layouts.detection import open_any
-from relex.layouts.files import LocalDirectory
 from relex.layouts.weights import TensorEntry, Weights
 from relex.store import State
 from tests.layouts.gloo_verl import BUFFER, KINDS, STEPS, WORLD

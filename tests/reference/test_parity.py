@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from relex.forecast import forecast
-from relex.materialise import Output, materialise
+from relex.output.materialise import Output, materialise
 from relex.predictors import parse_method
 from tests.reference import dense
 from tests.relex.trajectories import FROZEN, MIB, NORM, SHAPES, STEPS, TARGET, drift, load, measure, write_run

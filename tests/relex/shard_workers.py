@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from relex.extrapolation import Request, extrapolate
+from relex.output.shards import Shard, Spread, write_shard
 from relex.predictors import parse_method
-from relex.shards import Shard, Spread, write_shard
 from relex.streaming import Progress
 from tests.relex.trajectories import MIB, Run
 

@@ -9,7 +9,7 @@ import torch
 
 from relex import linearity
 from relex.analysis import BINS, Analysis, analyze_run, place, series_moments
-from relex.comparison import Distance, along, distance
+from relex.distance import Distance, along, distance
 from relex.errors import MemoryBudgetError, TargetError
 from relex.extrapolation import Request, extrapolate
 from relex.forecast import forecast

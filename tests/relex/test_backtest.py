@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from relex.backtest import backtest
+from relex.backtest.backtest import backtest
+from relex.backtest.skill import Jumps, jumps
 from relex.errors import DuplicateError
 from relex.gram import Gram
 from relex.predictors import parse_method
-from relex.skill import Jumps, jumps
 
 # With holes, as stores have them.
 STEPS = (5, 10, 15, 20, 25, 40, 50, 60, 65, 80, 120, 125)

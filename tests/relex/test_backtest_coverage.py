@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from relex.interval import bootstrap_interval, line_interval
+from relex.backtest.interval import bootstrap_interval, line_interval
 
 SEEN = 24
 RUNS = 200

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from relex.convergence import Convergence, converge, propose
+from relex.backtest.convergence import Convergence, converge, propose
 from tests.relex.trajectories import measure, write_run
 
 STEPS = tuple(range(4, 52, 4))

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from relex import comparison
+from relex import distance
 from relex.drift import Drift, drift, write_as_predicted
 from relex.errors import MemoryBudgetError, NonFiniteError, OutputError
 from relex.extrapolation import Request, extrapolate
-from relex.manifest import read, with_vectors
+from relex.output.manifest import read, with_vectors
 from relex.predictors import parse_method
 from relex.store import Checkpoint, open_base, scan
 from tests.layouts import peft_files
@@ -61,8 +61,8 @@ def test_it_is_what_the_gram_of_all_checkpoints_says_but_for_the_rounding_of_the
     run = write_run(tmp_path, trajectories.drift(base=base, stored=stored))
     observed, predicted = predict(run, tmp_path, method)
     both, forecast = run.open(), with_vectors(read(predicted).forecast, predicted)
-    added = comparison.along(both, forecast, LATER, memory=64 * MIB, threads=1)
-    expected = comparison.distance(trajectories.measure(both), forecast, LATER, added=added)
+    added = distance.along(both, forecast, LATER, memory=64 * MIB, threads=1)
+    expected = distance.distance(trajectories.measure(both), forecast, LATER, added=added)
     assert expected is not None
     assert expected.skill is not None
     prune(run)
@@ -82,7 +82,7 @@ def test_a_base_that_is_finer_than_its_checkpoints_puts_no_rounding_into_the_del
             state[name] = (states[0][name] + 0.01 * (state[name].float() - states[0][name])).to(state[name].dtype)
     run = write_run(tmp_path, states)
     observed, predicted = predict(run, tmp_path)
-    expected = comparison.distance(trajectories.measure(run.open()), read(predicted).forecast, LATER)
+    expected = distance.distance(trajectories.measure(run.open()), read(predicted).forecast, LATER)
     assert expected is not None
     found = compare(run, observed, predicted)
     assert found.skill == pytest.approx(expected.skill, abs=1e-3)

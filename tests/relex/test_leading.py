@@ -8,8 +8,8 @@ import torch
 from numpy.typing import NDArray
 
 from relex.errors import MemoryBudgetError
-from relex.leading import Source, Triplets, triplets
 from relex.streaming import UNIT
+from relex.triplets import Source, Triplets, triplets
 from tests.relex.trajectories import MIB, STEPS, Run, drift, load, write_run
 
 Array = NDArray[np.float64]

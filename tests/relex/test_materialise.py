@@ -9,10 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relex import gram, manifest
+from relex import gram
 from relex.errors import CheckpointChangedError, NonFiniteError, OutputError
 from relex.forecast import Forecast, forecast
-from relex.materialise import Output, materialise, rebuild
+from relex.output import manifest
+from relex.output.materialise import Output, materialise, rebuild
 from relex.predictors import parse_method
 from relex.streaming import CHUNK, UNIT
 from relex.trajectory import Trajectory

@@ -8,10 +8,10 @@ import torch
 
 from relex.errors import MemoryBudgetError, TargetError
 from relex.extrapolation import Request, extrapolate
-from relex.leading import Triplets
 from relex.predictors import next as family
 from relex.predictors import next_network, parse_method
 from relex.predictors.next import reference_signs
+from relex.triplets import Triplets
 from tests.relex.trajectories import FROZEN, MIB, SHAPES, STEPS, Run, content, drift, load, write_run
 
 SPEC = "next:ahead=2,epochs=3"

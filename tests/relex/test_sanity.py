@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from relex import manifest
 from relex.errors import CheckpointDamagedError, DuplicateError
 from relex.extrapolation import Request, extrapolate
+from relex.files.local import LocalDirectory
 from relex.gram import Gram
 from relex.inspection import inspect
-from relex.layouts.files import LocalDirectory
 from relex.layouts.hf import SINGLE_FILE, open_model
+from relex.output import manifest
 from relex.predictors import parse_method
 from relex.sanity import duplicates, findings, holes, increments, jumps
 from tests.relex.trajectories import MIB, State, drift, measure, quiet, write_run

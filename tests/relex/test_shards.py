@@ -14,11 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relex import manifest
 from relex.errors import CheckpointChangedError, MemoryBudgetError, NonFiniteError, OutputError
 from relex.layouts.hf import INDEX_FILE, SINGLE_FILE
-from relex.materialise import Output, materialise, rebuild
-from relex.shards import Shard, Spread, write_shard
+from relex.output import manifest
+from relex.output.materialise import Output, materialise, rebuild
+from relex.output.shards import Shard, Spread, write_shard
 from relex.streaming import Progress
 from relex.trajectory import Trajectory
 from tests.relex.shard_workers import SHARD_SIZE, ask

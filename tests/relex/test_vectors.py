@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from relex import manifest
 from relex.errors import OutputError, TargetError
 from relex.extrapolation import Request, extrapolate
 from relex.forecast import Forecast
-from relex.materialise import rebuild
-from relex.outer import FILE_NAME, Outer, from_bytes, to_bytes
+from relex.output import manifest
+from relex.output.materialise import rebuild
 from relex.predictors import parse_method
+from relex.rank_one import FILE_NAME, Outer, from_bytes, to_bytes
 from tests.layouts import peft_files
 from tests.relex.trajectories import MIB, SHAPES, Run, content, drift, load, predict, write_run
 

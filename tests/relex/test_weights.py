@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
 from relex.errors import CheckpointError, CheckpointIncompleteError, CheckpointMismatchError, RelexError
-from relex.layouts.files import LocalDirectory
+from relex.files.local import LocalDirectory
 from relex.layouts.hf import INDEX_FILE, SINGLE_FILE, open_model
 from relex.layouts.weights import Weights
 from relex.trajectory import open_trajectory

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from relex.layouts.header import DTYPES
+from relex.formats.safetensors_header import DTYPES
 from relex.layouts.hf import INDEX_FILE, SINGLE_FILE
-from relex.writer import OutputTensor, open_writer
+from relex.output.writer import OutputTensor, open_writer
 from tests.relex.trajectories import Run, load, predict, tree, write
 
 

@@ -22,7 +22,7 @@ from relex.errors import MemoryBudgetError
 from relex.forecast import Forecast, forecast
 from relex.gram import Gram
 from relex.layouts.hf import INDEX_FILE, SINGLE_FILE
-from relex.materialise import Output, materialise
+from relex.output.materialise import Output, materialise
 from relex.predictors import parse_method
 from relex.trajectory import Trajectory, open_trajectory
 

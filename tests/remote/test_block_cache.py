@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from relex.layouts import block_cache
-from relex.layouts.block_cache import BlockCache
+from relex.files import block_cache
+from relex.files.block_cache import BlockCache
 
 # Small blocks show every border.
 BLOCK = 64

@@ -13,14 +13,14 @@ from prefect.events.clients import NullEventsClient
 from prefect.events.worker import EventsWorker
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows.cli import main
-from flows.extrapolate import fetch_base
-from flows.ledger import read_ledger
-from flows.predict import predict
+from flows.cli.main import main
+from flows.decide.flow import fetch_base
+from flows.decide.predict import predict
 from flows.settings import load_settings
-from flows.watch import watch_store
-from relex import manifest
-from relex.layouts.block_cache import BlockCache
+from flows.state.ledger import read_ledger
+from flows.watch.watcher import watch_store
+from relex.files.block_cache import BlockCache
+from relex.output import manifest
 from tests.relex.trajectories import STEPS, TARGET, Run, content, tree
 from tests.remote.buckets import Buckets, RemoteRun
 from tests.remote.hub_server import Hub, files

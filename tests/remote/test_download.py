@@ -3,11 +3,11 @@ from pathlib import Path
 
 import pytest
 
-from relex.download import local_model
 from relex.errors import CheckpointChangedError, CheckpointError, UnreachableError
-from relex.layouts import remote as remote_module
-from relex.layouts.header import read_header
-from relex.layouts.object_store import ObjectStore
+from relex.files import remote as remote_module
+from relex.files.object_store import ObjectStore
+from relex.formats.safetensors_header import read_header
+from relex.output.download import local_model
 from tests.relex.trajectories import Run, content, tree
 from tests.remote.buckets import Buckets, RemoteRun
 from tests.remote.hub_server import Hub, files

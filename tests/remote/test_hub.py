@@ -6,9 +6,10 @@ from safetensors.torch import save
 
 from relex import store
 from relex.errors import CheckpointIncompleteError, StoreError, UnreachableError
-from relex.layouts.block_cache import BlockCache
-from relex.layouts.files import Kind, open_directory
-from relex.materialise import rebuild
+from relex.files.block_cache import BlockCache
+from relex.files.directory import Kind
+from relex.files.location import open_directory
+from relex.output.materialise import rebuild
 from relex.trajectory import Trajectory, open_trajectory
 from tests.relex.trajectories import MIB, STEPS, Run, content, drift, measure, predict, write
 from tests.remote.hub_server import PAGE, TOKEN, Hub, files

@@ -11,10 +11,11 @@ import torch
 
 from relex import store
 from relex.errors import CheckpointChangedError, StoreError, UnreachableError
-from relex.layouts import object_store
-from relex.layouts.block_cache import BlockCache
-from relex.layouts.files import Kind, open_directory
-from relex.materialise import rebuild
+from relex.files import object_store
+from relex.files.block_cache import BlockCache
+from relex.files.directory import Kind
+from relex.files.location import open_directory
+from relex.output.materialise import rebuild
 from relex.store import State, StoredCheckpoint
 from relex.trajectory import Trajectory, open_trajectory
 from tests.layouts import dcp_files, peft_files, verl_files

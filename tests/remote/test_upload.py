@@ -3,14 +3,14 @@ from pathlib import Path
 import pytest
 import s3fs
 
-from relex import manifest
 from relex.errors import OutputError, RelexError, UnreachableError
 from relex.extrapolation import extrapolate_run
 from relex.layouts.hf import INDEX_FILE, SINGLE_FILE
-from relex.manifest import FILE_NAME, Manifest
-from relex.materialise import rebuild
+from relex.output import manifest
+from relex.output.manifest import FILE_NAME, Manifest
+from relex.output.materialise import rebuild
+from relex.output.upload import CLAIM
 from relex.predictors import parse_method
-from relex.upload import CLAIM
 from tests.relex.trajectories import MIB, TARGET, Run, drift, tree, write_run
 from tests.remote.buckets import Buckets
 from tests.remote.proxy import Faults, proxy

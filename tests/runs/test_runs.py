@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from relex.backtest import Backtest, backtest
+from relex.backtest.backtest import Backtest, backtest
 from relex.gram import Gram
 from relex.predictors import parse_method
 

@@ -1,0 +1,1 @@
+"""Local: the Prefect and MLflow servers of this machine."""

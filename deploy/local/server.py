@@ -1,0 +1,181 @@
+"""A server of the local stack: how the Prefect and the MLflow server are started, and when each of them answers."""
+
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import httpx
+import psutil
+
+from deploy.errors import StackError
+from deploy.local import daemon
+from deploy.local.access import Access, mlflow_environment, prefect_environment, read_access
+from deploy.local.daemon import Service
+from deploy.tracking import prepare
+
+# Told to every process of the stack.
+NO_TELEMETRY = {"DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+
+_HOST = "127.0.0.1"
+_REFUSALS = (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN)
+
+
+@dataclass(frozen=True)
+class Server:
+    """One of the two servers: the package and service name, the preferred port, the paths of its health and version."""
+
+    name: str
+    port: int
+    health: str
+    version: str
+
+
+PREFECT = Server("prefect", 4200, "/api/health", "/api/admin/version")
+MLFLOW = Server("mlflow", 5000, "/health", "/version")
+
+
+def launch(home: Path, server: Server) -> Service:
+    """Start a server on the loopback interface, at the port it had before or prefers, else at a free one.
+
+    It asks for the user and password of `HOME/auth` where that is there.
+    """
+    access = read_access(home)
+    former = daemon.find(home, server.name)
+    # Before the choice: a killed MLflow server leaves a worker that holds the port.
+    daemon.stop(home, [server.name])
+    # Pages people have open and processes that still run find it again.
+    preferred = server.port if former is None else _port(former)
+    port = preferred if _is_free(preferred) else _free_port()
+    return daemon.start(
+        home,
+        server.name,
+        _argv(home, server, port, access),
+        environment=_environment(home, server, port, access),
+        url=f"http://{_HOST}:{port}",
+    )
+
+
+def answers(client: httpx.Client, home: Path, found: Service, server: Server) -> bool:
+    """Return whether this home's own process answers at the server's address."""
+    try:
+        healthy = client.get(f"{found.url}{server.health}").is_success
+    except httpx.TransportError:
+        return False
+    # The port may have gone to a stranger, another home's server for one, between the choice and the bind.
+    return healthy and listens(daemon.processes(home, server.name), port=_port(found))
+
+
+def is_outdated(client: httpx.Client, found: Service, server: Server) -> bool:
+    """Return whether a running server answers with another version than the one that is installed."""
+    try:
+        answer = client.get(f"{found.url}{server.version}")
+    except httpx.TransportError:
+        return False
+    return answer.is_success and answer.text.strip('"\n') != version(server.name)
+
+
+def admits(client: httpx.Client, found: Service, server: Server, access: Access | None) -> bool:
+    """Return whether a server that answers lets in who may; StackError where it asks for something else than `access`.
+
+    `access` is what `HOME/auth` says. False where the server does not answer in time.
+    """
+    url = f"{found.url}{server.version}"
+    try:
+        asks = client.get(url).status_code == httpx.codes.UNAUTHORIZED
+        refuses = access is not None and client.get(url, auth=(access.user, access.password)).status_code in _REFUSALS
+    except httpx.TransportError:
+        return False
+    if asks and access is None:
+        raise StackError(f"{server.name} asks for a password and the file auth is gone. Run `relex down` first.")
+    if not asks and access is not None:
+        raise StackError(f"{server.name} was started before the file auth and asks nobody. Run `relex down` first.")
+    if refuses:
+        own = " MLflow keeps its users itself: change the password there, or delete mlflow/users.db in the same place."
+        raise StackError(
+            f"{server.name} refuses the user and password of the file auth. Run `relex down` first."
+            f"{own if server == MLFLOW else ''}"
+        )
+    return True
+
+
+def still_starting(home: Path, found: Service, server: Server, *, seconds: float, limit: float) -> Service:
+    """Return the service to go on waiting for, after it has not answered for `seconds`.
+
+    That is another one where a stranger took the port first; StackError where the process ended or `limit` has passed.
+    """
+    now = daemon.find(home, server.name)
+    if now is not None and now.state == "running" and seconds < limit:
+        return found
+    daemon.stop(home, [server.name])
+    if seconds < limit and not _is_free(_port(found)):
+        return launch(home, server)
+    ending = "ended" if seconds < limit else f"did not answer within {limit:.0f} s"
+    raise StackError(f"{server.name} {ending}: {daemon.last_log_line(found.log)}. Its log is {found.log}.")
+
+
+def _argv(home: Path, server: Server, port: int, access: Access | None) -> list[str]:
+    argv = [sys.executable, "-m", server.name, "server"]
+    address = ["--host", _HOST, "--port", str(port)]
+    if server == PREFECT:
+        return [*argv, "start", *address]
+    store = prepare(home / "mlflow")
+    places = ["--backend-store-uri", store.tracking_uri, "--default-artifact-root", str(store.artifacts)]
+    # Clients on this file system read and write the artifacts themselves; nothing is left to be passed through.
+    asking = [] if access is None else ["--app-name", "basic-auth"]
+    return [*argv, *address, *places, "--no-serve-artifacts", "--workers", "1", *asking]
+
+
+def _environment(home: Path, server: Server, port: int, access: Access | None) -> dict[str, str]:
+    # What the caller set for other servers must not reach these.
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "MLFLOW_"))}
+    return {
+        **inherited,
+        **NO_TELEMETRY,
+        "PREFECT_HOME": str(home / "prefect"),
+        # Its pages would ask port 4200, whatever the port that it was given.
+        "PREFECT_SERVER_UI_API_URL": f"http://{_HOST}:{port}/api",
+        # In memory, the default, a restart of the server loses the slots and crashes those who hold them.
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        **(
+            prefect_environment(access)
+            if server == PREFECT
+            else mlflow_environment(access, users=home / "mlflow/users.db")
+        ),
+    }
+
+
+def _port(found: Service) -> int:
+    return int(str(found.url).rsplit(":", 1)[1])
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((_HOST, port))
+        except OSError:
+            return False
+        return True
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((_HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+def listens(group: Sequence[psutil.Process], *, port: int) -> bool:
+    """Whether one of the processes listens on a port: what answers there may be a stranger."""
+    for process in group:
+        try:
+            connections = process.net_connections("tcp")
+        except psutil.Error:
+            continue
+        if any(one.status == psutil.CONN_LISTEN and one.laddr.port == port for one in connections):
+            return True
+    return False

@@ -1,0 +1,188 @@
+"""The local stack: a Prefect server, an MLflow server, and whatever else runs in the background beside them.
+
+Everything lies in one directory, the home: prefect/ and mlflow/ (databases and artifacts), logs/ and services/. Servers
+listen on the loopback interface only, and ask for a password where the home has a file auth (see deploy.local.access).
+"""
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+from filelock import FileLock, Timeout
+
+from deploy.errors import StackError
+from deploy.local import daemon
+from deploy.local.access import client_environment, read_access
+from deploy.local.daemon import Service
+from deploy.local.server import MLFLOW, NO_TELEMETRY, PREFECT, admits, answers, is_outdated, launch, still_starting
+from deploy.tracking import prepare
+
+__all__ = [
+    "Service",
+    "Stack",
+    "down",
+    "environment",
+    "running",
+    "spawn",
+    "status",
+    "tracking_uri",
+    "up",
+]
+
+_log = logging.getLogger(__name__)
+
+_START_SECONDS = 120.0
+# Longer than one `up` that waits for its servers in vain.
+_LOCK_SECONDS = 300.0
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A running stack: its directory and the addresses of its two servers (Prefect's pages and API apart)."""
+
+    home: Path
+    prefect_url: str
+    prefect_api_url: str
+    mlflow_url: str
+
+
+_SERVERS = (PREFECT, MLFLOW)
+
+
+def up(home: Path, *, on_progress: Callable[[str], None] | None = None) -> Stack:
+    """Start what is not running of the two servers, both at once, and return when both answer.
+
+    Servers of this home that answer with the installed version are left alone, whoever started them. StackError with
+    the end of its log for one that does not answer within 120 s or ends before, and for one that asks for another
+    password than the home's.
+    """
+    tell = on_progress or _log.info
+    home = _home(home)
+    access = read_access(home)
+    with _locked(home), httpx.Client(trust_env=False, timeout=5) as client:
+        started = time.monotonic()
+        waiting = {}
+        for server in _SERVERS:
+            found = daemon.find(home, server.name)
+            if found is not None and found.state == "running" and is_outdated(client, found, server):
+                tell(f"restarting {server.name}: another version of it is running")
+                daemon.stop(home, [server.name])
+                found = daemon.find(home, server.name)
+            if found is None or found.state != "running":
+                tell(f"starting {server.name}")
+                found = launch(home, server)
+            waiting[server] = found
+        while waiting:
+            for server, found in list(waiting.items()):
+                seconds = time.monotonic() - started
+                if answers(client, home, found, server) and admits(client, found, server, access):
+                    del waiting[server]
+                    tell(f"{server.name} answers at {found.url} after {seconds:.1f} s")
+                else:
+                    waiting[server] = still_starting(home, found, server, seconds=seconds, limit=_START_SECONDS)
+            time.sleep(0.1)
+    return running(home)
+
+
+def running(home: Path) -> Stack:
+    """Return the stack of this home, and let this process in; StackError where one of its servers is not running."""
+    home = _home(home)
+    _enter(home)
+    urls = {}
+    for server in _SERVERS:
+        found = daemon.find(home, server.name)
+        if found is None or found.state != "running" or found.url is None:
+            state = "was never started" if found is None else f"is {found.state}"
+            raise StackError(f"{server.name} {state} in {home}. Start the stack with `relex up`.")
+        urls[server.name] = found.url
+    return Stack(home, urls["prefect"], f"{urls['prefect']}/api", urls["mlflow"])
+
+
+def environment(stack: Stack) -> dict[str, str]:
+    """Return the variables that make a child process use this stack."""
+    return {
+        **NO_TELEMETRY,
+        "PREFECT_HOME": str(stack.home / "prefect"),
+        "PREFECT_API_URL": stack.prefect_api_url,
+        # From event to user code about 3 s instead of 6.
+        "PREFECT_RUNNER_POLL_FREQUENCY": "2",
+        "MLFLOW_TRACKING_URI": stack.mlflow_url,
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+        "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+        **client_environment(read_access(stack.home)),
+    }
+
+
+def tracking_uri(home: Path) -> str:
+    """Return where this home's registry is read, and let this process in.
+
+    That is its MLflow server, or its database while the server is not running.
+    """
+    _enter(_home(home))
+    found = daemon.find(_home(home), "mlflow")
+    if found is not None and found.state == "running" and found.url is not None:
+        return found.url
+    return prepare(_home(home) / "mlflow").tracking_uri
+
+
+def spawn(home: Path, name: str, argv: Sequence[str], *, environment: Mapping[str, str] | None = None) -> Service:
+    """Start a named process in the background, its environment added to the caller's; a live one is left alone.
+
+    StackError where a live one of this name does something else.
+    """
+    home = _home(home)
+    with _locked(home):
+        found = daemon.find(home, name)
+        if found is not None and found.state == "running":
+            if found.argv != tuple(argv):
+                raise StackError(
+                    f"{name} is running as `{' '.join(found.argv)}` and was asked for as `{' '.join(argv)}`."
+                    " Stop it with `relex down`, or give one of the two another name."
+                )
+            return found
+        return daemon.start(home, name, argv, environment={**os.environ, **(environment or {})})
+
+
+def status(home: Path) -> list[Service]:
+    """Return every process that was ever started in this home, servers first."""
+    return sorted(daemon.find_all(_home(home)), key=lambda found: not _is_server(found.name))
+
+
+def down(home: Path) -> list[Service]:
+    """Stop the spawned processes, then the servers, and return them stopped; nothing of theirs is left running."""
+    home = _home(home)
+    with _locked(home):
+        names = [found.name for found in daemon.find_all(home)]
+        daemon.stop(home, [name for name in names if not _is_server(name)])
+        daemon.stop(home, [name for name in names if _is_server(name)])
+    return status(home)
+
+
+def _enter(home: Path) -> None:
+    # In the environment and not in the address, which is shown and recorded.
+    os.environ.update(client_environment(read_access(home)))
+
+
+def _is_server(name: str) -> bool:
+    return name in {server.name for server in _SERVERS}
+
+
+def _home(home: Path) -> Path:
+    return home.expanduser().resolve()
+
+
+@contextmanager
+def _locked(home: Path) -> Iterator[None]:
+    home.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(home / ".stack.lock", timeout=_LOCK_SECONDS):
+            yield
+    except Timeout as error:
+        raise StackError(
+            f"another `relex up` or `relex down` holds {home} for {_LOCK_SECONDS:.0f} s. End it."
+        ) from error

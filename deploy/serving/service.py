@@ -1,0 +1,275 @@
+"""A model service: the champion of a registered model answers at one address, whichever version that is.
+
+The alias is looked at every few seconds. When it has moved, the new version is verified and an engine started for it
+beside the old one; once it answers, new requests go to it, and the old engine is ended after the requests it has. A
+version that is damaged or whose engine does not come up changes nothing, and is tried again after a while.
+"""
+
+import asyncio
+import contextlib
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import uvicorn
+
+from deploy import registry
+from deploy.errors import DeployError, NoSuchVersionError, ServingError
+from deploy.registry import RegisteredModelVersion
+from deploy.serving import engine
+from deploy.serving.engine import Engine
+from deploy.serving.proxy import Backend, Proxy, Served
+
+# For answers that run when the service is asked to end, and for those of an engine that was replaced.
+_END_SECONDS = 30
+_RETIRE_SECONDS = 600.0
+# What did not come up is tried again, later each time.
+_LATEST_RETRY_SECONDS = 600.0
+
+
+@dataclass(frozen=True)
+class Service:
+    """What is served, where and by what.
+
+    `engine` is a command, see `deploy.serving.engine.command`, or None for one that is installed; `options` go at its
+    end. Logs and names of engines lie in `home`, remote weights in `home`/models.
+    """
+
+    name: str
+    home: Path
+    engine: str | None = None
+    options: tuple[str, ...] = ()
+    host: str = "127.0.0.1"
+    port: int = 8000
+    poll_seconds: float = 10.0
+
+
+@dataclass(frozen=True)
+class News:
+    """One line of what happened: a version answers, or something is wrong and what answered goes on."""
+
+    kind: Literal["answers", "trouble"]
+    version: int
+    text: str
+
+
+@dataclass(frozen=True)
+class _Running:
+    row: RegisteredModelVersion
+    engine: Engine
+    backend: Backend
+    ending: AsyncExitStack
+
+    @property
+    def ended(self) -> bool:
+        return self.engine.process.returncode is not None
+
+
+def serve(service: Service, *, tracking_uri: Callable[[], str], tell: Callable[[News], None]) -> None:
+    """Serve until SIGINT or SIGTERM, then raise KeyboardInterrupt; refuses what `serving` does."""
+
+    async def until_ended() -> None:
+        # As at an interrupt, the engines are ended before this process is.
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
+        async with serving(service, tracking_uri=tracking_uri, tell=tell) as ended:
+            await ended
+
+    asyncio.run(until_ended())
+    # Asked to end between two steps of the loop, it returns: nothing was left to interrupt.
+    raise KeyboardInterrupt
+
+
+@asynccontextmanager
+async def serving(
+    service: Service, *, tracking_uri: Callable[[], str], tell: Callable[[News], None]
+) -> AsyncIterator["asyncio.Task[None]"]:
+    """Serve the champion of the registry that `tracking_uri` says, and follow it; every engine has ended afterwards.
+
+    Yields, once the first engine answers, a task that ends when the server was asked to (SIGTERM, SIGINT). Refuses with
+    NoSuchVersionError where there is no champion, CandidateError where it is damaged, and ServingError where the
+    address is taken or its engine does not come up.
+    """
+    with _bound(service) as listener:
+        row = await _champion(service, tracking_uri)
+        async with AsyncExitStack() as ending:
+            proxy = Proxy()
+            ending.push_async_callback(proxy.aclose)
+            follower = _Follower(service, tracking_uri, tell, proxy, await _start(service, tracking_uri, row))
+            ending.push_async_callback(follower.aclose)
+            config = uvicorn.Config(
+                proxy,
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                ws="none",
+                server_header=False,
+                date_header=False,
+                timeout_graceful_shutdown=_END_SECONDS,
+            )
+            server = uvicorn.Server(config)
+            tasks = [asyncio.create_task(server.serve(sockets=[listener])), asyncio.create_task(follower.follow())]
+            try:
+                host = f"[{service.host}]" if ":" in service.host else service.host
+                url = f"http://{host}:{listener.getsockname()[1]}/v1"
+                tell(News("answers", row.version, f"{_title(row)} answers at {url}"))
+                yield asyncio.create_task(_first(tasks))
+            finally:
+                server.should_exit = True
+                tasks[1].cancel()
+                await asyncio.wait(tasks)
+
+
+class _Follower:
+    """Points the proxy to the engine of the champion, and holds the engines."""
+
+    def __init__(
+        self,
+        service: Service,
+        tracking_uri: Callable[[], str],
+        tell: Callable[[News], None],
+        proxy: Proxy,
+        first: _Running,
+    ) -> None:
+        self._service = service
+        self._tracking_uri = tracking_uri
+        self._tell = tell
+        self._proxy = proxy
+        self._now = first
+        proxy.backend = first.backend
+        self._retiring: set[asyncio.Task[None]] = set()
+        self._told = ""
+        self._failed: int | None = None
+        self._failures = 0
+        self._retry_at = 0.0
+
+    async def follow(self) -> None:
+        """Look at the alias again and again, and at once when the engine ends."""
+        while True:
+            if self._proxy.backend is None:
+                await asyncio.sleep(self._service.poll_seconds)
+            else:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._now.engine.process.wait(), self._service.poll_seconds)
+            await self._look()
+
+    async def aclose(self) -> None:
+        """End every engine."""
+        for task in self._retiring:
+            task.cancel()
+        if self._retiring:
+            await asyncio.wait(self._retiring)
+        await self._now.ending.aclose()
+
+    async def _look(self) -> None:
+        # As it is now: one that ends further down is seen to by the next look.
+        now, ended = self._now, self._now.ended
+        if ended and self._proxy.backend is not None:
+            self._proxy.backend = None
+            self._trouble(
+                now.row, f"the engine of {_title(now.row)} ended and is started again: {now.engine.last_log_line}"
+            )
+        try:
+            wanted = await _champion(self._service, self._tracking_uri)
+        except DeployError as error:
+            self._trouble(now.row, f"whether the champion is still version {now.row.version} is not known: {error}")
+            if not ended:
+                return
+            wanted = now.row
+        if wanted.version == now.row.version and not ended:
+            self._told = ""
+            return
+        if wanted.version == self._failed and time.monotonic() < self._retry_at:
+            return
+        try:
+            self._now = await _start(self._service, self._tracking_uri, wanted)
+        except (DeployError, OSError) as error:
+            self._postpone(wanted)
+            goes_on = "nothing answers" if ended else f"version {now.row.version} goes on answering"
+            self._trouble(wanted, f"{_title(wanted)} cannot be served, {goes_on}: {error}")
+            return
+        self._failed, self._told = None, ""
+        self._proxy.backend = self._now.backend
+        then = f"; version {now.row.version} ends after the requests it has: {now.backend.requests}"
+        self._tell(News("answers", wanted.version, f"{_title(wanted)} answers now{'' if ended else then}"))
+        task = asyncio.create_task(_retire(now))
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)
+
+    def _postpone(self, row: RegisteredModelVersion) -> None:
+        self._failures = self._failures + 1 if row.version == self._failed else 0
+        self._failed = row.version
+        pause = min(self._service.poll_seconds * 2**self._failures, _LATEST_RETRY_SECONDS)
+        self._retry_at = time.monotonic() + pause
+
+    def _trouble(self, row: RegisteredModelVersion, text: str) -> None:
+        line = " ".join(text.split())
+        if line != self._told:
+            self._told = line
+            self._tell(News("trouble", row.version, line))
+
+
+async def _champion(service: Service, tracking_uri: Callable[[], str]) -> RegisteredModelVersion:
+    found = await asyncio.to_thread(lambda: registry.champion(service.name, tracking_uri=tracking_uri()))
+    if found is None:
+        name = service.name
+        raise NoSuchVersionError(f"{name} has no champion to serve. Promote a prediction: relex promote {name}.")
+    return found
+
+
+async def _start(service: Service, tracking_uri: Callable[[], str], row: RegisteredModelVersion) -> _Running:
+    directory = await asyncio.to_thread(
+        lambda: registry.verified(row, tracking_uri=tracking_uri(), downloads=service.home / "models")
+    )
+    port = engine.free_port()
+    told = engine.command(
+        directory.resolve(),
+        name=service.name,
+        port=port,
+        given=service.engine,
+        options=service.options,
+        scratch=service.home / "serving" / row.digest,
+    )
+    log = service.home / "logs" / f"serve-{service.name}-{row.version}.log"
+    ending = AsyncExitStack()
+    started = await ending.enter_async_context(engine.running(told, port=port, log=log))
+    served = Served(row.name, row.version, row.digest, row.target_step, row.created_ms)
+    return _Running(row, started, Backend(started.url, served), ending)
+
+
+async def _retire(replaced: _Running) -> None:
+    try:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(replaced.backend.idle(), _RETIRE_SECONDS)
+    finally:
+        await replaced.ending.aclose()
+
+
+async def _first(tasks: "list[asyncio.Task[None]]") -> None:
+    done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in done:
+        task.result()
+
+
+def _bound(service: Service) -> socket.socket:
+    # Nobody connects before the first engine answers: the address is taken now, and listened at then.
+    family = socket.AF_INET6 if ":" in service.host else socket.AF_INET
+    # The protocol is named, or asyncio leaves Nagle's algorithm on and an answer of two writes waits 40 ms.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((service.host, service.port))
+    except OSError as error:
+        listener.close()
+        raise ServingError(
+            f"{service.host}:{service.port} cannot be served at: {error.strerror}. Choose another --host or --port."
+        ) from error
+    return listener
+
+
+def _title(row: RegisteredModelVersion) -> str:
+    return f"{row.title} (step {row.target_step})"

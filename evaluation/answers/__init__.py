@@ -1,0 +1,1 @@
+"""Answers: how a model answers a benchmark, in processes of their own."""

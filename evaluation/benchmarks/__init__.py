@@ -1,0 +1,1 @@
+"""Benchmarks: what is asked. The YAML files beside these modules are those that relex ships."""

@@ -1,0 +1,176 @@
+"""Gate: is a candidate shown to be no worse than a reference, problem by problem, with stated confidence?
+
+The statistic is the paired difference of the scores on each problem. A one-sided lower confidence bound on its mean,
+see evaluation.verdict.bounds, is compared with -margin: above it the gate is passed, otherwise nothing is shown. Margin
+0 asks whether the candidate is better.
+
+Who looks several times at the same problems, with several candidates or several windows of one run, passes one by luck
+more often. With `looks` such comparisons in all, each is made with an error of (1 - confidence) / looks (Bonferroni).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from evaluation.errors import ComparisonError
+from evaluation.verdict.bounds import paired_bounds
+from evaluation.verdict.report import Report
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What the comparison showed; differences and bounds are in score units, candidate minus reference.
+
+    `confidence` is that of all `looks` together; bounds and interval are at `confidence_each`. `needed` is how many
+    problems would pass the gate if the differences went on as they were; None where it is passed or no number would.
+    What a gate of an earlier version did not hold is None.
+    """
+
+    candidate: str
+    reference: str
+    benchmark: str
+    n: int
+    candidate_accuracy: float
+    reference_accuracy: float
+    difference: float
+    lower_bound: float
+    confidence: float
+    margin: float
+    method: str
+    verdict: Literal["passed", "not shown"]
+    looks: int = 1
+    interval_low: float | None = None
+    interval_high: float | None = None
+    wins: int | None = None
+    losses: int | None = None
+    needed: int | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Return whether the claim is shown."""
+        return self.verdict == "passed"
+
+    @property
+    def confidence_each(self) -> float:
+        """Return the confidence of this comparison, one of `looks`."""
+        return 1 - (1 - self.confidence) / self.looks
+
+    @property
+    def sentence(self) -> str:
+        """Return the decision in plain words with every number in it, differences in points (hundredths)."""
+        return (
+            f"On {self.n} problems of {self.benchmark}, {self.candidate} scores {self.candidate_accuracy:.4f} and "
+            f"{self.reference} {self.reference_accuracy:.4f}: the difference is {_points(self.difference)} points, "
+            f"with {_percent(self.confidence_each)} confidence at least {_points(self.lower_bound)} ({self.method}"
+            f"{self._correction}); {self.outcome}."
+        )
+
+    @property
+    def outcome(self) -> str:
+        """Return the verdict in plain words: what is shown, or why not and whether more problems would help."""
+        if self.passed and self.margin == 0:
+            return "it is better: passed"
+        if self.passed:
+            return f"a loss of {100 * self.margin:g} point{'' if self.margin == 0.01 else 's'} is ruled out: passed"
+        limit = "0" if self.margin == 0 else f"the margin {_points(-self.margin)}"
+        if self.interval_low is None or self.interval_high is None:
+            return f"not shown: the lower bound is not above {limit}"
+        interval = f"the interval {_points(self.interval_low)} to {_points(self.interval_high)} points"
+        where = f"includes {limit}" if self.interval_high >= -self.margin else f"lies below {limit}"
+        if self.needed is None:
+            return f"not shown: {interval} {where}; the difference points the wrong way, more problems would not help"
+        more = _two_digits(self.needed - self.n)
+        return f"not shown: {interval} {where}; about {more:,} more problems would settle it if it stays as it is"
+
+    @property
+    def _correction(self) -> str:
+        if self.looks == 1:
+            return ""
+        return f", {_percent(self.confidence)} over {self.looks} looks: {_percent(self.confidence_each)} each"
+
+
+def gate(candidate: Report, reference: Report, *, margin: float, confidence: float = 0.95, looks: int = 1) -> Gate:
+    """Return whether `candidate` is shown to be worse than `reference` by less than `margin` (score units; 0: better).
+
+    `looks` is the number of comparisons on these problems, this one included, of which none may pass by luck.
+    Refuses with ComparisonError what cannot be paired: another benchmark, digest, metric, set of problems or setting;
+    fewer than two problems; scores outside 0..1; a margin outside [0, 1), a confidence outside (0.5, 1), no look.
+    """
+    _refuse_unpaired(candidate, reference)
+    if not 0 <= margin < 1:
+        raise ComparisonError(f"margin is {margin} and must be in [0, 1): it is a difference in score.")
+    if not 0.5 < confidence < 1:
+        raise ComparisonError(f"confidence is {confidence} and must be between 0.5 and 1, such as 0.95.")
+    if looks < 1:
+        raise ComparisonError(f"looks is {looks} and must be at least 1: it counts the comparison itself.")
+    found = paired_bounds(
+        [score for _, score in candidate.scores],
+        [score for _, score in reference.scores],
+        margin=margin,
+        confidence=1 - (1 - confidence) / looks,
+    )
+    passed = found.lower_bound > -margin
+    return Gate(
+        candidate=candidate.model,
+        reference=reference.model,
+        benchmark=candidate.benchmark,
+        n=candidate.n,
+        candidate_accuracy=candidate.accuracy,
+        reference_accuracy=reference.accuracy,
+        difference=found.difference,
+        lower_bound=found.lower_bound,
+        confidence=confidence,
+        margin=margin,
+        method=found.method,
+        verdict="passed" if passed else "not shown",
+        looks=looks,
+        interval_low=found.interval[0],
+        interval_high=found.interval[1],
+        wins=found.wins,
+        losses=found.losses,
+        needed=None if passed else found.needed,
+    )
+
+
+def _points(score: float) -> str:
+    return f"{100 * score:+.2f}"
+
+
+def _percent(confidence: float) -> str:
+    return f"{100 * confidence:.4g} %"
+
+
+def _two_digits(number: int) -> int:
+    # Rounded up: more digits than these are not known.
+    unit: int = 10 ** max(0, len(str(number)) - 2)
+    return math.ceil(number / unit) * unit
+
+
+def _refuse_unpaired(candidate: Report, reference: Report) -> None:
+    for name in ("benchmark", "benchmark_digest", "metric"):
+        ours, theirs = getattr(candidate, name), getattr(reference, name)
+        if ours != theirs:
+            raise ComparisonError(
+                f"{name} is {ours} for {candidate.model} and {theirs} for {reference.model}: score both on one."
+            )
+    for name in sorted({*candidate.settings, *reference.settings}):
+        ours, theirs = candidate.settings.get(name), reference.settings.get(name)
+        if ours != theirs:
+            raise ComparisonError(
+                f"setting {name} is {ours} for {candidate.model} and {theirs} for {reference.model}: "
+                "score both with the same settings."
+            )
+    if [problem for problem, _ in candidate.scores] != [problem for problem, _ in reference.scores]:
+        raise ComparisonError(
+            f"{candidate.model} has {candidate.n} problems of {candidate.benchmark} and {reference.model} "
+            f"{reference.n}, not the same ones in the same order: score both again."
+        )
+    if candidate.n < 2:
+        raise ComparisonError(f"{candidate.benchmark} has {candidate.n} problem: a comparison needs at least 2.")
+    for report in (candidate, reference):
+        low, high = min(score for _, score in report.scores), max(score for _, score in report.scores)
+        if not 0 <= low <= high <= 1:
+            raise ComparisonError(
+                f"{report.model} has scores of {report.metric} from {low} to {high} and they must be in 0..1: "
+                "choose another metric."
+            )

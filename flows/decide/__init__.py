@@ -1,0 +1,1 @@
+"""Decide: one window from its observed steps to a verdict, predicted, searched, gated and registered."""

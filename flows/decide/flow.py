@@ -1,0 +1,198 @@
+"""The main flow: predict, score, gate, register.
+
+Prefect adds retries and a picture; every step is complete or absent without it.
+
+The flow is started by `relex.window.ready`, holds the window while it works, and writes the decision last. Killed at
+any moment and started again, it takes up what is there and ends in the same decision and the same single version.
+"""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
+from prefect.states import Completed
+
+from deploy import registry
+from evaluation.answers.harness import Progress
+from evaluation.benchmarks.overlap import refuse_overlap
+from evaluation.verdict.gate import Gate, gate
+from flows.decide.gate_results import gate_results_path, write_gate_results
+from flows.decide.page import page
+from flows.decide.predict import Predicted, predict
+from flows.decide.procedure import Stages, decide
+from flows.decide.record import record
+from flows.decide.score import reports, score
+from flows.decide.slots import evaluating
+from flows.decide.workers import spreading
+from flows.progress import ProgressArtifact, draw, metrics, show
+from flows.settings import Settings, load_settings
+from flows.state.decision import Decision, Model, Score
+from flows.state.ledger import read_ledger
+from flows.state.windows import claim, decided, decision_path, window_directory, write_json
+from flows.stop.flow import offer
+from flows.watch.due import attempt
+from relex.errors import CheckpointDamagedError, DuplicateError, NonFiniteError, TargetError
+from relex.files.block_cache import BlockCache
+from relex.output.download import local_model
+from relex.store import open_base
+
+
+def count_problems(config: str) -> int:
+    """Return the number of selection problems; raises OverlapError when the gate has one of them too."""
+    settings = load_settings(Path(config))
+    return refuse_overlap(settings.selection, settings.gate, cache=settings.home / "evaluations").first_n
+
+
+def predict_models(config: str, steps: list[int], key: str) -> Predicted:
+    """Backtest one window, and write its candidates and the last observed checkpoint."""
+    settings = load_settings(Path(config))
+    progress = ProgressArtifact(f"predict-{settings.training_run}", "predict")
+    with BlockCache(settings.home, size=int(settings.cache)) as blocks:
+        return predict(settings, steps, key, blocks=blocks, spread=spreading(settings), tell=progress)
+
+
+def fetch_base(config: str) -> Model:
+    """Return the base as a directory of this machine; one in a store is copied once."""
+    settings = load_settings(Path(config))
+    return Model("base", 0, str(local_model(settings.base, settings.home / "base")))
+
+
+def score_model(config: str, model: Model, benchmarks: list[str], limit: int | None) -> list[Score]:
+    """Score one model on the benchmarks, or their first problems; answers already given are not asked for again."""
+    settings = load_settings(Path(config))
+    progress = ProgressArtifact(f"score-{settings.training_run}", f"score {model.title}")
+
+    def tell(step: Progress) -> None:
+        progress(f"{step.benchmark} {step.done}/{step.total}", step.done, step.total)
+
+    with evaluating(settings):
+        found = reports(settings, model, benchmarks, limit=limit, on_progress=tell)
+    return [score(model, report) for report in found]
+
+
+def gate_model(config: str, winner: Model, references: list[Model], looks: int) -> list[Gate]:
+    """Compare the chosen candidate with each reference on the gate benchmark, problem by problem.
+
+    `looks` windows of the run share the error.
+    """
+    settings = load_settings(Path(config))
+    with evaluating(settings):
+        scored = [(model, reports(settings, model, [settings.gate])[0]) for model in (winner, *references)]
+    confidence = settings.confidence
+    # A promotion judges again by them, without a model.
+    write_gate_results(
+        gate_results_path(settings, winner),
+        scored[0],
+        scored[1:],
+        margin=settings.margin,
+        confidence=confidence,
+        looks=looks,
+    )
+    return [
+        replace(
+            gate(
+                scored[0][1],
+                report,
+                # Non-inferior to what was observed, but better than what people already use.
+                margin=settings.margin if reference.role == "observed" else 0.0,
+                confidence=confidence,
+                looks=looks,
+            ),
+            candidate=winner.title,
+            reference=reference.title,
+        )
+        for reference, report in scored[1:]
+    ]
+
+
+def register_decision(config: str, decision: Decision, tracking_uri: str) -> Decision:
+    """Record the decision in MLflow and, if the gate was passed, register the winner; return it with the addresses."""
+    settings = load_settings(Path(config))
+    recorded = record(settings, decision, tracking_uri=tracking_uri)
+    decision = replace(decision, record_url=recorded.url or "")
+    if decision.verdict != "registered" or decision.winner is None:
+        return decision
+    done = registry.register(
+        Path(decision.winner.directory),
+        name=settings.registered_model,
+        tracking_uri=tracking_uri,
+        run_id=recorded.run_id,
+        metrics=metrics(decision),
+        tags={"verdict": decision.verdict, "training_run": decision.training_run, "window": str(decision.window)},
+        gate_reports=[gate_results_path(settings, decision.winner)],
+    )
+    return replace(decision, registered=f"{done.name} version {done.version}", registered_url=done.url or "")
+
+
+def find_champion(config: str, tracking_uri: str) -> list[Model]:
+    """Return the champion of this registered model, if there is one."""
+    settings = load_settings(Path(config))
+    found = registry.champion(settings.registered_model, tracking_uri=tracking_uri)
+    if found is None:
+        return []
+    weights = registry.verified(found, tracking_uri=tracking_uri, downloads=settings.home / "champion")
+    return [Model("champion", found.target_step, str(weights), digest=found.digest)]
+
+
+# Retried is what a second attempt can mend: a child killed for memory, a checkpoint that was being replaced, a server
+# away.
+count_task = task(name="problems", retries=2, retry_delay_seconds=5, cache_policy=NO_CACHE)(count_problems)
+predict_task = task(name="predict", retries=2, retry_delay_seconds=5, cache_policy=NO_CACHE)(predict_models)
+base_task = task(name="base", retries=2, retry_delay_seconds=5, cache_policy=NO_CACHE)(fetch_base)
+score_task = task(
+    name="score",
+    task_run_name="score {model.role} {model.step}",
+    retries=2,
+    retry_delay_seconds=2,
+    cache_policy=NO_CACHE,
+)(score_model)
+gate_task = task(name="gate", retries=2, retry_delay_seconds=2, cache_policy=NO_CACHE)(gate_model)
+champion_task = task(name="champion", retries=3, retry_delay_seconds=5, cache_policy=NO_CACHE)(find_champion)
+register_task = task(name="register", retries=3, retry_delay_seconds=5, cache_policy=NO_CACHE)(register_decision)
+
+
+@flow(name="extrapolate", flow_run_name="extrapolate {key}")
+def extrapolate(config: str, steps: list[int], key: str, tracking_uri: str) -> State[Any]:
+    """Decide one window of the training run described in the file `config`."""
+    settings = load_settings(Path(config))
+    with claim(settings, key) as mine:
+        if not mine:
+            return Completed(message=f"window {key} is being decided by another flow run")
+        if decided(settings, key):
+            return Completed(message=f"window {key} is decided")
+        stages = Stages(
+            count_task,
+            predict_task,
+            base_task,
+            score_task,
+            partial(champion_task, tracking_uri=tracking_uri),
+            gate_task,
+        )
+        try:
+            decision = decide(config, settings, steps, key, stages, attempt=_attempt(settings, steps))
+        except (CheckpointDamagedError, DuplicateError, NonFiniteError, TargetError) as error:
+            # Trying again would find the same: it is a decision, and "no" is an answer.
+            decision = Decision(
+                settings.training_run, key, max(steps), tuple(steps), "keep training", f"Cannot predict: {error}"
+            )
+        directory = window_directory(settings, key)
+        figure = draw(decision, directory / "accuracy.png")
+        directory.joinpath("decision.md").write_text(page(decision), encoding="utf-8")
+        decision = register_task(config, decision, tracking_uri)
+        decision = replace(decision, stop=offer(config, settings, decision, tracking_uri=tracking_uri))
+        directory.joinpath("decision.md").write_text(page(decision), encoding="utf-8")
+        show(decision, figure)
+        write_json(decision_path(settings, key), decision.to_json())
+    return Completed(message=f"{decision.verdict}: {decision.registered or decision.reason}")
+
+
+def _attempt(settings: Settings, steps: list[int]) -> tuple[int, int]:
+    """Return the how-manieth window of this run is at the gate, of how many."""
+    seen = read_ledger(settings).checkpoints
+    return attempt(
+        settings, open_base(settings.base), {step: seen[str(step)].identity for step in steps if str(step) in seen}
+    )

@@ -1,0 +1,91 @@
+"""What a candidate was judged by: its scores and those of what it was compared with, problem by problem, in one file.
+
+The file is registered beside the weights, so that a promotion judges again, against whoever is champion then, without
+scoring anything.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from evaluation.errors import ReportError
+from evaluation.verdict.report import Report
+from flows.errors import PromotionError
+from flows.settings import Settings
+from flows.state.decision import Model
+from flows.state.windows import write_json
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One model's report on the gate benchmark; `model.digest` is the registry's, empty for what is not registered."""
+
+    model: Model
+    report: Report
+
+
+@dataclass(frozen=True)
+class GateResults:
+    """Scores that were compared, and on which terms: `looks` windows or candidates shared the error 1 - confidence.
+
+    `margin` is for the last observed checkpoint; a champion has to be beaten.
+    """
+
+    candidate: Scored
+    references: tuple[Scored, ...]
+    margin: float
+    confidence: float
+    looks: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        return {"format": FORMAT} | asdict(self)
+
+    @classmethod
+    def from_json(cls, text: str) -> "GateResults":
+        """Read back what `write_gate_results` wrote; PromotionError where the text is anything else."""
+        try:
+            content = json.loads(text)
+            if content["format"] != FORMAT:
+                raise PromotionError(
+                    f"gate results have format {content['format']}, this relex reads {FORMAT}. Decide again."
+                )
+            return cls(
+                _scored(content["candidate"]),
+                tuple(map(_scored, content["references"])),
+                float(content["margin"]),
+                float(content["confidence"]),
+                int(content["looks"]),
+            )
+        except (ValueError, KeyError, TypeError, ReportError) as error:
+            raise PromotionError(f"registered gate results cannot be read ({error!r}). Decide again.") from error
+
+
+def gate_results_path(settings: Settings, candidate: Model) -> Path:
+    """Return where the gate of a training run leaves what it compared."""
+    return settings.home / "gates" / f"{candidate.digest}.json"
+
+
+def write_gate_results(
+    path: Path,
+    candidate: tuple[Model, Report],
+    references: Sequence[tuple[Model, Report]],
+    *,
+    margin: float,
+    confidence: float,
+    looks: int = 1,
+) -> Path:
+    """Write what the gate compared to `path`, for `deploy.registry.register(gate_reports=[path])`; returns the path."""
+    results = GateResults(
+        Scored(*candidate), tuple(Scored(*reference) for reference in references), margin, confidence, looks
+    )
+    write_json(path, results.to_json())
+    return path
+
+
+def _scored(content: Mapping[str, Any]) -> Scored:
+    return Scored(Model(**content["model"]), Report.from_json(json.dumps(content["report"])))

@@ -1,0 +1,91 @@
+"""The page of a decision: what was compared, every number with its interval, what was refused and why."""
+
+from collections.abc import Sequence
+
+from evaluation.verdict.gate import Gate
+from flows.state.decision import Backtested, Decision, Score
+
+
+def page(decision: Decision, *, figure: str = "") -> str:
+    """Return the decision as Markdown; `figure` is an image URI."""
+    attempt = f", attempt {decision.attempt} of {decision.attempts}" if decision.attempts > 1 else ""
+    lines = [
+        f"# {decision.training_run}: {decision.verdict}",
+        "",
+        decision.reason,
+        "",
+        f"Observed: {len(decision.steps)} checkpoints, steps {decision.steps[0]} to {decision.steps[-1]}"
+        f" (window {decision.window}{attempt}).",
+    ]
+    lines += ["", *(f"- Warning: {text}" for text in decision.warnings), ""] if decision.warnings else []
+    if decision.registered:
+        lines.append(f"Registered: [{decision.registered}]({decision.registered_url}).")
+    if decision.stop:
+        lines += ["", decision.stop]
+    if decision.record_url:
+        lines.append(f"Record: [MLflow run]({decision.record_url}).")
+    if decision.backtested is not None:
+        lines += ["", "## Backtest (proposes)", "", *_backtested(decision.backtested)]
+    lines += _scores("Selection (chooses)", decision.selection)
+    lines += _scores("Given up on fewer problems", decision.dropped)
+    if decision.gates:
+        lines += ["", "## Gate (decides)", "", *_gates(decision)]
+    lines += _scores("Report (decides nothing)", decision.report)
+    if figure:
+        lines += ["", f"![accuracy by training step]({figure})"]
+    return "\n".join(lines) + "\n"
+
+
+def _backtested(found: Backtested) -> list[str]:
+    sentences = {
+        "trusted": f"Trusted up to step {found.trusted_step}: ",
+        "unsettled": "Not settled, so that no target is trusted: ",
+        "hidden": "The weights cannot tell, so that no target is trusted: ",
+        "hold": "Hold, no target is trusted: ",
+    }
+    return [f"{sentences[found.state]}{found.reason}"]
+
+
+def _gates(decision: Decision) -> list[str]:
+    rows = [
+        f"| {item.reference} | {100 * item.difference:+.2f} | {_interval(item)} | {100 * item.lower_bound:+.2f} |"
+        f" {0.0 - 100 * item.margin:g} | {item.verdict} |"
+        for item in decision.gates
+    ]
+    return [
+        "| candidate against | difference, points | interval | at least | must be above | |",
+        "|---|---|---|---|---|---|",
+        *rows,
+        "",
+        *(f"- {item.sentence}" for item in decision.gates),
+    ]
+
+
+def _interval(item: Gate) -> str:
+    if item.interval_low is None or item.interval_high is None:
+        return ""
+    return f"{100 * item.interval_low:+.2f} to {100 * item.interval_high:+.2f}"
+
+
+def _scores(title: str, scores: Sequence[Score]) -> list[str]:
+    if not scores:
+        return []
+    # Where the backtest promised nothing there is no column for it.
+    promised = any(item.model.skill_at_least is not None for item in scores)
+    rows = [
+        f"| {item.model.title} | {item.benchmark} | {item.accuracy:.4f} | {item.low:.4f} to {item.high:.4f} |"
+        f" {item.n} |{_promise(item) if promised else ''}"
+        for item in scores
+    ]
+    return [
+        "",
+        f"## {title}",
+        "",
+        f"| model | benchmark | accuracy | 95 % interval | problems |{' skill of the weights at least |' * promised}",
+        f"|---|---|---|---|---|{'---|' * promised}",
+        *rows,
+    ]
+
+
+def _promise(item: Score) -> str:
+    return " |" if item.model.skill_at_least is None else f" {item.model.skill_at_least:.2f} |"

@@ -1,0 +1,126 @@
+"""From the observed steps of one window to candidate model directories, in one pass for all methods and targets."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flows.errors import WindowError
+from flows.settings import Settings
+from flows.state.decision import Backtested, Model
+from flows.state.ledger import known, read_ledger, segment
+from flows.state.windows import window_directory, window_key
+from relex.backtest.convergence import Convergence, converge, propose
+from relex.extrapolation import Request, Tell, extrapolate, telling
+from relex.files.block_cache import BlockCache
+from relex.forecast import check_target
+from relex.gram import cached
+from relex.layouts.weights import Weights
+from relex.output.shards import Spread
+from relex.predictors import parse_method
+from relex.store import StoredCheckpoint, observed, open_base, scan
+from relex.trajectory import Trajectory, open_trajectory
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """The last observed checkpoint and the candidates as directories, what looks wrong, and what the backtest says.
+
+    `written` is when each observed checkpoint was written, as the ledger has it (ns since the epoch).
+    """
+
+    observed: Model
+    candidates: tuple[Model, ...]
+    warnings: tuple[str, ...]
+    backtested: Backtested
+    written: tuple[int, ...] = ()
+
+
+def predict(
+    settings: Settings,
+    steps: Sequence[int],
+    key: str,
+    *,
+    blocks: BlockCache | None = None,
+    spread: Spread | None = None,
+    tell: Tell | None = None,
+) -> Predicted:
+    """Backtest the window of `steps`, and write the last observed checkpoint and every candidate.
+
+    The models are directories that are there when this returns. The last observed checkpoint is copied too: the trainer
+    may prune it, and its copy has the base's tokenizer and precision like the candidates. `spread` hands the writing to
+    other processes. Raises WindowError when the store no longer holds what the window was announced with, and
+    RelexError.
+    """
+    base = open_base(settings.base, blocks=blocks)
+    now = time.time()
+    stored = scan(settings.store, base, now=now, blocks=blocks)
+    seen = known(stored, read_ledger(settings), now=now)
+    stored = segment(stored, seen)
+    inside = [item for item in stored if item.step <= max(steps)]
+    found = window_key(settings, base, inside)
+    if found != key:
+        raise WindowError(
+            f"window {key} was announced with steps {list(steps)}, the store and the settings now make it {found} with"
+            f" steps {[item.step for item in inside]}. The watcher announces that one; nothing is left to do here."
+        )
+    trajectory, converged = backtest_window(settings, base, inside, tell=tell)
+    last = trajectory.steps[-1]
+    proposed = propose(
+        converged,
+        methods=None if settings.methods == "auto" else settings.methods,
+        targets=None if settings.targets == "auto" else settings.targets,
+        total_steps=settings.total_steps,
+    )
+    directory = window_directory(settings, key) / "models"
+    requests = [Request(parse_method("hold"), last, directory / "observed" / f"step-{last}")]
+    for item in proposed:
+        check_target(item.target_step, trajectory.steps)
+        method = parse_method(item.method)
+        requests.append(Request(method, item.target_step, directory / method.directory / f"step-{item.target_step}"))
+    forecasts = extrapolate(
+        trajectory,
+        requests,
+        grams=settings.home / "grams",
+        memory=int(settings.memory),
+        threads=settings.threads,
+        shard_size=settings.shard_size,
+        spread=spread,
+        tell=tell,
+    )
+    candidates = tuple(
+        Model(
+            "candidate", item.target_step, str(request.directory), request.method.spec, made.digest, item.skill_at_least
+        )
+        for item, request, made in zip(proposed, requests[1:], forecasts[1:], strict=True)
+    )
+    observed_model = Model("observed", last, str(requests[0].directory))
+    written = tuple(seen[str(item.step)].written for item in inside)
+    return Predicted(observed_model, candidates, forecasts[0].warnings, _told(converged), written)
+
+
+def backtest_window(
+    settings: Settings, base: Weights, inside: Sequence[StoredCheckpoint], *, tell: Tell | None = None
+) -> tuple[Trajectory, Convergence]:
+    """Open the checkpoints of one window and backtest them; what was measured is kept. Raises RelexError."""
+    trajectory = open_trajectory(base, observed(inside, settings.store))
+    gram = cached(
+        trajectory,
+        settings.home / "grams",
+        memory=int(settings.memory),
+        threads=settings.threads,
+        on_progress=telling(tell, "reading"),
+    )
+    return trajectory, converge(trajectory, gram)
+
+
+def _told(found: Convergence) -> Backtested:
+    return Backtested(
+        found.state,
+        found.looks,
+        "" if found.way is None else found.way.method,
+        found.horizon,
+        found.skill,
+        found.lower_bound,
+        found.target_step if found.state == "trusted" else None,
+        found.reason,
+    )

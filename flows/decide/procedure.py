@@ -1,0 +1,100 @@
+"""One window from its observed steps to a verdict: predict, search on selection, gate.
+
+The stages are handed in, so that the same procedure runs as Prefect tasks, on its own in a benchmark, and on made-up
+scores in a simulation.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from evaluation.verdict.gate import Gate
+from flows.decide.predict import Predicted
+from flows.decide.search import search
+from flows.settings import Settings
+from flows.state.decision import Decision, Model, Score, choose
+
+
+class ScoreStage(Protocol):
+    """Scores a model on benchmarks; `limit` takes their first problems only (None: all)."""
+
+    def __call__(self, config: str, model: Model, benchmarks: list[str], limit: int | None) -> list[Score]:
+        """Return a score a benchmark, in their order."""
+
+
+@dataclass(frozen=True)
+class Stages:
+    """What a decision is made of; each takes the path of the config first.
+
+    `problems` counts the selection problems, and refuses a gate that shares any. `gate` takes the chosen one, what it
+    is compared with, and how many windows share the gate's error. `champion` returns at most one model.
+    """
+
+    problems: Callable[[str], int]
+    predict: Callable[[str, list[int], str], Predicted]
+    base: Callable[[str], Model]
+    score: ScoreStage
+    champion: Callable[[str], list[Model]]
+    gate: Callable[[str, Model, list[Model], int], list[Gate]]
+
+
+def decide(
+    config: str, settings: Settings, steps: Sequence[int], key: str, stages: Stages, *, attempt: tuple[int, int]
+) -> Decision:
+    """Decide the window of `steps`; `attempt` is the how-manieth of how many windows of this run it is at the gate.
+
+    Nothing is scored when the targets were left to the backtest and it says hold.
+    """
+    problems = stages.problems(config)
+    predicted = stages.predict(config, list(steps), key)
+    decision = Decision(
+        settings.training_run,
+        key,
+        max(steps),
+        tuple(steps),
+        "keep training",
+        f"The backtest says hold: {predicted.backtested.reason}",
+        warnings=predicted.warnings,
+        backtested=predicted.backtested,
+        attempt=attempt[0],
+        attempts=attempt[1],
+        written=predicted.written,
+    )
+    if not predicted.candidates:
+        return decision
+    selection: list[Score] = []
+    report: list[Score] = (
+        list(stages.score(config, stages.base(config), settings.report, None)) if settings.report else []
+    )
+
+    def measure(model: Model, count: int) -> Score:
+        if count < problems:
+            return stages.score(config, model, [settings.selection], count)[0]
+        # In one go: a model is loaded once for all its benchmarks.
+        first, *rest = stages.score(config, model, [settings.selection, *settings.report], None)
+        report.extend(rest)
+        return first
+
+    selection.append(measure(predicted.observed, problems))
+    found = search(predicted.candidates, problems=problems, batch=settings.batch_size, measure=measure)
+    selection += found.finalists
+    if settings.targets != "auto" and settings.report:
+        # Who names targets wants to see them all.
+        report += [item for score in found.dropped for item in stages.score(config, score.model, settings.report, None)]
+    chosen, reason = choose(selection, margin=settings.margin)
+    decision = replace(
+        decision,
+        reason=reason,
+        selection=tuple(selection),
+        dropped=found.dropped,
+        report=tuple(report),
+    )
+    if chosen is None:
+        return decision
+    references = [predicted.observed, *stages.champion(config)]
+    gates = tuple(stages.gate(config, chosen.model, references, attempt[1]))
+    decision = replace(decision, winner=chosen.model, gates=gates)
+    failed = [item for item in gates if not item.passed]
+    if failed:
+        return replace(decision, reason=f"Not shown to be worth having. {' '.join(item.sentence for item in failed)}")
+    return replace(decision, verdict="registered", reason=" ".join(item.sentence for item in gates))

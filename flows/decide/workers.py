@@ -1,0 +1,89 @@
+"""Shards of predictions as Prefect tasks on Dask workers, on this machine or on several.
+
+Every worker reads the base, the checkpoints and the training run's state under the same paths. A worker that dies costs
+the shard it was writing: Dask gives it to another one.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from prefect import Task, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
+
+from flows.errors import ShardError
+from flows.settings import Settings
+from relex.errors import RelexError
+from relex.files.block_cache import BlockCache
+from relex.output import shards
+from relex.output.shards import Shard, Spread
+from relex.streaming import Progress
+
+
+def write_shard(shard: Shard, cache: int) -> None:
+    """Write one shard; what is read from a URL is kept in `cache` bytes of the worker's own disk meanwhile."""
+    with BlockCache(Path(tempfile.gettempdir()), size=cache) as blocks:
+        shards.write_shard(shard, blocks=blocks)
+
+
+def _may_pass(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
+    """Whether a second attempt may do better: not where the first one was refused."""
+    return not isinstance(state.data, RelexError)
+
+
+shard_task = task(
+    name="shard",
+    task_run_name="{shard.file}",
+    retries=2,
+    retry_delay_seconds=2,
+    retry_condition_fn=_may_pass,
+    cache_policy=NO_CACHE,
+)(write_shard)
+
+
+def spreading(settings: Settings) -> Spread | None:
+    """Return what hands shards to other processes; None where the threads of this one write them."""
+    return None if settings.task_runner == "threads" else partial(_spread, settings)
+
+
+def _spread(settings: Settings, pieces: Sequence[Shard], on_progress: Progress | None) -> None:
+    if not pieces:
+        return
+    if settings.dask_address is None:
+        # The budget is this machine's, and a process a core replaces a thread a core.
+        own = settings.threads
+        pieces = [replace(piece, memory=piece.memory // own, threads=1) for piece in pieces]
+    with _runner(settings) as runner:
+        try:
+            futures = [runner.submit(shard_task, {"shard": piece, "cache": int(settings.cache)}) for piece in pieces]
+        except OSError as error:
+            raise ShardError(
+                f"dask_address {settings.dask_address} does not answer ({' '.join(str(error).split())}). Start"
+                " `dask scheduler` there, and `dask worker` on each machine."
+            ) from error
+        for done, future in enumerate(futures, 1):
+            future.wait()
+            if on_progress is not None:
+                on_progress(done, len(futures))
+        # Not before all have ended: what was begun is taken back only when nobody writes it any more.
+        for future in futures:
+            future.result()
+
+
+def _runner(settings: Settings) -> Any:
+    from prefect_dask.task_runners import DaskTaskRunner
+
+    if settings.dask_address is not None:
+        return DaskTaskRunner(address=settings.dask_address)
+    # Bounded by our own budget; Dask would count the page cache too, and end workers for it.
+    cluster = {
+        "n_workers": settings.threads,
+        "threads_per_worker": 1,
+        "memory_limit": None,
+        "dashboard_address": "127.0.0.1:0",
+    }
+    return DaskTaskRunner(cluster_kwargs=cluster)

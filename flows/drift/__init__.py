@@ -1,0 +1,1 @@
+"""Drift: what was predicted, compared with what the run reaches later."""

@@ -1,0 +1,173 @@
+"""Drift as a Prefect flow: when the run reaches a step that was predicted, compare the two, log it, warn.
+
+The watcher sends `relex.target.reached` (see `announce`) until the comparison is kept and shown; the flow compares all
+that is due, shows it, and says so last, so that it may be killed at any moment and started again.
+"""
+
+import json
+import logging
+from collections.abc import Collection
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
+from prefect.deployments.runner import RunnerDeployment
+from prefect.events import emit_event
+from prefect.events.schemas.deployment_triggers import DeploymentEventTrigger
+from prefect.states import Completed
+from prefect.types.entrypoint import EntrypointType
+
+from deploy import runs
+from flows.decide.slots import evaluating
+from flows.drift.due import look, reached
+from flows.drift.measure import compare
+from flows.drift.page import page, summary, warnings
+from flows.drift.record import Compared, comparing, is_comparing, mark_told, read_compared, told
+from flows.progress import ProgressArtifact
+from flows.settings import Settings, load_settings
+from flows.state.ledger import Event, Ledger, Sent, event, resource
+from flows.state.windows import write_json
+from relex.files.block_cache import BlockCache
+from relex.store import StoredCheckpoint
+
+TARGET_REACHED = "relex.target.reached"
+PREDICTION_DRIFTED = "relex.prediction.drifted"
+
+logger = logging.getLogger(__name__)
+
+
+def announce(
+    settings: Settings, stored: Collection[StoredCheckpoint], ledger: Ledger, *, now: float
+) -> tuple[list[Event], dict[str, Sent]]:
+    """Return the events that are due at time `now`, one a target step, and what is sent once they are.
+
+    `ledger` knows what the store has. A target is announced with growing pauses until what was compared with it is
+    kept and shown; not while a process is comparing.
+    """
+    due: dict[str, dict[str, Any]] = {}
+    rows = [item.before for item in reached(settings, tuple(stored), ledger.released | ledger.checkpoints)]
+    rows += [row for row in read_compared(settings) if not told(settings, row)]
+    for row in rows:
+        name = f"{row.key} {row.target} {row.step}"
+        payload = {"training_run": settings.training_run, "key": row.key, "target": row.target, "step": row.step}
+        methods = due.setdefault(name, payload | {"methods": []})["methods"]
+        methods += [row.method] if row.method not in methods else []
+    sent = {name: found for name, found in _read_sent(settings).items() if name in due}
+    events = []
+    for name, payload in due.items():
+        before = sent.get(name, Sent(0, 0.0))
+        if not before.due(now) or is_comparing(settings):
+            continue
+        attempt = before.times + 1
+        sent[name] = Sent(attempt, now)
+        # The attempt is part of the id: a server ignores an id it has seen.
+        events.append(event(TARGET_REACHED, settings, f"{name} {attempt}", payload | {"attempt": attempt}))
+    return events, sent
+
+
+def write_sent(settings: Settings, sent: dict[str, Sent]) -> None:
+    """Keep what was sent, so that the next watcher waits as long."""
+    if sent != _read_sent(settings):
+        write_json(_sent_path(settings), {name: asdict(item) for name, item in sent.items()})
+
+
+def compare_reached(config: str) -> int:
+    """Compare everything that is due; return how much that was."""
+    settings = load_settings(Path(config))
+    progress = ProgressArtifact(f"drift-progress-{settings.training_run}", "drift")
+    with BlockCache(settings.home, size=int(settings.cache)) as blocks:
+        found = look(settings, blocks=blocks)
+        if found is None:
+            return 0
+        with evaluating(settings) if settings.drift == "accuracy" else nullcontext():
+            return len(compare(settings, found[0], found[1], tell=progress))
+
+
+def log_compared(config: str, tracking_uri: str) -> None:
+    """Log the skill of every prediction in MLflow, a curve a method and window, and the real accuracy beside it."""
+    settings = load_settings(Path(config))
+    curves: dict[tuple[str, str], dict[int, float]] = {}
+    for row in read_compared(settings):
+        # A comma is no letter of MLflow's keys.
+        series = f"{settings.training_run} {row.method} from step {row.observed} drift".replace(",", " ")
+        if row.drift is not None and row.drift.skill is not None:
+            curves.setdefault((series, "weight_skill"), {})[row.step] = row.drift.skill
+        for item in row.accuracies:
+            curves.setdefault((series, f"real_accuracy/{item.benchmark}"), {})[row.step] = item.real
+    for (series, metric), points in curves.items():
+        runs.log_series(settings.registered_model, points, tracking_uri=tracking_uri, series=series, metric=metric)
+
+
+compare_task = task(name="compare", retries=2, retry_delay_seconds=5, cache_policy=NO_CACHE)(compare_reached)
+log_task = task(name="log", retries=3, retry_delay_seconds=5, cache_policy=NO_CACHE)(log_compared)
+
+
+@flow(name="drift", flow_run_name="drift at step {step}")
+def drift(config: str, tracking_uri: str, step: int = 0) -> State[Any]:
+    """Compare old predictions of the training run described in the file `config` with what it has reached."""
+    settings = load_settings(Path(config))
+    with comparing(settings) as mine:
+        if not mine:
+            return Completed(message=f"what was reached by step {step} is being compared by another process")
+        compare_task(config)
+        rows = read_compared(settings)
+        new = [row for row in rows if not told(settings, row)]
+        if not new:
+            return Completed(message="nothing new is to be compared")
+        log_task(config, tracking_uri)
+        create_markdown_artifact(
+            page(settings.training_run, rows), key=f"drift-{settings.training_run}", description=summary(rows)
+        )
+        for row in new:
+            _warn(settings, row)
+            mark_told(settings, row)
+    return Completed(message=summary(rows))
+
+
+def drift_deployment(config: Path, settings: Settings, *, tracking_uri: str) -> RunnerDeployment:
+    """Return the deployment of the flow, which starts on the event of a target that was reached."""
+    made = drift.to_deployment(
+        name=settings.training_run,
+        description="Compares what was predicted with what the run reaches.",
+        parameters={"config": str(config.absolute()), "tracking_uri": tracking_uri},
+        triggers=[
+            DeploymentEventTrigger(
+                name=f"{settings.training_run}: target reached",
+                match={"prefect.resource.id": resource(settings)},
+                expect={TARGET_REACHED},
+                threshold=1,
+                parameters={"step": "{{ event.payload.step }}"},
+            )
+        ],
+        entrypoint_type=EntrypointType.MODULE_PATH,
+    )
+    assert isinstance(made, RunnerDeployment)  # outside an event loop nothing is left to await
+    return made
+
+
+def _warn(settings: Settings, row: Compared) -> None:
+    for text in warnings([row]):
+        logger.warning("%s", text)
+    if row.broken:
+        found = event(PREDICTION_DRIFTED, settings, f"{row.key} {row.method} {row.target}", _payload(settings, row))
+        emit_event(found.name, {"prefect.resource.id": found.resource}, payload=found.payload, id=found.id)
+
+
+def _payload(settings: Settings, row: Compared) -> dict[str, Any]:
+    kept = ("key", "method", "target", "step", "promised", "registered")
+    skill = row.drift.skill if row.drift is not None else None
+    return {"training_run": settings.training_run, **{name: getattr(row, name) for name in kept}, "skill": skill}
+
+
+def _read_sent(settings: Settings) -> dict[str, Sent]:
+    path = _sent_path(settings)
+    return {name: Sent(**item) for name, item in json.loads(path.read_bytes()).items()} if path.is_file() else {}
+
+
+def _sent_path(settings: Settings) -> Path:
+    return settings.home / "drift" / "sent.json"

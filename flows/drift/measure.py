@@ -1,0 +1,118 @@
+"""Old predictions are compared with what the run has reached: the weights always, the accuracy when it is asked for.
+
+It decides nothing.
+"""
+
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from evaluation.answers.harness import Progress
+from flows.decide.score import reports
+from flows.drift.due import Reached, Waiting, look
+from flows.drift.record import Against, Compared, comparing, keep, read_compared
+from flows.settings import Settings
+from flows.state.decision import Model
+from flows.study.compare import difference
+from relex.drift import drift, write_as_predicted
+from relex.errors import (
+    CheckpointChangedError,
+    CheckpointDamagedError,
+    CheckpointMismatchError,
+    NonFiniteError,
+)
+from relex.extrapolation import Tell, telling
+from relex.files.block_cache import BlockCache
+from relex.layouts.weights import Weights
+
+logger = logging.getLogger(__name__)
+
+
+def catch_up(
+    settings: Settings, *, blocks: BlockCache | None = None, tell: Tell | None = None
+) -> tuple[list[Compared], list[Waiting]]:
+    """Compare what can be compared now; return every comparison made so far, and what is not compared and why.
+
+    What another process is comparing now is among the latter. Raises RelexError, EvaluationError.
+    """
+    with comparing(settings) as mine:
+        found = look(settings, blocks=blocks)
+        if found is None:
+            return read_compared(settings), []
+        base, due, waiting = found
+        if mine:
+            compare(settings, base, due, tell=tell)
+        else:
+            waiting += [
+                Waiting(item.before.method, item.before.target, item.before.observed, "another process is at it")
+                for item in due
+            ]
+    return read_compared(settings), waiting
+
+
+def compare(settings: Settings, base: Weights, due: Sequence[Reached], *, tell: Tell | None = None) -> list[Compared]:
+    """Compare what was reached, keep it, and return it; what is removed by the trainer meanwhile is left out.
+
+    The weights are kept before the accuracy is asked for, which may take hours. Raises RelexError, EvaluationError.
+    """
+    found = []
+    for item in sorted(due, key=lambda item: item.real.step):
+        try:
+            found.append(_compare(settings, base, item, tell=tell))
+        except CheckpointChangedError as error:
+            # It may have been pruned, or written anew: the next look sees which.
+            logger.warning("%s cannot be compared with step %d: %s", item.before.title, item.real.step, error)
+    # Reports of its content are kept, the copy is of no more use.
+    shutil.rmtree(_real_models(settings), ignore_errors=True)
+    return found
+
+
+def _compare(settings: Settings, base: Weights, item: Reached, *, tell: Tell | None) -> Compared:
+    row = item.before
+    if row.drift is None and not row.problem:
+        try:
+            measured = drift(
+                base,
+                item.real,
+                predicted=Path(item.predicted.directory),
+                observed=Path(item.observed.directory),
+                memory=int(settings.memory),
+                threads=settings.threads,
+                on_progress=telling(tell, f"compare {row.title}"),
+            )
+            row = replace(row, drift=measured)
+        except (CheckpointDamagedError, CheckpointMismatchError, NonFiniteError) as error:
+            # Trying again would find the same.
+            row = replace(row, problem=str(error))
+        keep(settings, row)
+    if settings.drift == "accuracy":
+        row = replace(row, asked="accuracy", accuracies=_accuracies(settings, base, item, tell) if row.drift else ())
+        keep(settings, row)
+    return row
+
+
+def _accuracies(settings: Settings, base: Weights, item: Reached, tell: Tell | None) -> tuple[Against, ...]:
+    if not item.benchmarks:
+        return ()
+    directory = _real_models(settings) / f"step-{item.real.step}"
+    write_as_predicted(base, item.real, directory, memory=int(settings.memory), threads=settings.threads)
+    real = Model("observed", item.real.step, str(directory))
+
+    def on_progress(step: Progress) -> None:
+        if tell is not None:
+            tell(f"{step.benchmark} @ {item.real.step}", step.done, step.total)
+
+    pairs = zip(
+        reports(settings, item.predicted, item.benchmarks),
+        reports(settings, real, item.benchmarks, on_progress=on_progress),
+        strict=True,
+    )
+    return tuple(
+        Against(one.benchmark, one.n, one.accuracy, other.accuracy, *difference(one, other)) for one, other in pairs
+    )
+
+
+def _real_models(settings: Settings) -> Path:
+    return settings.home / "drift" / "real"

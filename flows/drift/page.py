@@ -1,0 +1,128 @@
+"""How old predictions and what the run really reached are shown: one table, and one sentence on what to do."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+
+from flows.console import plain_table, print_warnings
+from flows.drift.due import Waiting
+from flows.drift.record import Compared
+
+HEADINGS = ("prediction", "from", "real step", "skill", "promised", "cosine", "norm / real", "real norm", "verdict")
+
+
+def show(console: Console, rows: Sequence[Compared], waiting: Sequence[Waiting]) -> None:
+    """Print it on a terminal."""
+    if rows:
+        table = plain_table(*HEADINGS)
+        for row in rows:
+            table.add_row(*cells(row))
+        console.print(table)
+    for line in (*_accuracies(rows), *_waiting(waiting)):
+        console.print(line, soft_wrap=True, highlight=False)
+    print_warnings(console, list(warnings(rows)))
+    console.print(summary(rows), soft_wrap=True, highlight=False)
+
+
+def to_json(training_run: str, rows: Sequence[Compared], waiting: Sequence[Waiting]) -> dict[str, Any]:
+    """Return it as plain JSON types."""
+    return {
+        "training_run": training_run,
+        "summary": summary(rows),
+        "compared": [asdict(row) | {"verdict": verdict(row)} for row in rows],
+        "waiting": [asdict(item) for item in waiting],
+    }
+
+
+def page(training_run: str, rows: Sequence[Compared]) -> str:
+    """Return it as Markdown."""
+    lines = [f"# {training_run}: predictions and reality", "", summary(rows), ""]
+    lines += [*(f"- Warning: {text}" for text in warnings(rows)), ""]
+    lines += [f"| {' | '.join(HEADINGS)} |", "|---" * len(HEADINGS) + "|"]
+    lines += [f"| {' | '.join(cells(row))} |" for row in rows]
+    lines += [
+        "",
+        "Skill is of the weights against holding the last observed checkpoint (1: exact, 0: no better); promised is"
+        " what the backtest said it is at least. The real norm is in the 90 % band that was predicted, or outside.",
+        *(f"\n{line}" for line in _accuracies(rows)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def cells(row: Compared) -> tuple[str, ...]:
+    """Return one row under HEADINGS."""
+    found = row.drift
+    band = {None: "", True: "in band", False: "outside"}[found.in_band] if found is not None else ""
+    numbers = (None, None, None) if found is None else (found.skill, found.cosine, found.norm_ratio)
+    skill, cosine, ratio = ("—" if value is None else f"{value:.2f}" for value in numbers)
+    promised = "—" if row.promised is None else f"≥{row.promised:.2f}"
+    return (row.title, str(row.observed), str(row.step), skill, promised, cosine, ratio, band, verdict(row))
+
+
+def verdict(row: Compared) -> str:
+    """Return what came of a prediction, in a few words."""
+    if row.drift is None:
+        return "cannot be compared"
+    if row.drift.skill is None:
+        return "the run stood still"
+    if row.broken:
+        return "worse than promised"
+    if row.promised is not None:
+        return "as promised"
+    return "nearer than waiting" if row.drift.skill > 0 else "no nearer than waiting"
+
+
+def warnings(rows: Sequence[Compared]) -> list[str]:
+    """Return one line for each prediction that is worse than was promised, or that cannot be compared."""
+    found = [f"{row.title} cannot be compared: {row.problem}" for row in rows if row.problem]
+    return found + [
+        f"{row.title}, from step {row.observed}, is worse than promised: at step {row.step} its skill is"
+        f" {row.drift.skill:.2f}, and at least {row.promised:.2f} was promised"
+        for row in rows
+        if row.broken and row.drift is not None
+    ]
+
+
+def summary(rows: Sequence[Compared]) -> str:
+    """Return what to do, in one sentence."""
+    if not rows:
+        return "No prediction has been compared with what the run reached."
+    promised = [row for row in rows if row.promised is not None and row.drift is not None]
+    worse = [row for row in rows if row.broken]
+    if not worse:
+        kept = (
+            f"none of the {len(promised)} that were promised a skill fell short" if promised else "nothing was promised"
+        )
+        return f"{_count(len(rows), 'prediction was', 'predictions were')} compared with what the run reached: {kept}."
+    last = max(row.observed for row in worse)
+    registered = ", ".join(dict.fromkeys(row.registered for row in worse if row.registered))
+    use = f"do not promote {registered} (roll back where that is done), " if registered else ""
+    return (
+        f"{len(worse)} of {_count(len(promised), 'prediction was', 'predictions were')} worse than promised: the run"
+        f" has left the line it was on up to step {last}, so {use}trust no later target of that window, train on, and"
+        " decide again on a later one."
+    )
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
+
+
+def _accuracies(rows: Sequence[Compared]) -> list[str]:
+    return [
+        f"{row.title} scores {item.predicted:.4f} on {item.n} problems of {item.benchmark}, real step {row.step}"
+        f" {item.real:.4f}: {item.difference:+.4f} ({item.low:+.4f} to {item.high:+.4f}, 95 %)."
+        for row in rows
+        for item in row.accuracies
+    ]
+
+
+def _waiting(waiting: Sequence[Waiting]) -> list[str]:
+    reasons = dict.fromkeys(item.reason for item in waiting)
+    return [
+        f"not compared: {', '.join(f'{item.method} @ {item.target}' for item in waiting if item.reason == reason)}"
+        f" ({reason})"
+        for reason in reasons
+    ]

@@ -1,0 +1,135 @@
+"""What came of old predictions, each in one small file: drift/KEY/METHOD-step-N.json in the training run's state."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from flows.settings import Settings
+from flows.state.lock import held
+from flows.state.windows import write_json
+from relex.drift import Drift
+from relex.predictors import parse_method
+
+
+@dataclass(frozen=True)
+class Against:
+    """A prediction and the real checkpoint on one benchmark, problem by problem.
+
+    `difference` is predicted minus real accuracy, with the ends of its 95 % interval.
+    """
+
+    benchmark: str
+    n: int
+    predicted: float
+    real: float
+    difference: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A prediction for step `target`, made in window `key` after step `observed`, and what the run was at `step`.
+
+    `promised` is the skill that the backtest said it has at least, None where it said nothing; `registered` names the
+    registered version it became. `asked` is how much was compared. Without `drift`, `problem` says why there is none.
+    """
+
+    key: str
+    observed: int
+    method: str
+    target: int
+    step: int
+    promised: float | None
+    registered: str
+    asked: Literal["weights", "accuracy"]
+    drift: Drift | None
+    problem: str = ""
+    accuracies: tuple[Against, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """What a table calls it."""
+        return f"{self.method} @ {self.target}"
+
+    @property
+    def broken(self) -> bool:
+        """Whether it is worse than was promised, by more than the rounding of the output explains."""
+        return (
+            self.promised is not None
+            and self.drift is not None
+            and self.drift.skill is not None
+            and self.drift.skill + self.drift.rounding < self.promised
+        )
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Compared":
+        """Read back what was written as plain JSON types."""
+        parsed: dict[str, Any] = {"accuracies": tuple(Against(**item) for item in content["accuracies"])}
+        if (found := content["drift"]) is not None:
+            band = found["norm_band"]
+            parsed["drift"] = Drift(**(dict(found) | {"norm_band": tuple(band) if band is not None else None}))
+        return cls(**(dict(content) | parsed))
+
+
+@contextmanager
+def comparing(settings: Settings) -> Iterator[bool]:
+    """Hold the comparisons of a training run while working on them; yields False when another process does."""
+    path = _claim_path(settings)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Longer than the moment in which the watcher tries the lock.
+    with held(path, seconds=2.0) as mine:
+        yield mine
+
+
+def is_comparing(settings: Settings) -> bool:
+    """Whether a live process is comparing."""
+    path = _claim_path(settings)
+    if not path.exists():
+        return False
+    with held(path, seconds=0.0) as free:
+        return not free
+
+
+def keep(settings: Settings, row: Compared) -> None:
+    """Keep a comparison, complete or absent."""
+    write_json(_path(settings, row.key, row.method, row.target), asdict(row))
+
+
+def read_one(settings: Settings, key: str, method: str, target: int) -> Compared | None:
+    """Return the comparison of one prediction, None when there is none yet."""
+    path = _path(settings, key, method, target)
+    return Compared.from_json(json.loads(path.read_bytes())) if path.is_file() else None
+
+
+def read_compared(settings: Settings) -> list[Compared]:
+    """Return every comparison made so far, by window, step and method."""
+    paths = settings.home.glob("drift/*/*.json")
+    found = [Compared.from_json(json.loads(path.read_bytes())) for path in paths]
+    return sorted(found, key=lambda row: (row.observed, row.target, row.method, row.key))
+
+
+def told(settings: Settings, row: Compared) -> bool:
+    """Whether the comparison, as it is now, was shown on the pages."""
+    path = _told_path(settings, row)
+    return path.is_file() and path.read_text(encoding="utf-8") == row.asked
+
+
+def mark_told(settings: Settings, row: Compared) -> None:
+    """Say that the comparison was shown."""
+    _told_path(settings, row).write_text(row.asked, encoding="utf-8")
+
+
+def _path(settings: Settings, key: str, method: str, target: int) -> Path:
+    return settings.home / "drift" / key / f"{parse_method(method).directory}-step-{target}.json"
+
+
+def _told_path(settings: Settings, row: Compared) -> Path:
+    return _path(settings, row.key, row.method, row.target).with_suffix(".told")
+
+
+def _claim_path(settings: Settings) -> Path:
+    return settings.home / "drift" / "claim.lock"

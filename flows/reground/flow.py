@@ -1,0 +1,45 @@
+"""Periodic re-grounding as a Prefect flow: progress while it runs, a task for each phase, a page after each cycle."""
+
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
+from prefect.states import Completed
+
+from flows.progress import ProgressArtifact
+from flows.reground.cycle import jump, train
+from flows.reground.judge import judge
+from flows.reground.loop import Phases, Regrounding
+from flows.reground.loop import reground as run_cycles
+from flows.reground.page import page
+from flows.reground.settings import load_reground_settings
+
+# Training is not tried again by itself: what failed after hours would, and the log says more than a second try.
+train_task = task(name="train", task_run_name="train cycle {plan.number}", cache_policy=NO_CACHE)(train)
+jump_task = task(
+    name="jump", task_run_name="jump cycle {plan.number}", retries=2, retry_delay_seconds=5, cache_policy=NO_CACHE
+)(jump)
+judge_task = task(
+    name="judge", task_run_name="judge cycle {plan.number}", retries=2, retry_delay_seconds=5, cache_policy=NO_CACHE
+)(judge)
+
+
+@flow(name="reground", flow_run_name="reground {config}")
+def reground(config: str) -> State[Any]:
+    """Run the re-grounding described in the file `config` to its end, or go on with it."""
+    settings = load_reground_settings(Path(config))
+    key = f"reground-{settings.training_run}"
+
+    def show(found: Regrounding) -> None:
+        create_markdown_artifact(page(found), key=f"{key}-cycles", description=found.cycles[-1].reason)
+
+    found = run_cycles(
+        settings,
+        phases=Phases(train_task, jump_task, judge_task),
+        tell=ProgressArtifact(key, "reground"),
+        on_cycle=show,
+    )
+    return Completed(message=f"{found.ended}: {found.model}")

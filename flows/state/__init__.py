@@ -1,0 +1,1 @@
+"""State: what is kept on disk between the stages, and how it is read and written."""

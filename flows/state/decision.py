@@ -1,0 +1,155 @@
+"""What was decided about one window, with every number that decided it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from evaluation.verdict.gate import Gate
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that was scored: the base, the last observed checkpoint, or a candidate.
+
+    `step` is the training step it stands for; `digest` and `method` are empty for the base and the observed one.
+    `skill_at_least` is what the backtest said of a candidate's weights against holding the last observed ones (1:
+    exact, 0: no better; one-sided 95 %), None where its horizon was not trusted.
+    """
+
+    role: Literal["base", "observed", "candidate", "champion"]
+    step: int
+    directory: str
+    method: str = ""
+    digest: str = ""
+    skill_at_least: float | None = None
+
+    @property
+    def title(self) -> str:
+        """What a table calls it."""
+        names = {"base": "base", "observed": "last observed", "champion": "champion"}
+        return f"{names.get(self.role, self.method)} @ {self.step}"
+
+
+@dataclass(frozen=True)
+class Score:
+    """One model on one benchmark: mean score, its standard error and its 95 % interval, all in 0..1."""
+
+    model: Model
+    benchmark: str
+    accuracy: float
+    standard_error: float
+    n: int
+    low: float = 0.0
+    high: float = 1.0
+
+
+@dataclass(frozen=True)
+class Backtested:
+    """What the backtest said of the window, see relex.backtest.convergence.
+
+    `looks` are the last steps it was repeated at, `trusted_step` the furthest target it trusts, None where it trusts
+    none. Skill is of the weights against holding the last observed ones, with its one-sided 95 % bound.
+    """
+
+    state: Literal["trusted", "unsettled", "hidden", "hold"]
+    looks: tuple[int, ...]
+    method: str
+    horizon: float | None
+    skill: float | None
+    skill_at_least: float | None
+    trusted_step: int | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The verdict on one window. `winner` is the candidate that went to the gate, None when none did.
+
+    `selection` has the last observed checkpoint and the candidates that were scored on all selection problems,
+    `dropped` those that were given up on fewer. `attempt` of `attempts` windows of this run went to the gate. `written`
+    is when each of `steps` was written, as the ledger has it (ns since the epoch).
+    """
+
+    training_run: str
+    key: str
+    window: int
+    steps: tuple[int, ...]
+    verdict: Literal["registered", "keep training"]
+    reason: str
+    backtested: Backtested | None = None
+    attempt: int = 1
+    attempts: int = 1
+    written: tuple[int, ...] = ()
+    selection: tuple[Score, ...] = ()
+    dropped: tuple[Score, ...] = ()
+    report: tuple[Score, ...] = ()
+    gates: tuple[Gate, ...] = ()
+    warnings: tuple[str, ...] = ()
+    winner: Model | None = None
+    stop: str = ""
+    registered: str = ""
+    registered_url: str = ""
+    record_url: str = ""
+
+    @property
+    def trusted_step(self) -> int | None:
+        """The furthest target step that the backtest trusts, None where it trusts none."""
+        return self.backtested.trusted_step if self.backtested is not None else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Decision":
+        """Read back what to_json wrote."""
+
+        def scores(items: Sequence[Mapping[str, Any]]) -> tuple[Score, ...]:
+            return tuple(Score(**(dict(item) | {"model": Model(**item["model"])})) for item in items)
+
+        parsed: dict[str, Any] = {
+            "steps": tuple(content["steps"]),
+            "written": tuple(content.get("written", ())),
+            "warnings": tuple(content["warnings"]),
+            "selection": scores(content["selection"]),
+            "dropped": scores(content.get("dropped", ())),
+            "report": scores(content["report"]),
+            "gates": tuple(Gate(**item) for item in content["gates"]),
+            "winner": Model(**content["winner"]) if content["winner"] else None,
+        }
+        if (found := content.get("backtested")) is not None:
+            parsed["backtested"] = Backtested(**(dict(found) | {"looks": tuple(found["looks"])}))
+        return cls(**(dict(content) | parsed))
+
+
+def choose(selection: Sequence[Score], *, margin: float) -> tuple[Score | None, str]:
+    """Return the candidate that goes to the gate, and why or why none does.
+
+    The best on the selection benchmark, if its score there is above the last observed checkpoint's less the margin; of
+    equals the one that reaches least far.
+    """
+    observed = next(score for score in selection if score.model.role == "observed")
+    candidates = [score for score in selection if score.model.role == "candidate"]
+    best = max(candidates, key=lambda score: (score.accuracy, -score.model.step))
+    numbers = (
+        f"best candidate {best.model.title} scores {best.accuracy:.4f}, last observed step {observed.model.step}"
+        f" {observed.accuracy:.4f}, on {best.n} problems of {best.benchmark}"
+    )
+    if best.accuracy <= observed.accuracy - margin:
+        behind = "is ahead of" if margin == 0 else f"is within {margin:g} of"
+        return None, f"No candidate {behind} the last observed checkpoint on the selection benchmark: {numbers}."
+    return best, f"Chosen on the selection benchmark: {numbers}."
+
+
+def gate_metrics(gates: Sequence[Gate]) -> dict[str, float]:
+    """Return the numbers of a gate by name, for MLflow."""
+    found: dict[str, float] = {}
+    for item in gates:
+        role = item.reference.split(" @ ", maxsplit=1)[0].replace(" ", "_")
+        found |= {
+            "gate_accuracy": item.candidate_accuracy,
+            f"gate_{role}_accuracy": item.reference_accuracy,
+            f"gate_{role}_difference": item.difference,
+            f"gate_{role}_lower_bound": item.lower_bound,
+        }
+    return found

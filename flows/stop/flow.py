@@ -1,0 +1,149 @@
+"""Stopping a training run on somebody's word: a flow run that waits, suspended, for the answer in the Prefect UI.
+
+It frees its process while it waits, and survives a restart of everything. What is approved is what was offered: the
+decision and the order lie in the window's directory, and another command than the one shown is not run.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from prefect import flow
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.deployments.flow_runs import run_deployment
+from prefect.deployments.runner import RunnerDeployment
+from prefect.exceptions import ObjectNotFound
+from prefect.flow_runs import suspend_flow_run
+from prefect.input import RunInput
+from prefect.states import Completed, Failed
+from prefect.types.entrypoint import EntrypointType
+from prefect.utilities.urls import url_for
+from pydantic import Field
+
+from flows.errors import StopError
+from flows.settings import Settings, load_settings
+from flows.state.decision import Decision
+from flows.state.windows import window_directory, write_json
+from flows.stop.execute import Stop, decline, log_stop, read_stop, stop_training, told
+from flows.stop.plan import Order, Saving, configured, doubt, finished, is_current, order, refusal, saving
+
+STOP = "stop the training"
+CONTINUE = "keep training"
+
+
+class Approval(RunInput):
+    """The form."""
+
+    answer: Literal["stop the training", "keep training"] = Field(description="What is to be done.")
+    name: str = Field(default="", description="Who says so, for the record.")
+
+
+def offer(config: str, settings: Settings, decision: Decision, *, tracking_uri: str) -> str:
+    """Offer to stop the training, or stop it where the settings say at once; return one sentence for a reader.
+
+    Nothing where the decision registered nothing, and where it is neither trusted nor configured. The same decision
+    again is the same offer.
+    """
+    if refusal(decision):
+        return ""
+    untrusted = doubt(Path(config), settings, decision)
+    if not configured(settings):
+        way = f"To stop the training, add stop_command or stop_file to {config}; then `relex stop {config}`."
+        return "" if untrusted else way
+    if done := _on_record(settings):
+        return told(Path(config), done)
+    counted = saving(settings, decision)
+    if why_not := untrusted or finished(counted):
+        return why_not
+    due = order(Path(config), settings, decision)
+    if settings.stop == "at-once":
+        try:
+            done = stop_training(settings, decision, due, by="the setting stop: at-once")
+        except StopError as error:
+            return str(error)
+        log_stop(settings, done, tracking_uri=tracking_uri)
+        return told(Path(config), done)
+    path = window_directory(settings, decision.key) / "offer.json"
+    # The question may be on the page already: what it shows stays what is approved.
+    if not path.is_file():
+        write_json(path, {"decision": decision.to_json(), "order": due.to_json()})
+    by_hand = f"`relex stop {config} --confirm` does it"
+    try:
+        run = run_deployment(
+            f"{stop_flow.name}/{settings.training_run}",
+            parameters={"config": config, "key": decision.key},
+            timeout=0,
+            idempotency_key=f"{settings.home} {decision.key}",
+            as_subflow=False,
+        )
+    except ObjectNotFound:
+        return f"Nothing serves the approval of stopping the training: {by_hand}."
+    assert isinstance(run, FlowRun)  # outside an event loop nothing is left to await
+    page = url_for("flow-run", obj_id=run.id)
+    return f"Stopping the training is offered: approve it at {page}, or {by_hand}. {counted.sentence}"
+
+
+@flow(name="stop-training", flow_run_name="stop {key}", retries=0)
+def stop_flow(config: str, key: str, tracking_uri: str) -> State[Any]:
+    """Ask whether the training run described in the file `config` is to be stopped, wait, and do as is answered."""
+    settings = load_settings(Path(config))
+    content = json.loads((window_directory(settings, key) / "offer.json").read_bytes())
+    decision = Decision.from_json(content["decision"])
+    if done := _on_record(settings):
+        return Completed(message=told(Path(config), done))
+    due = order(Path(config), settings, decision)
+    form = Approval.with_initial_data(description=question(decision, due, saving(settings, decision)))
+    # The same key: resumed, the flow comes here again and finds the answer.
+    answer = suspend_flow_run(wait_for_input=form, key="approval")
+    by = f"{answer.name or 'somebody'} in the Prefect UI"
+    if answer.answer == CONTINUE:
+        declined = decline(settings, key, by=by)
+        log_stop(settings, declined, tracking_uri=tracking_uri)
+        return Completed(message=told(Path(config), declined))
+    if not is_current(settings, decision):
+        return Failed(
+            message=f"What was approved was decided on other checkpoints or settings than there are now:"
+            f" nothing was done. `relex stop {config}` tells how it stands."
+        )
+    if due.to_json() != content["order"]:
+        return Failed(
+            message=f"What was approved is not what {config} says now, which is: {due.deeds}. Nothing was done;"
+            f" `relex stop {config} --confirm` does it."
+        )
+    try:
+        done = stop_training(settings, decision, due, by=by)
+    except StopError as error:
+        return Failed(message=str(error))
+    log_stop(settings, done, tracking_uri=tracking_uri)
+    return (Completed if done.state == "stopped" else Failed)(message=told(Path(config), done))
+
+
+def stop_deployment(config: Path, settings: Settings, *, tracking_uri: str) -> RunnerDeployment:
+    """Return the deployment that asks; `offer` starts its runs."""
+    deployment = stop_flow.to_deployment(
+        name=settings.training_run,
+        description="Asks whether the training is to be stopped, and does as is answered.",
+        parameters={"config": str(config.absolute()), "tracking_uri": tracking_uri},
+        entrypoint_type=EntrypointType.MODULE_PATH,
+    )
+    assert isinstance(deployment, RunnerDeployment)  # outside an event loop nothing is left to await
+    return deployment
+
+
+def question(decision: Decision, due: Order, counted: Saving) -> str:
+    """Return, as Markdown, what the form is about."""
+    return "\n\n".join(
+        [
+            f"**Stop {decision.training_run}?** {decision.reason}",
+            f"Registered: {decision.registered or due.model} (step {due.target_step}). The backtest trusts it:"
+            f" targets up to step {decision.trusted_step}.",
+            counted.sentence,
+            f"On *{STOP}*, once: {due.deeds}.",
+        ]
+    )
+
+
+def _on_record(settings: Settings) -> Stop | None:
+    """Return what was done or begun; a stop that was declined may be offered again with another decision."""
+    found = read_stop(settings)
+    return None if found is None or found.state == "declined" else found

@@ -1,0 +1,1 @@
+"""Study: comparisons that a person asks for and nothing is decided by."""

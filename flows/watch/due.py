@@ -1,0 +1,144 @@
+"""When a window of a run is due for a decision: at a step that was given, or when its backtest has converged.
+
+With `window: auto` the backtest is repeated each time the run has grown by a tenth. A window is due when three looks
+agree (see relex.backtest.convergence) and its targets reach the planned end, or at max_window. After a refusal the next
+one is due once half as many steps again have been observed; every window that goes to the gate spends one of
+`attempts`.
+The last look is in `look.json`, so that its window stays due until it is decided.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from flows.decide.predict import backtest_window
+from flows.settings import Settings
+from flows.state.ledger import Seen
+from flows.state.windows import decided, decisions_of, key_up_to, write_json
+from relex.backtest.convergence import GROWTH
+from relex.backtest.skill import HORIZONS
+from relex.errors import RelexError, UnreachableError
+from relex.extrapolation import Tell
+from relex.layouts.weights import Weights
+from relex.store import State, StoredCheckpoint
+
+# A refused run is looked at again when it has shown so much more.
+REARM_GROWTH = 1.5
+# How far the last automatic target goes, in multiples of the observed steps.
+REACH = round(1.0 + HORIZONS[-1])
+
+
+@dataclass(frozen=True)
+class Armed:
+    """The last step of the window that is due (None: none is), and one line for a reader.
+
+    `closed` says that it is decided, and that nothing more will be decided on this run as it is.
+    """
+
+    end: int | None
+    text: str = ""
+    closed: bool = False
+
+
+@dataclass(frozen=True)
+class _Look:
+    """The backtest of the steps up to `step`, by the name of the window it would decide; `due` says that it does."""
+
+    step: int
+    key: str
+    due: bool
+    reason: str
+
+
+def arm(
+    settings: Settings,
+    base: Weights,
+    newest: Sequence[StoredCheckpoint],
+    checkpoints: Mapping[str, Seen],
+    *,
+    tell: Tell | None = None,
+) -> Armed:
+    """Return what is due; `newest` is the newest segment of the store, `checkpoints` what is known of it.
+
+    For an automatic window this reads weights, each time the run has grown by a tenth.
+    """
+    identities = {int(step): seen.identity for step, seen in checkpoints.items()}
+    if settings.window != "auto":
+        key = key_up_to(settings, base, identities, settings.window)
+        return Armed(settings.window, closed=decided(settings, key))
+    ready = _ready(newest, settings.end)
+    final = any(item.step >= settings.end and item.state is State.READY for item in newest) and len(ready) == sum(
+        item.step <= settings.end for item in newest
+    )
+    last = ready[-1].step if len(ready) > 1 else 0
+    decisions = decisions_of(settings, base, identities)
+    gated = [item for item in decisions if item.gates]
+    refused = max((item.window for item in decisions), default=0)
+    if any(item.verdict == "registered" for item in decisions):
+        return Armed(refused, f"registered from step {refused}", closed=True)
+    if len(gated) >= settings.attempts:
+        return Armed(refused, f"{len(gated)} of {settings.attempts} attempts at the gate are spent", closed=True)
+    if final and refused == last:
+        return Armed(refused, f"refused at step {refused}, the last one that is observed", closed=True)
+    look = _read(settings)
+    if look is not None and look.key != key_up_to(settings, base, identities, look.step):
+        look = None
+    if look is not None and look.due and not decided(settings, look.key):
+        return Armed(look.step, look.reason)
+    if last == 0:
+        return Armed(None, "too few checkpoints to backtest")
+    if not final and last < REARM_GROWTH * refused:
+        return Armed(None, f"refused at step {refused}; looked at again from step {round(REARM_GROWTH * refused)}")
+    if look is None or final or last >= GROWTH * look.step:
+        look = _look(settings, base, ready, key_up_to(settings, base, identities, last), final=final, tell=tell)
+        write_json(settings.home / "look.json", asdict(look))
+    return Armed(look.step if look.due else None, f"backtest at step {look.step}: {look.reason}")
+
+
+def attempt(settings: Settings, base: Weights, checkpoints: Mapping[int, str]) -> tuple[int, int]:
+    """Return the how-manieth window of this run these checkpoints (identity by step) are at the gate, of how many."""
+    if settings.window != "auto":
+        return 1, 1
+    last = max(checkpoints)
+    earlier = [item for item in decisions_of(settings, base, checkpoints) if item.gates and item.window < last]
+    return len(earlier) + 1, settings.attempts
+
+
+def _ready(newest: Sequence[StoredCheckpoint], end: int) -> list[StoredCheckpoint]:
+    """Return the checkpoints up to `end` before the first that is not ready."""
+    found: list[StoredCheckpoint] = []
+    for item in newest:
+        if item.state is not State.READY or item.step > end:
+            break
+        found.append(item)
+    return found
+
+
+def _look(
+    settings: Settings,
+    base: Weights,
+    ready: Sequence[StoredCheckpoint],
+    key: str,
+    *,
+    final: bool,
+    tell: Tell | None,
+) -> _Look:
+    step = ready[-1].step
+    try:
+        _, found = backtest_window(settings, base, ready, tell=tell)
+    except UnreachableError:
+        raise
+    except RelexError as error:
+        # At the end the decision says so; before it, more checkpoints may help.
+        return _Look(step, key, due=final, reason=str(error))
+    reason = found.reason
+    reaches = settings.targets != "auto" or settings.total_steps is None or step * REACH >= settings.total_steps
+    if found.converged and not reaches:
+        assert settings.total_steps is not None
+        reason += f" Step {settings.total_steps} is in reach from step {-(-settings.total_steps // REACH)}."
+    return _Look(step, key, due=final or (found.converged and reaches), reason=reason)
+
+
+def _read(settings: Settings) -> _Look | None:
+    path = settings.home / "look.json"
+    return _Look(**json.loads(path.read_bytes())) if path.is_file() else None

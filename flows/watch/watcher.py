@@ -1,0 +1,261 @@
+"""The watcher of one training run: looks at the store, announces what is due.
+
+`watch` runs a while and ends, so that the server keeps a live, short list of runs; a schedule starts the next one. What
+was announced is in the ledger, so a watcher that is killed and started again announces nothing twice. Where the window
+is pinned, a thread of the watcher pins; the next watcher waits until this one ends, so that no step falls between two.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.client.schemas.objects import State as RunState
+from prefect.events import emit_event
+from prefect.states import Completed
+
+from flows.drift.flow import announce, write_sent
+from flows.errors import WatchError
+from flows.settings import Settings, load_settings
+from flows.state.ledger import (
+    CHECKPOINT_READY,
+    Ledger,
+    Seen,
+    due,
+    known,
+    left_behind,
+    lost,
+    read_ledger,
+    segment,
+    tick,
+    write_ledger,
+)
+from flows.state.lock import held
+from flows.state.windows import decided, key_of
+from flows.watch import outbox
+from flows.watch.due import Armed, arm
+from flows.watch.pins import Pins
+from relex.errors import AbsentError, UnreachableError
+from relex.files.location import open_directory
+from relex.layouts.pruning import setting_of, warning
+from relex.layouts.weights import Weights
+from relex.sanity import holes
+from relex.store import State, StoredCheckpoint, open_base, scan
+
+logger = logging.getLogger(__name__)
+
+# Longer than the schedule's period: the next watcher is there and waits when this one ends.
+RUN_SECONDS = 620.0
+SCHEDULE_SECONDS = 600.0
+_HANDOVER_SECONDS = 40.0
+
+Look = Callable[[float, str], None]
+"""Called after every look at the store, with how full the window is in per cent and one line for a reader."""
+
+
+def watch_store(settings: Settings, *, seconds: float, on_look: Look | None = None, patience: float = 2.0) -> None:
+    """Look at the store every `poll_seconds` for `seconds`, and send what is due.
+
+    Raises WatchError when another watcher of this training run is still at work after `patience` seconds, PinError when
+    a checkpoint cannot be pinned. A store or base that is not there yet, or does not answer, is waited for.
+    """
+    settings.home.mkdir(parents=True, exist_ok=True)
+    path = settings.home / "watcher.lock"
+    end = time.monotonic() + seconds
+    with held(path, seconds=min(patience, seconds)) as mine:
+        if not mine:
+            raise WatchError(
+                f"training run {settings.training_run} is watched by another process (it holds {path})."
+                " Stop that one first."
+            )
+        pins = None if settings.pin == "none" else Pins(settings, released=bool(read_ledger(settings).released))
+        told = ""
+        with nullcontext() if pins is None else pins.kept_fresh():
+            while True:
+                try:
+                    warned = _look(settings, pins, on_look)
+                except (UnreachableError, AbsentError, FileNotFoundError) as error:
+                    # The network comes back, a repository may be made later, and who starts anew moves the run away.
+                    warned = f"waiting: {error}"
+                    if on_look is not None:
+                        on_look(0.0, f"{settings.training_run}: {warned}")
+                if warned and warned != told:
+                    logger.warning("%s", warned)
+                told = warned
+                if time.monotonic() + settings.poll_seconds > end:
+                    return
+                time.sleep(settings.poll_seconds)
+
+
+def _look(settings: Settings, pins: Pins | None, on_look: Look | None) -> str:
+    """Look once; return what the user should be warned of."""
+    base_directory, run = open_directory(settings.base), open_directory(settings.checkpoints)
+    there = base_directory.exists() and "config.json" in base_directory.files()
+    if not there or not run.exists():
+        logger.info("waiting for %s and %s", settings.base, settings.checkpoints)
+        return ""
+    now = time.time()
+    base = open_base(base_directory)
+    before = ledger = read_ledger(settings)
+    if pins is None:
+        stored = scan(run, base, now=now)
+    else:
+        if ledger.released:
+            ledger = _after_release(settings, pins, base, ledger, now=now)
+        stored = _pinned(settings, pins, base, now=now, released=bool(ledger.released))
+    checkpoints = known(stored, ledger, now=now)
+    newest = segment(stored, checkpoints)
+    behind = left_behind(stored, checkpoints)
+    ours = {step: seen for step, seen in (ledger.released | checkpoints).items() if int(step) not in behind}
+
+    def tell(what: str, done: int, total: int) -> None:
+        if on_look is not None:
+            on_look(0.0, f"{settings.training_run}: backtest, {what} {100 * done // max(total, 1)} %")
+
+    armed = arm(settings, base, newest, ours, tell=tell)
+    events, ledger = tick(settings, base, stored, ledger, now=now, end=armed.end)
+    drifted, sent = announce(settings, stored, ledger, now=now) if settings.drift != "off" else ([], {})
+    # A window and a target are announced until somebody works on them; for a checkpoint nobody has to.
+    outbox.keep(settings, [item for item in events if item.name == CHECKPOINT_READY], now=now)
+    for event in (*events, *drifted, *outbox.due(settings, now=now)):
+        emit_event(event.name, {"prefect.resource.id": event.resource}, payload=event.payload, id=event.id)
+        logger.info("%s %s", event.name, event.payload)
+    if pins is not None:
+        ledger = _with_release(armed, newest, ledger)
+    # After sending: what a crash in between repeats has the same id, and is claimed once.
+    if ledger != before:
+        write_ledger(settings, ledger)
+    write_sent(settings, sent)
+    warned = warning(run, window=settings.end) if pins is None else ""
+    if on_look is not None:
+        gone = pins.vanished(stored) if pins is not None else ()
+        progress, text = describe(settings, stored, ledger, armed, vanished=gone)
+        on_look(progress, f"{text}; {warned}" if warned else text)
+    if pins is not None:
+        pins.drop(left_behind(stored, ledger.checkpoints))
+    return warned
+
+
+def _pinned(
+    settings: Settings, pins: Pins, base: Weights, *, now: float, released: bool
+) -> tuple[StoredCheckpoint, ...]:
+    """Return the checkpoints of the window as they are pinned (none once released), and the later ones as they are."""
+    if not released:
+        pins.refresh()
+    end = pins.end()
+    kept = scan(settings.pins, base, now=now) if settings.pins.exists() else ()
+    return (*kept, *(item for item in scan(settings.checkpoints, base, now=now) if item.step > end))
+
+
+def _with_release(armed: Armed, newest: Sequence[StoredCheckpoint], ledger: Ledger) -> Ledger:
+    """Return the ledger that lets the pins go once nothing more will be decided, else the ledger as it is."""
+    if not armed.closed or armed.end is None or ledger.released:
+        return ledger
+    inside = {str(step): ledger.checkpoints[str(step)] for step in due(newest, armed.end)}
+    if not inside:
+        return ledger
+    later = {step: seen for step, seen in ledger.checkpoints.items() if int(step) > armed.end}
+    return replace(ledger, checkpoints=later, released=inside)
+
+
+def _after_release(settings: Settings, pins: Pins, base: Weights, ledger: Ledger, *, now: float) -> Ledger:
+    """Let the pins of a decided window go; return a new ledger when another window is to be watched.
+
+    That is so when the settings that decide have changed, and when a resumed run writes into the window again.
+    """
+    newest = max(seen.written for seen in ledger.released.values())
+    end = max(map(int, ledger.released)) if settings.window == "auto" else settings.window
+    live = scan(settings.checkpoints, base, now=now)
+    again = [
+        step for step, seen in known(live, Ledger(), now=now).items() if int(step) <= end and seen.written > newest
+    ]
+    if not again and decided(settings, _key(settings, base, ledger.released)):
+        pins.release()
+        return ledger
+    ledger = replace(ledger, checkpoints=ledger.checkpoints | ledger.released, released={})
+    # Before anything is pinned: what is pinned while it says released, the next watcher deletes.
+    write_ledger(settings, ledger)
+    return ledger
+
+
+@flow(name="watch", retries=0, validate_parameters=False)
+def watch(config: str, seconds: float = RUN_SECONDS) -> RunState[Any]:
+    """Watch the training run described in the file `config`; progress is an artifact of the flow run."""
+    settings = load_settings(Path(config))
+    artifact: Any = create_progress_artifact(0.0, key=f"window-{settings.training_run}", description="looking")
+    shown = ""
+
+    def show(progress: float, text: str) -> None:
+        nonlocal shown
+        if text != shown:
+            shown = text
+            update_progress_artifact(artifact, progress, description=text)
+
+    try:
+        watch_store(settings, seconds=seconds, on_look=show, patience=_HANDOVER_SECONDS)
+    except WatchError as error:
+        return Completed(message=str(error))
+    return Completed(message=shown)
+
+
+def describe(
+    settings: Settings,
+    stored: tuple[StoredCheckpoint, ...],
+    ledger: Ledger,
+    armed: Armed,
+    *,
+    vanished: Sequence[int] = (),
+) -> tuple[float, str]:
+    """Return how full the window is, in per cent, and one line for a reader.
+
+    `vanished` are the steps that were deleted before they could be pinned whole.
+    """
+    newest = segment(stored, ledger.checkpoints)
+    ready = [item.step for item in newest if item.state is State.READY]
+    latest = max(ready, default=0)
+    inside = [step for step in ready if step <= settings.end]
+    most = "at most " if settings.window == "auto" else ""
+    text = f"{settings.training_run}: step {latest} of window {most}{settings.end}, {len(inside)} checkpoints observed"
+    if armed.text:
+        text += f"; {armed.text}"
+    if ledger.released:
+        return 100.0, f"{settings.training_run}: window {armed.end} is decided, its pins are released"
+    blocking = next((item for item in stored if item.step <= settings.end and item.state is State.BROKEN), None)
+    left = [item.step for item in stored if item not in newest and item.step <= settings.end]
+    setting = setting_of(stored[0].directory.name) if stored else ""
+    if pruned := lost(settings, stored, ledger):
+        text += (
+            f"; steps {_listed(pruned)} were observed and have been removed: no decision on this window. Raise"
+            f" {setting}{' or set pin: link,' if settings.pin == 'none' else ''} and start the run anew"
+        )
+    elif vanished:
+        text += (
+            f"; steps {_listed(vanished)} were removed before they were whole: no decision on this window. Raise"
+            f" {setting} to 2 or more; if they are not wanted, delete them in {settings.pins}"
+        )
+    elif armed.end is not None and due(newest, armed.end):
+        text += "; window full, decided" if armed.closed else "; window full"
+    elif left:
+        text += (
+            f"; steps {_listed(left)} were left behind by a run that resumed before them: waiting until it has written"
+            " as far. If nothing was resumed, the files were copied in another order: touch them in the order of steps"
+        )
+    elif blocking is not None:
+        text += f"; blocked by step {blocking.step}: {blocking.reason}"
+    missing = holes([0, *inside])
+    if missing:
+        text += "; " + "; ".join(item.text.rstrip(".") for item in missing)
+    return min(100.0, 100.0 * latest / settings.end), text
+
+
+def _key(settings: Settings, base: Weights, checkpoints: dict[str, Seen]) -> str:
+    return key_of(settings, base, {int(step): seen.identity for step, seen in checkpoints.items()})
+
+
+def _listed(steps: Sequence[int]) -> str:
+    return ", ".join(map(str, steps))

@@ -1,0 +1,1 @@
+"""Backtest: how far a run's own observed steps can be trusted to extrapolate."""

@@ -1,0 +1,226 @@
+"""How far a run can be trusted to extrapolate, told from its observed steps alone.
+
+From rolling origins inside the run, every way to extrapolate (see `skill`) is read at checkpoints that were observed
+too. A way is trusted at a horizon when it beats holding the latest checkpoint for sure: the lower bound of its skill is
+above 0, and above what 97.5 % of runs without direction reach anywhere, and the latest jump is no worse than the bound.
+Runs without direction are this one with the signs of its increments drawn at random, block by block: under a random
+walk they are as probable as the run itself, so that on it the answer is "hold" more than 19 times in 20, however many
+ways are tried.
+
+Shape suffixes: T = tensors that move, K = checkpoints, B = runs without direction.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from relex import sanity
+from relex.backtest.interval import bootstrap_interval, line_interval
+from relex.backtest.skill import Jumps, Way, jumps
+from relex.files.block_cache import BlockCache
+from relex.gram import Gram, cached
+from relex.trajectory import open_run
+
+# Runs without direction, and in how many blocks at most the signs of each are drawn: neighbouring increments of an
+# optimiser with momentum are alike without being a direction.
+_RUNS = 399
+_BLOCKS = 16
+# Half of what the answer may be wrong on a random walk: the runs are a sample, and so is every check of them.
+_CHANCE = 0.025
+# The test of direction looks at no more checkpoints than this, evenly chosen: it costs the cube of their number.
+_THINNED = 32
+# Of fewer increments too few signs can be drawn to exclude chance.
+_FEWEST = 7
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One way at one horizon (a multiple of the observed steps), all tensors together, averaged over origins.
+
+    `lower_bound` is the one-sided 95 % bound of `skill`, None where no two jumps are apart; `jumps` counts those that
+    are. `longest` is the longest jump in steps. `trusted` says that it beats hold, and that chance does not explain it.
+    `by_tensor` is the skill of each tensor, in the order of the names; None where it stood still.
+    """
+
+    way: Way
+    horizon: float
+    skill: float
+    lower_bound: float | None
+    cosine: float
+    norm_ratio: float
+    jumps: int
+    longest: int
+    trusted: bool
+    by_tensor: tuple[float | None, ...]
+
+    def reach(self, last: int) -> int:
+        """Return how far a jump from step `last` was tested: the horizon, or as far as the longest jump."""
+        return min(last + self.longest, round(last * (1.0 + self.horizon)))
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """What to do, and why in one line. Method "hold", without a way: none beats the latest checkpoint for sure.
+
+    `start` is the first training step the window should have. `horizon` is the furthest trusted multiple of the
+    observed steps; `target_step` is as far as a jump of as many steps was tested. `norm_band` is the 90 % interval of
+    the delta's norm there, over the latest one's, if the run goes on along a line (the wider of two, see `interval`).
+    All three are None for hold.
+    """
+
+    way: Way | None
+    method: str
+    start: int
+    horizon: float | None
+    target_step: int | None
+    norm_band: tuple[float, float] | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Backtest:
+    """Every cell, and the recommendation.
+
+    `chance` is the lower bound that 2.5 % of runs without direction reach; None where there is nothing to test.
+    """
+
+    steps: tuple[int, ...]
+    names: tuple[str, ...]
+    cells: tuple[Cell, ...]
+    chance: float | None
+    recommendation: Recommendation
+
+
+def backtest(gram: Gram, *, seed: int = 0) -> Backtest:
+    """Test every way to extrapolate on the observed checkpoints; no weight is read.
+
+    `seed` draws the runs without direction. Raises DuplicateError for a checkpoint that holds what another one does.
+    """
+    sanity.refuse_duplicates(gram)
+    directed, chance = _directed(gram, seed=seed)
+    cells = tuple(
+        _cell(way, horizon, found, directed=(way, horizon) in directed)
+        for (way, horizon), found in jumps(gram.products, gram.steps).items()
+    )
+    return Backtest(gram.steps, gram.names, cells, chance, _recommend(gram, cells, chance))
+
+
+def backtest_run(
+    run: str | Path,
+    base: str | Path,
+    *,
+    grams: Path,
+    memory: int,
+    threads: int,
+    window: int | None = None,
+    blocks: BlockCache | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Backtest:
+    """Backtest the checkpoints of a training run at steps up to `window` (None: all).
+
+    `blocks` is where what is read from a URL is kept meanwhile. Raises RelexError.
+    """
+    trajectory = open_run(run, base, window=window, blocks=blocks)
+    return backtest(cached(trajectory, grams, memory=memory, threads=threads, on_progress=on_progress))
+
+
+def _cell(way: Way, horizon: float, found: Jumps, *, directed: bool) -> Cell:
+    whole = found.pooled()
+    bound = float(whole.lower_bound()[0])
+    missed_T, held_T = found.missed.sum(0), found.held.sum(0)
+    return Cell(
+        way,
+        horizon,
+        skill=float(whole.skill().mean()),
+        lower_bound=bound if bound > -torch.inf else None,
+        cosine=float((whole.inner / (whole.predicted * whole.real).sqrt().clamp(min=1e-300)).mean()),
+        norm_ratio=float((whole.predicted / whole.real.clamp(min=1e-300)).sqrt().mean()),
+        jumps=found.independent(),
+        longest=max(target - origin for origin, target in zip(found.origins, found.targets, strict=True)),
+        # A mean over origins does not see that the run has begun to bend.
+        trusted=directed and bound > 0 and float(whole.skill()[-1]) >= bound,
+        by_tensor=tuple(
+            1.0 - missed / held if held > 0 else None
+            for missed, held in zip(missed_T.tolist(), held_T.tolist(), strict=True)
+        ),
+    )
+
+
+def _directed(gram: Gram, *, seed: int) -> tuple[set[tuple[Way, float]], float | None]:
+    """Return where the run as a whole does better than runs without direction do anywhere, and what those reach."""
+    count = min(len(gram.steps), _THINNED)
+    if count < _FEWEST:
+        return set(), None
+    rows = torch.linspace(0, len(gram.steps) - 1, count).round().long()
+    whole_KK = gram.products.sum(0)[rows][:, rows]
+    found = jumps(_without_direction(whole_KK, seed=seed), [gram.steps[row] for row in rows.tolist()])
+    bounds = {key: item.lower_bound() for key, item in found.items() if item.independent() > 1}
+    if not bounds:
+        return set(), None
+    # The run itself comes first; it is one of those that were drawn.
+    best_B = torch.stack(list(bounds.values())).amax(0)
+    chance = float(best_B.sort().values[-(int(_CHANCE * len(best_B)) + 1)])
+    return {key for key, bound_B in bounds.items() if float(bound_B[0]) > chance}, chance
+
+
+def _without_direction(gram_KK: Tensor, *, seed: int) -> Tensor:
+    """Return (1 + B, K, K) the Gram itself, and those of the run with the signs of its increments drawn by block."""
+    count = len(gram_KK)
+    size = -(-count // _BLOCKS)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(0, 2, (_RUNS, -(-count // size)), generator=generator).double() * 2.0 - 1.0
+    signs_BK = torch.cat([torch.ones(1, count, dtype=torch.float64), drawn.repeat_interleave(size, 1)[:, :count]])
+    sums_KK = torch.ones(count, count, dtype=torch.float64).tril()
+    increments_KK = torch.linalg.solve_triangular(sums_KK, gram_KK, upper=False, unitriangular=True)
+    increments_KK = torch.linalg.solve_triangular(sums_KK, increments_KK.mT, upper=False, unitriangular=True)
+    path_BKK = sums_KK * signs_BK[:, None, :]
+    return torch.matmul(torch.matmul(path_BKK, increments_KK), path_BKK.mT)
+
+
+def _recommend(gram: Gram, cells: tuple[Cell, ...], chance: float | None) -> Recommendation:
+    steps = gram.steps
+    trusted = [cell for cell in cells if cell.trusted]
+    if not trusted:
+        return Recommendation(None, "hold", steps[0], None, None, None, _why_hold(steps, cells, chance))
+    best = max(trusted, key=lambda cell: (cell.horizon, cell.lower_bound or 0.0))
+    last = steps[-1]
+    start = next(step for step in steps if step >= best.way.start * last)
+    target, wished = last + best.longest, round(last * (1.0 + best.horizon))
+    reason = (
+        f"at {best.horizon:g} times the observed steps it beats the latest checkpoint: skill {best.skill:.2f}, at least"
+        f" {best.lower_bound:.2f} (95 %, {best.jumps} jumps that do not overlap)."
+    )
+    if wished > target:
+        reason += (
+            f" No jump longer than {best.longest} steps was tested, so beyond step {target} (to"
+            f" {wished}, {best.horizon:g} times) it is the pattern that is trusted, not a test."
+        )
+    target = best.reach(last)
+    band = _norm_band(gram, start, target)
+    return Recommendation(best.way, best.way.method, start, best.horizon, target, band, reason)
+
+
+def _norm_band(gram: Gram, start: int, target: int) -> tuple[float, float] | None:
+    window = gram.rows(range(gram.steps.index(start), len(gram.steps)))
+    steps_K = torch.tensor(window.steps, dtype=torch.float64)
+    latest = float(window.products[:, -1, -1].sum().sqrt())
+    bands = [interval(window.products, steps_K, target) for interval in (line_interval, bootstrap_interval)]
+    found = [band for band in bands if band is not None]
+    return (min(low for low, _ in found) / latest, max(high for _, high in found) / latest) if found else None
+
+
+def _why_hold(steps: tuple[int, ...], cells: tuple[Cell, ...], chance: float | None) -> str:
+    bounded = [cell for cell in cells if cell.lower_bound is not None]
+    if chance is None or not bounded:
+        return (
+            f"{len(steps)} checkpoints, steps {steps[0]} to {steps[-1]}: too few to tell a direction from chance, or"
+            " none is early enough to jump from: save more often, or train on."
+        )
+    best = max(bounded, key=lambda cell: cell.lower_bound or 0.0)
+    found = f"the best, {best.way.method} at {best.horizon:g} times the observed steps, has skill {best.skill:.2f}"
+    if (best.lower_bound or 0.0) <= 0:
+        return f"no way beats the latest checkpoint for sure: {found}, at least {best.lower_bound:.2f} (95 %)."
+    return f"{found}, and 2.5 % of runs without direction look as good (a lower bound of {chance:.2f})."

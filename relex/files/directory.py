@@ -1,0 +1,74 @@
+"""A directory of files, wherever it lies: what is in it, which version, and ranges of bytes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+
+class Kind(StrEnum):
+    """How files come to be there, which decides when a checkpoint is complete.
+
+    DISK: they grow, in the order they are written. OBJECTS: each appears whole, in any order. COMMIT: all at once.
+    """
+
+    DISK = "disk"
+    OBJECTS = "objects"
+    COMMIT = "commit"
+
+
+@dataclass(frozen=True)
+class FileIdentity:
+    """What a file was when it was looked at: name, size in bytes, modification time in ns, and version.
+
+    The version is the inode on a disk, and elsewhere what the store itself calls a version (ETag, content digest).
+    """
+
+    name: str
+    size: int
+    mtime_ns: int
+    version: str
+
+
+class Directory(Protocol):
+    """One directory. Its string is the location that `open_directory` takes; equal locations are equal, and hash."""
+
+    def __hash__(self) -> int: ...
+
+    @property
+    def kind(self) -> Kind:
+        """How files come to be in it."""
+
+    @property
+    def name(self) -> str:
+        """The last part of its location."""
+
+    def exists(self) -> bool:
+        """Whether it is there."""
+
+    def files(self) -> Mapping[str, FileIdentity]:
+        """Return the files directly in it by name, links followed; a link to nothing is not among them."""
+
+    def children(self) -> tuple[str, ...]:
+        """Return the sorted names of the directories directly in it."""
+
+    def enter(self, name: str) -> "Directory":
+        """Return the directory `name` in it, there or not."""
+
+    def identity(self, name: str) -> FileIdentity:
+        """Look at one file again; raises FileNotFoundError."""
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        """Return bytes `start` to `stop` of a file (None: to its end); fewer where it ends before."""
+
+    def read_into(self, name: str, position: int, buffer: memoryview) -> int:
+        """Fill `buffer` with the bytes from `position` on and return how many there were; raises OSError."""
+
+    def last_change(self) -> float:
+        """Return when anything in it last changed, in seconds since the epoch."""
+
+    def outside(self, file: FileIdentity) -> str | None:
+        """Return where a file really lies when that is outside of this directory, None when it is in it."""
+
+    def hole(self, file: FileIdentity) -> int | None:
+        """Return the first byte of a file that was never written although its length is right, None without one."""

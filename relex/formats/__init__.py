@@ -1,0 +1,1 @@
+"""Formats: the containers that tensors are stored in, read without executing anything."""

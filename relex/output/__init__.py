@@ -1,0 +1,1 @@
+"""Output: a predicted model as files, complete or absent."""

@@ -1,0 +1,211 @@
+"""The shards of predictions: how tensors are dealt out to files, and how a file is filled, here or in another process.
+
+A shard is a piece of work that any process can do that sees the same file systems: what it needs lies in the hidden
+siblings of the outputs. It is complete or absent, and its bytes do not depend on who writes it or how often.
+
+The sum of a chunk is taken checkpoint by checkpoint rather than as a matrix product, whose order of additions depends
+on its shape: so the bytes of a prediction do not depend on what else is asked for at once (see `combine`).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+
+from relex.errors import CheckpointChangedError, NonFiniteError, OutputError
+from relex.files.block_cache import BlockCache
+from relex.files.location import open_directory
+from relex.forecast import Forecast
+from relex.layouts.detection import open_any
+from relex.layouts.hf import SINGLE_FILE
+from relex.output import manifest
+from relex.output.combine import chunks, needed_rows, predicted
+from relex.output.manifest import Manifest
+from relex.output.writer import ModelWriter, OutputTensor, join_writer
+from relex.store import Checkpoint, open_base
+from relex.streaming import CHUNK, Progress, Unit, Workspace, as_bytes, in_order, units, workspaces
+from relex.trajectory import TensorSpec, Trajectory, open_trajectory
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of every output that lacks it, as a piece of work within `memory` bytes.
+
+    `partials` are the hidden siblings of the outputs, where `write_shard` finds what it needs; `inputs` names the files
+    that are read.
+    """
+
+    file: str
+    partials: tuple[str, ...]
+    inputs: str
+    memory: int
+    threads: int
+
+
+Spread = Callable[[Sequence[Shard], Progress | None], None]
+"""Calls `write_shard` on every shard, anywhere, and returns when all are written; raises what one of them raised."""
+
+
+def output_tensors(trajectory: Trajectory, dtype: str, shard_size: int | None) -> list[OutputTensor]:
+    """Deal the tensors, stored as `dtype` ("base": as the base's), out to the base's files.
+
+    With a `shard_size`: to files of at most so many bytes, in the base's order, a larger tensor alone in one.
+    """
+    override = None if dtype == "base" else getattr(torch, dtype)
+    tensors = [_output_tensor(spec, override) for spec in trajectory.tensors]
+    if shard_size is None:
+        return tensors
+    places, number, filled = [], 0, 0
+    for tensor in tensors:
+        if filled and filled + tensor.nbytes > shard_size:
+            number, filled = number + 1, 0
+        places.append(number)
+        filled += tensor.nbytes
+    count = number + 1
+    names = [f"model-{place + 1:05}-of-{count:05}.safetensors" if count > 1 else SINGLE_FILE for place in places]
+    return [replace(tensor, shard=name) for tensor, name in zip(tensors, names, strict=True)]
+
+
+def _output_tensor(spec: TensorSpec, override: torch.dtype | None) -> OutputTensor:
+    dtype = override if override is not None and spec.moves else spec.base.dtype
+    return OutputTensor(spec.name, dtype, spec.base.shape, spec.count * dtype.itemsize, spec.base.pieces[0].file)
+
+
+def fill(
+    trajectory: Trajectory,
+    forecasts: Sequence[Forecast],
+    writers: Mapping[int, ModelWriter],
+    *,
+    memory: int,
+    threads: int,
+    only: str | None = None,
+    on_progress: Progress | None = None,
+) -> None:
+    """Write the shards that are missing, or `only` the one of that name, of every forecast that has a writer.
+
+    One pass within `memory` bytes. Raises NonFiniteError when a prediction leaves the range of its precision,
+    CheckpointChangedError, MemoryBudgetError.
+    """
+    tensors = trajectory.tensors
+    # Which outputs a tensor still goes to is fixed before the first byte: shards are finished while others are written.
+    filling = {
+        spec.name: [
+            i
+            for i, writer in writers.items()
+            if (only is None or writer.tensors[spec.name].shard == only) and writer.pending(spec.name)
+        ]
+        for spec in tensors
+    }
+    pieces = [unit for unit in units(trajectory) if filling[tensors[unit.tensor].name]]
+    rows = {
+        index: sorted(
+            {row for i in filling[spec.name] for row in needed_rows(forecasts[i].tensors[spec.name], len(spec.entries))}
+        )
+        for index, spec in enumerate(tensors)
+    }
+    if not pieces:
+        return
+    spaces = workspaces(
+        trajectory, max(len(needed) for needed in rows.values()), memory=memory, threads=threads, extra=2 * CHUNK * 8
+    )
+
+    def work(space: Workspace, unit: Unit) -> None:
+        spec = tensors[unit.tensor]
+        needed = rows[unit.tensor]
+        for block in space.blocks(trajectory, unit, needed):
+            for place, deltas in chunks(space, block, spec):
+                for i in filling[spec.name]:
+                    item, writer = forecasts[i].tensors[spec.name], writers[i]
+                    dtype = writer.tensors[spec.name].dtype
+                    base, stored = block.base[place], None if spec.relative else block.stored[:, place]
+                    vectors = forecasts[i].vectors.get(spec.name)
+                    start = block.start + place.start
+                    added = vectors.elements(start, start + len(base), dtype=deltas.dtype) if vectors else None
+                    chunk = predicted(item, needed, base, stored=stored, deltas=deltas, added=added).to(dtype)
+                    if (item.source in ("combined", "rank-one") or spec.relative) and not bool(
+                        torch.isfinite(chunk).all()
+                    ):
+                        raise NonFiniteError(
+                            f"{spec.name} predicted at step {forecasts[i].target_step} by"
+                            f" {forecasts[i].method} leaves the range of {dtype}. Give a nearer target, or a"
+                            " --dtype of wider range."
+                        )
+                    writer.write(spec.name, start * dtype.itemsize, as_bytes(chunk))
+
+    last: dict[tuple[int, str], Unit] = {}
+    for unit in pieces:
+        name = tensors[unit.tensor].name
+        for i in filling[name]:
+            writers[i].begin(name)
+            last[i, writers[i].tensors[name].shard] = unit
+    total = sum(unit.stop - unit.start for unit in pieces)
+    done = 0
+    for unit, _ in in_order(work, pieces, spaces):
+        for (i, shard), final in last.items():
+            if final is unit:
+                writers[i].close(shard)
+        done += unit.stop - unit.start
+        if on_progress is not None:
+            on_progress(done, total)
+
+
+def missing_shards(trajectory: Trajectory, writers: Sequence[ModelWriter], *, memory: int, threads: int) -> list[Shard]:
+    """Return the shards that are to be written, each with all the outputs that lack it."""
+    lacking: dict[str, list[str]] = {}
+    for writer in writers:
+        for file in writer.missing:
+            lacking.setdefault(file, []).append(str(writer.partial))
+    inputs = _inputs(trajectory)
+    return [Shard(file, tuple(partials), inputs, memory, threads) for file, partials in sorted(lacking.items())]
+
+
+def write_shard(shard: Shard, *, blocks: BlockCache | None = None) -> None:
+    """Write one shard of every output that still lacks it.
+
+    `blocks` is where what is read from a URL is kept meanwhile. Raises CheckpointChangedError when the files are not
+    those the shard was planned with, OutputError when nobody waits for it any more, and what `fill` raises.
+    """
+    for partial in shard.partials:
+        if not Path(partial).is_dir():
+            raise OutputError(
+                f"{partial} is not there: nobody waits for {shard.file} any more, or this machine does not see the file"
+                " system of the outputs. Mount it under the same path."
+            )
+    plans = [manifest.read(partial) for partial in shard.partials]
+    trajectory = reopen(plans[0], blocks=blocks)
+    found = _inputs(trajectory)
+    if found != shard.inputs:
+        raise CheckpointChangedError(
+            f"the base {plans[0].base} or a checkpoint of steps {trajectory.steps[0]} to {trajectory.steps[-1]} is not"
+            f" what it was when {shard.file} was planned (files {found[:12]}…, then {shard.inputs[:12]}…). Was the run"
+            " resumed, or is it mounted elsewhere on this machine? Run again when it is quiet."
+        )
+    forecasts = [
+        manifest.with_vectors(plan.forecast, Path(partial)) for plan, partial in zip(plans, shard.partials, strict=True)
+    ]
+    writers = {
+        index: join_writer(Path(partial), output_tensors(trajectory, plan.forecast.dtype, plan.shard_size))
+        for index, (plan, partial) in enumerate(zip(plans, shard.partials, strict=True))
+    }
+    try:
+        fill(trajectory, forecasts, writers, memory=shard.memory, threads=shard.threads, only=shard.file)
+    finally:
+        for writer in writers.values():
+            writer.release()
+
+
+def reopen(plan: Manifest, *, blocks: BlockCache | None = None) -> Trajectory:
+    """Open the base and the checkpoints that a manifest names, where they lay."""
+    base = open_base(plan.base, blocks=blocks)
+    checkpoints = [
+        Checkpoint(step, open_any(open_directory(location, blocks=blocks), base=base))
+        for step, location in zip(plan.forecast.steps, plan.checkpoints, strict=True)
+    ]
+    return open_trajectory(base, checkpoints)
+
+
+def _inputs(trajectory: Trajectory) -> str:
+    weights = (trajectory.base, *(checkpoint.weights for checkpoint in trajectory.checkpoints))
+    return sha256(" ".join(item.identity for item in weights).encode()).hexdigest()
