@@ -4,11 +4,12 @@ weights; matrix methods add a rank-one matrix to each, for which they do.
 A family is one module; a method is a row of METHODS: a family with some parameters fixed and some left to the user.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -60,11 +61,33 @@ class MatrixPredictor(Predictor, Protocol):
 
 @dataclass(frozen=True)
 class Row:
-    """One line of METHODS: what it is, what builds it, which parameters may be given and how they are read."""
+    """One line of METHODS: what it is, what builds it, which parameters may be given and how they are read.
+
+    `paper` is an arXiv number. `backtest` says whether the backtest may ask it what it would have predicted: yes; on
+    demand, when `relex backtest` names it; no. `why` is the reason of the last two.
+    """
 
     summary: str
     build: Callable[..., Predictor]
     parameters: Mapping[str, Callable[[str], Any]]
+    paper: str = ""
+    backtest: Literal["yes", "on demand", "no"] = "yes"
+    why: str = ""
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The default of each parameter; one that has to be given is left out, one that may be left out is None."""
+        known = inspect.signature(self.build).parameters
+        return {
+            name: known[name].default for name in self.parameters if known[name].default is not inspect.Parameter.empty
+        }
+
+    @property
+    def written(self) -> str:
+        """The parameters as a spec has them, each with its default: `rank=1,damping=1.0`; `alpha=…` without one."""
+        defaults = self.defaults
+        shown = {name: "…" if defaults.get(name) is None else f"{defaults[name]}" for name in self.parameters}
+        return ",".join(f"{name}={value}" for name, value in shown.items())
 
 
 def _first_update(alpha: float) -> Predictor:
@@ -76,45 +99,101 @@ def _expo(alpha: float = 2.0) -> Predictor:
 
 
 METHODS: Mapping[str, Row] = {
-    "relex": Row("rank-r line rebuilt from the base (RELEX)", LowRankLinear, {"rank": int}),
+    "relex": Row(
+        "straight line in the step through the leading singular coordinates, rebuilt from the base",
+        LowRankLinear,
+        {"rank": int},
+        paper="2605.21468",
+    ),
     "relex-pinned": Row(
-        "rank-r slope added to the latest checkpoint, damped",
+        "the same line's slope, added to the latest checkpoint and damped",
         partial(LowRankLinear, anchor="latest"),
         {"rank": int, "damping": float},
     ),
     "polynomial": Row(
-        "polynomial of any degree through the rank-r coordinates",
+        "polynomial in the step through the leading coordinates of the last checkpoints (0: all), refit checkpoints at"
+        " a time (0: at once)",
         Coordinates,
         {"rank": int, "degree": int, "last": int, "refit": int},
+        paper="2605.21468",
     ),
     "sinusoid": Row(
-        "sinusoid through the rank-r coordinates",
+        "sinusoid through the leading coordinates of the last checkpoints (0: all), refit checkpoints at a time",
         partial(Coordinates, curve="sinusoid"),
         {"rank": int, "last": int, "refit": int},
+        paper="2605.21468",
     ),
     "neural": Row(
-        "Transformer on the rank-r coordinates of all tensors", Neural, {"rank": int, "epochs": int, "seed": int}
+        "3-layer Transformer on the leading coordinates of all tensors, trained on the window; minutes on a core",
+        Neural,
+        {"rank": int, "epochs": int, "seed": int},
+        paper="2605.21468",
+        backtest="on demand",
+        why="every jump trains a network",
     ),
     "raw": Row("least-squares line through every parameter", RawLinear, {}),
     "weight-extrapolation": Row(
-        "line through two checkpoints, norms copied", partial(Secant, norms="copy"), {"start": int}
+        "line from step start (0: the base) through the latest checkpoint, norms copied",
+        partial(Secant, norms="copy"),
+        {"start": int},
+        paper="2601.04537",
     ),
-    "expo": Row("latest delta times 1 + alpha, whatever the target", _expo, {"alpha": float}),
-    "first-update": Row("first delta times alpha, whatever the target", _first_update, {"alpha": float}),
+    "expo": Row("latest difference × (1 + alpha), whatever the target", _expo, {"alpha": float}, paper="2404.16792"),
+    "first-update": Row(
+        "first difference × alpha, whatever the target: the cheap baseline", _first_update, {"alpha": float}
+    ),
     "mean": Row("average of the last checkpoints", Mean, {"last": int}),
-    "reconstruct": Row("an observed checkpoint within the rank-r directions, no fit", Reconstruct, {"rank": int}),
+    "reconstruct": Row(
+        "no prediction: an observed checkpoint within the leading directions, to see what they leave out",
+        Reconstruct,
+        {"rank": int},
+        paper="2605.21468",
+        backtest="no",
+        why="it predicts nothing",
+    ),
     "alpha-rl": Row(
-        "leading left vector of each matrix regressed on the step (AlphaRL)",
+        "leading left vector of each attention and MLP matrix regressed on the step, or on measured accuracies (a JSON"
+        " file, step: accuracy) read at goal; all else copied",
         with_accuracies,
         {"accuracies": str, "goal": float},
+        paper="2510.00553",
+        backtest="no",
+        why="it reads the weights, and a backtest has only their Grams",
     ),
     "next": Row(
-        "networks learn the next leading direction of each matrix (NExt), whatever the target",
+        "networks learn each matrix's leading direction ahead checkpoints later, × alpha, whatever the target;"
+        " embeddings longer than 32768 copied",
         Next,
         {"alpha": float, "ahead": int, "epochs": int, "seed": int},
+        paper="2604.11446",
+        backtest="no",
+        why="it reads the weights, and a backtest has only their Grams",
     ),
     "hold": Row("the latest checkpoint itself: the baseline to beat", Mean, {}),
 }
+
+
+HEADINGS = ("method", "what it does", "parameters", "paper", "backtest")
+
+
+def table() -> list[tuple[str, str, str, str, str]]:
+    """Return a line of text a method, under HEADINGS: what `relex methods` prints and the documentation has."""
+    return [
+        (
+            name,
+            row.summary,
+            row.written,
+            f"arXiv {row.paper}" if row.paper else "",
+            f"{row.backtest}: {row.why}" if row.why else row.backtest,
+        )
+        for name, row in METHODS.items()
+    ]
+
+
+def option_help() -> str:
+    """Return what the help of an option says that takes a method: how it is written, and every method there is."""
+    rows = (f"{name} ({row.written})" if row.parameters else name for name, row in METHODS.items())
+    return f"NAME or NAME:parameter=value,…; one of {', '.join(rows)}. See relex methods."
 
 
 @dataclass(frozen=True)

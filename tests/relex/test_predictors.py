@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from relex.errors import TargetError
-from relex.predictors import METHODS, parse_method
+from relex.predictors import HEADINGS, METHODS, option_help, parse_method, table
 
 WINDOW = torch.tensor([10.0, 20.0, 25.0, 40.0, 75.0], dtype=torch.float64)
 TARGET = 200.0
@@ -274,3 +274,21 @@ def test_a_curve_with_fewer_points_than_parameters_is_refused(spec: str) -> None
 def test_a_parameter_of_a_curve_out_of_range_is_named(spec: str) -> None:
     with pytest.raises(TargetError, match=r"is (0|-1); give at least (0|1)"):
         parse_method(spec)
+
+
+def test_a_row_says_what_its_parameters_are_where_it_was_published_and_whether_it_can_be_tested() -> None:
+    assert METHODS["relex-pinned"].defaults == {"rank": 1, "damping": 1.0}
+    assert METHODS["relex-pinned"].written == "rank=1,damping=1.0"
+    assert METHODS["first-update"].written == "alpha=…"
+    assert METHODS["alpha-rl"].written == "accuracies=…,goal=…"
+    assert {name for name, row in METHODS.items() if row.backtest == "no"} == {"alpha-rl", "next", "reconstruct"}
+    assert METHODS["neural"].backtest == "on demand"
+    assert all(bool(row.why) is (row.backtest != "yes") and "\n" not in row.summary for row in METHODS.values())
+
+
+def test_what_lists_methods_lists_all_of_them_with_their_parameters() -> None:
+    assert [line[0] for line in table()] == list(METHODS)
+    assert all(len(line) == len(HEADINGS) for line in table())
+    text = option_help()
+    for name, row in METHODS.items():
+        assert (f"{name} ({row.written})" if row.parameters else name) in text
