@@ -27,7 +27,6 @@ from prefect.states import Crashed
 from prefect.types.entrypoint import EntrypointType
 
 from flows.decide.flow import extrapolate
-from flows.decide.slots import create_limits
 from flows.drift.flow import drift_deployment
 from flows.settings import Settings, load_settings
 from flows.state.ledger import WINDOW_READY, resource
@@ -131,7 +130,6 @@ def main() -> None:
     parser.add_argument("--run-seconds", type=float, default=RUN_SECONDS)
     parser.add_argument("--schedule-seconds", type=float, default=SCHEDULE_SECONDS)
     options = parser.parse_args()
-    create_limits(load_settings(options.config))
     served = deployments(
         options.config,
         tracking_uri=options.tracking_uri,

@@ -115,7 +115,9 @@ class Settings(BaseModel):
     evaluations: int | None = Field(
         default=None,
         gt=0,
-        description="Evaluations at once: on each GPU (by default one), or on a machine's CPU (by default any number).",
+        description="Evaluations at once: on each GPU (by default one), or on a machine's CPU (by default any number)."
+        " One waits for a free place among its own number, so of several numbers the largest bounds a device. Several"
+        " vLLM engines on a GPU share its memory: give gpu_memory_utilization.",
     )
     poll_seconds: float = Field(
         default=2.0, gt=0, description="How often the watcher looks at the directory; by default 30 s at a URL."

@@ -138,8 +138,6 @@ def _environment(home: Path, server: Server, port: int, access: Access | None) -
         "PREFECT_HOME": str(home / "prefect"),
         # Its pages would ask port 4200, whatever the port that it was given.
         "PREFECT_SERVER_UI_API_URL": f"http://{_HOST}:{port}/api",
-        # In memory, the default, a restart of the server loses the slots and crashes those who hold them.
-        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         **(
             prefect_environment(access)

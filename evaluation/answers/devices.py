@@ -1,8 +1,10 @@
-"""Devices: which ones each worker of an evaluation has, and the lock on a GPU that keeps a second evaluation off it."""
+"""Devices: which ones each worker of an evaluation has, and how many evaluations a device has at once."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -14,6 +16,7 @@ from evaluation.errors import DeviceError
 # A model without weights: what a worker has that only reads journals.
 NO_WEIGHTS = "meta"
 MASK = "CUDA_VISIBLE_DEVICES"
+_POLL_SECONDS = 0.1
 
 
 def device_kind(device: str) -> str:
@@ -56,23 +59,47 @@ def mask(device: str, environment: Mapping[str, str]) -> str:
 
 @contextmanager
 def occupied(
-    device: str, environment: Mapping[str, str], *, on_wait: Callable[[str], None], directory: Path | None = None
+    device: str,
+    environment: Mapping[str, str],
+    *,
+    evaluations: int | None = None,
+    on_wait: Callable[[str], None],
+    directory: Path | None = None,
 ) -> Iterator[None]:
-    """Hold the GPUs of `device` while working on them; one that another evaluation holds is waited for.
+    """Hold a place on each device of `device` in the block; where all of them are taken, one is waited for.
 
-    `on_wait` is told its name before. The CPU is everybody's. The locks lie in `directory`, by default the user's
-    runtime directory, and end with the process.
+    A GPU has `evaluations` places, one by default. The CPU has that many, and where none is given it is everybody's.
+    Evaluations that are given different numbers take the first free place below their own, so the largest number bounds
+    how many run at once. `on_wait` gets the name of a device that has to be waited for. The places are locks in
+    `directory`, by default the user's runtime directory, and end with the process however it ends.
     """
-    with ExitStack() as locks:
+    with ExitStack() as places:
         if device_kind(device) == "cuda":
-            where = directory or user_runtime_path("relex", ensure_exists=True)
             # In one order for everybody: two evaluations of two GPUs cannot wait for each other.
-            for name in sorted(mask(device, environment).split(",")):
-                lock = FileLock(where / f"gpu-{name.replace('/', '-')}.lock")
-                try:
-                    lock.acquire(timeout=0)
-                except Timeout:
-                    on_wait(name)
-                    lock.acquire()
-                locks.callback(lock.release)
+            names = [f"gpu-{name.replace('/', '-')}" for name in sorted(mask(device, environment).split(","))]
+        else:
+            names = [] if evaluations is None or device_kind(device) != "cpu" else ["cpu"]
+        if names:
+            where = directory or user_runtime_path("relex", ensure_exists=True)
+            for name in names:
+                locks = [FileLock(where / f"{name}.{place}.lock") for place in range(evaluations or 1)]
+                places.callback(_first_free(locks, partial(on_wait, _title(name))).release)
         yield
+
+
+def _first_free(locks: Sequence[FileLock], on_wait: Callable[[], None]) -> FileLock:
+    """Return the first lock that can be had, held; `on_wait` is called once where all of them are others'."""
+    waiting = False
+    while True:
+        for lock in locks:
+            with suppress(Timeout):
+                lock.acquire(timeout=0)
+                return lock
+        if not waiting:
+            on_wait()
+            waiting = True
+        time.sleep(_POLL_SECONDS)
+
+
+def _title(name: str) -> str:
+    return "the CPU" if name == "cpu" else f"GPU {name.removeprefix('gpu-')}"

@@ -14,7 +14,7 @@ from evaluation.answers.fingerprint import Fingerprint, LogitsExtrapolation, fin
 from evaluation.answers.job import Assignment, Job, Part
 from evaluation.benchmarks.benchmark import Benchmark, resolve_benchmark
 from evaluation.child import Errand, last_words, run_children
-from evaluation.errors import BackendError, BenchmarkError, ModelError, WorkerError
+from evaluation.errors import BackendError, BenchmarkError, DeviceError, ModelError, WorkerError
 from evaluation.verdict.report import Evaluated, Report, Setting
 
 # A version of any of these can change a score.
@@ -62,6 +62,7 @@ def evaluate(
     batch_size: int | None = None,
     limit: int | None = None,
     backend: str = "hf",
+    evaluations: int | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> list[Report]:
     """Return one report a benchmark, in their order, scoring in child processes whatever `cache` does not hold yet.
@@ -74,8 +75,9 @@ def evaluate(
 
     `device` is cpu, cuda, cuda:N, or several with commas between: then each has a worker, batches are dealt out to them
     in turn, and the report is that of one worker. Any number of workers goes on with what any other has answered.
-    `backend` is hf or vllm, see evaluation.answers.backend; batch_size is its default where it is None. Raises
-    EvaluationError, see evaluation.errors.
+    `backend` is hf or vllm, see evaluation.answers.backend; batch_size is its default where it is None.
+    `evaluations` may be at work on a device at once, see evaluation.answers.devices: one on a GPU and any number on the
+    CPU where it is None. Raises EvaluationError, see evaluation.errors.
     """
     job = _job(
         model,
@@ -86,6 +88,7 @@ def evaluate(
         batch_size=batch_size,
         limit=limit,
         backend=parse_backend(backend),
+        evaluations=evaluations,
     )
     missing = tuple(assignment for assignment in job.assignments if not assignment.report_path.exists())
     return [each.report for each in _finish(job, missing, on_progress)]
@@ -101,6 +104,7 @@ def evaluate_in_detail(
     batch_size: int | None = None,
     limit: int | None = None,
     backend: str = "hf",
+    evaluations: int | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> list[Evaluated]:
     """Return what `evaluate` does, with lm-eval's results and samples, which an older cache makes from its journal."""
@@ -113,6 +117,7 @@ def evaluate_in_detail(
         batch_size=batch_size,
         limit=limit,
         backend=parse_backend(backend),
+        evaluations=evaluations,
     )
     missing = tuple(assignment for assignment in job.assignments if not assignment.complete)
     return _finish(job, missing, on_progress)
@@ -128,7 +133,10 @@ def _job(
     batch_size: int | None,
     limit: int | None,
     backend: Backend,
+    evaluations: int | None,
 ) -> Job:
+    if evaluations is not None and evaluations < 1:
+        raise DeviceError(f"evaluations is {evaluations} and must be at least 1.")
     size = BATCH_SIZES[backend.name] if batch_size is None else batch_size
     subject = fingerprint(model)
     resolved = [resolve_benchmark(benchmark) for benchmark in benchmarks]
@@ -147,6 +155,7 @@ def _job(
         limit=limit,
         assignments=tuple(_assignment(subject, benchmark, settings, cache) for benchmark in resolved),
         backend=backend,
+        evaluations=evaluations,
     )
 
 
@@ -230,7 +239,13 @@ class _Workers:
 
     def __call__(self, number: int, event: Mapping[str, Any]) -> None:
         if event["event"] == "waiting":
-            log.warning("GPU %s is another evaluation's: waiting for it; share_device=true would not.", event["gpu"])
+            log.warning(
+                "%s has %d evaluation%s at work and may have no more: waiting for one to end. More evaluations at once,"
+                " or share_device=true, would not wait.",
+                event["device"],
+                event["evaluations"],
+                "" if event["evaluations"] == 1 else "s",
+            )
         elif self._on_progress is not None:
             told = Progress(**{name: value for name, value in event.items() if name != "event"})
             of_all = self._last.setdefault(told.benchmark, {})

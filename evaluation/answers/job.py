@@ -98,7 +98,8 @@ def _suffix(part: Part) -> str:
 class Job:
     """One model, a directory or a pair, and the benchmarks to score it on, in order.
 
-    A worker with a part of several answers its chunks and reports nothing.
+    A worker with a part of several answers its chunks and reports nothing. `evaluations` may be at work on its device
+    at once, see evaluation.answers.devices; it changes no answer, and is no part of an assignment.
     """
 
     model: Path | LogitsExtrapolation
@@ -109,6 +110,7 @@ class Job:
     assignments: tuple[Assignment, ...]
     backend: Backend = HF
     part: Part = WHOLE
+    evaluations: int | None = None
 
     def to_line(self) -> bytes:
         """Return the job as one line of JSON."""

@@ -1,9 +1,9 @@
 """Worker: the child process that scores one model, `python -m evaluation.answers.worker`.
 
 It reads one job from its standard input, reports progress as JSON lines on its standard output, and leaves a report a
-benchmark. It holds a lock on each evaluation, so two workers never write one journal, and it does not outlive its
-parent. Of several workers each answers its part of the chunks; one more, without weights, then scores what they left
-in their journals.
+benchmark. It holds a lock on each evaluation, so two workers never write one journal, and a place on its devices, and
+it does not outlive its parent. Of several workers each answers its part of the chunks; one more, without weights, then
+scores what they left in their journals.
 """
 
 import gc
@@ -48,8 +48,8 @@ def run(job: Job, send: Send) -> None:
             return
         if device_kind(job.device) == "cuda":
             _refuse_absent_device(job.device)
-            # After those of the evaluation: who holds a GPU waits for nobody.
-            locks.enter_context(_own_gpus(job, send))
+        # After those of the evaluation: who has a place waits for nobody.
+        locks.enter_context(_place(job, send))
         # Collecting garbage among the modules that torch and transformers leave behind costs a fifth of the start.
         gc.disable()
         # Tasks first: a broken one is refused before minutes go into a large model.
@@ -157,14 +157,16 @@ def _refuse_absent_device(device: str) -> None:
 
 
 @contextmanager
-def _own_gpus(job: Job, send: Send) -> Iterator[None]:
-    with ExitStack() as locks:
+def _place(job: Job, send: Send) -> Iterator[None]:
+    def on_wait(name: str) -> None:
+        send({"event": "waiting", "device": name, "evaluations": job.evaluations or 1})
+
+    with ExitStack() as places:
         if not job.backend.share_device:
-            locks.enter_context(
-                occupied(job.device, os.environ, on_wait=lambda name: send({"event": "waiting", "gpu": name}))
-            )
-        # Nothing has touched a GPU yet, so that this process and those of vLLM never see another.
-        os.environ[MASK] = mask(job.device, os.environ)
+            places.enter_context(occupied(job.device, os.environ, evaluations=job.evaluations, on_wait=on_wait))
+        if device_kind(job.device) == "cuda":
+            # Nothing has touched a GPU yet, so that this process and those of vLLM never see another.
+            os.environ[MASK] = mask(job.device, os.environ)
         yield
 
 

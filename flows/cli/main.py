@@ -352,6 +352,10 @@ def evaluate(
             "gpu_memory_utilization, max_model_len, share_device."
         ),
     ] = "hf",
+    evaluations: Annotated[
+        int | None,
+        typer.Option(min=1, help="Evaluations at once on each GPU (default: 1), or on the CPU (default: any number)."),
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Score only the first problems.")] = None,
     cache: Cache = None,
     as_json: Json = False,
@@ -390,6 +394,7 @@ def evaluate(
             batch_size=batch_size,
             limit=limit,
             backend=backend,
+            evaluations=evaluations,
             on_progress=lambda step: bars(
                 f"{Path(str(subject)).name} {step.benchmark}" if compared else step.benchmark,
                 step.done,

@@ -26,7 +26,6 @@ from flows.decide.predict import Predicted, predict
 from flows.decide.procedure import Stages, decide
 from flows.decide.record import record
 from flows.decide.score import reports, score
-from flows.decide.slots import evaluating
 from flows.decide.workers import spreading
 from flows.progress import ProgressArtifact, draw, metrics, show
 from flows.settings import Settings, load_settings
@@ -69,9 +68,7 @@ def score_model(config: str, model: Model, benchmarks: list[str], limit: int | N
     def tell(step: Progress) -> None:
         progress(f"{step.benchmark} {step.done}/{step.total}", step.done, step.total)
 
-    with evaluating(settings):
-        found = reports(settings, model, benchmarks, limit=limit, on_progress=tell)
-    return [score(model, report) for report in found]
+    return [score(model, report) for report in reports(settings, model, benchmarks, limit=limit, on_progress=tell)]
 
 
 def gate_model(config: str, winner: Model, references: list[Model], looks: int) -> list[Gate]:
@@ -80,8 +77,7 @@ def gate_model(config: str, winner: Model, references: list[Model], looks: int) 
     `looks` windows of the run share the error.
     """
     settings = load_settings(Path(config))
-    with evaluating(settings):
-        scored = [(model, reports(settings, model, [settings.gate])[0]) for model in (winner, *references)]
+    scored = [(model, reports(settings, model, [settings.gate])[0]) for model in (winner, *references)]
     confidence = settings.confidence
     # A promotion judges again by them, without a model.
     write_gate_results(

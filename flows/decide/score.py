@@ -30,6 +30,7 @@ def reports(
         batch_size=settings.batch_size,
         limit=limit,
         backend=settings.backend,
+        evaluations=settings.evaluations,
         on_progress=on_progress,
     )
 

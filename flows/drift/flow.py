@@ -7,7 +7,6 @@ that is due, shows it, and says so last, so that it may be killed at any moment 
 import json
 import logging
 from collections.abc import Collection
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from prefect.states import Completed
 from prefect.types.entrypoint import EntrypointType
 
 from deploy import runs
-from flows.decide.slots import evaluating
 from flows.drift.due import look, reached
 from flows.drift.measure import compare
 from flows.drift.page import page, summary, warnings
@@ -84,8 +82,7 @@ def compare_reached(config: str) -> int:
         found = look(settings, blocks=blocks)
         if found is None:
             return 0
-        with evaluating(settings) if settings.drift == "accuracy" else nullcontext():
-            return len(compare(settings, found[0], found[1], tell=progress))
+        return len(compare(settings, found[0], found[1], tell=progress))
 
 
 def log_compared(config: str, tracking_uri: str) -> None:

@@ -1,10 +1,16 @@
-"""Several workers end in the report of one, and a GPU is one evaluation's at a time."""
+"""Several workers end in the report of one, and a device has as many evaluations at once as are allowed."""
 
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -17,6 +23,8 @@ from evaluation.answers.harness import Progress, evaluate
 from evaluation.answers.job import Part
 from evaluation.errors import DeviceError, WorkerError
 from tests.evaluation.conftest import workers
+
+Holder = subprocess.Popen[str]
 
 
 def journals(cache: Path) -> list[list[str]]:
@@ -102,7 +110,70 @@ def test_a_worker_sees_its_own_gpus_among_those_that_its_parent_sees() -> None:
     assert mask("cuda:1", {"CUDA_VISIBLE_DEVICES": "4,GPU-5a"}) == "GPU-5a"
 
 
-def test_a_gpu_that_another_evaluation_holds_is_waited_for_by_whatever_number_it_is_known(tmp_path: Path) -> None:
+HOLD = """
+import sys
+from pathlib import Path
+from evaluation.answers.devices import occupied
+def say(*words):
+    print(*words, flush=True)
+device, evaluations, directory = sys.argv[1:]
+limit = {"evaluations": int(evaluations)} if evaluations else {}
+with occupied(device, {}, on_wait=lambda place: say("waits for", place), directory=Path(directory), **limit):
+    say("in")
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def hold(tmp_path: Path) -> Iterator[Callable[..., Holder]]:
+    """Start a process that holds a place on a device; what it says is read a line at a time."""
+    started: list[Holder] = []
+
+    def start(device: str, evaluations: int | str = "") -> Holder:
+        argv = [sys.executable, "-c", HOLD, device, str(evaluations), str(tmp_path)]
+        started.append(subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+        return started[-1]
+
+    yield start
+    for holder in started:
+        holder.kill()
+        holder.communicate()
+
+
+def says(holder: Holder) -> str:
+    """Return the next line of a holder, once it is there."""
+    assert holder.stdout is not None
+    return holder.stdout.readline().strip()
+
+
+@pytest.mark.parametrize(("device", "name"), [("cuda:0", "GPU 0"), ("cpu", "the CPU")])
+def test_as_many_evaluations_as_are_allowed_run_at_once_and_a_killed_ones_place_is_taken_at_once(
+    hold: Callable[..., Holder], device: str, name: str
+) -> None:
+    first, second = hold(device, 2), hold(device, 2)
+    assert [says(first), says(second)] == ["in", "in"]
+    third = hold(device, 2)
+    assert says(third) == f"waits for {name}"
+    first.kill()
+    killed = time.monotonic()
+    assert says(third) == "in"
+    assert time.monotonic() - killed < 5
+    # Another run's limit is its own: it looks at the first places only, or at more.
+    alone, wider = hold(device, 1), hold(device, 3)
+    assert [says(alone), says(wider)] == [f"waits for {name}", "in"]
+
+
+def test_a_gpu_is_one_evaluations_unless_more_are_allowed_and_a_cpu_everybodys(
+    hold: Callable[..., Holder],
+) -> None:
+    assert says(hold("cuda:1")) == "in"
+    assert says(hold("cuda:1")) == "waits for GPU 1"
+    # In one order for everybody: what is free is taken first, by number.
+    assert says(hold("cuda:1,cuda:0")) == "waits for GPU 1"
+    assert [says(hold("cpu")) for _ in range(2)] == ["in", "in"]
+
+
+def test_a_gpu_is_known_by_its_own_number_whatever_is_masked(tmp_path: Path) -> None:
     waited: list[str] = []
     inside = threading.Event()
 
@@ -116,8 +187,33 @@ def test_a_gpu_that_another_evaluation_holds_is_waited_for_by_whatever_number_it
         thread = threading.Thread(target=second)
         thread.start()
         assert not inside.wait(0.3)
-        assert waited == ["2"]
+        assert waited == ["GPU 2"]
     assert inside.wait(10)
     thread.join()
     with occupied("cpu", {}, on_wait=pytest.fail, directory=tmp_path / "absent"):
         pass
+
+
+def test_a_limited_evaluation_waits_says_for_what_and_ends_in_the_same_report(
+    model: Path,
+    benchmark: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    score = partial(evaluate, model, [benchmark], cache=tmp_path / "cache", batch_size=2)
+    with ThreadPoolExecutor() as pool:
+        with occupied("cpu", {}, evaluations=1, on_wait=pytest.fail):
+            waiting = pool.submit(score, evaluations=1)
+            end = time.monotonic() + 60
+            while "evaluations" not in caplog.text:
+                assert time.monotonic() < end
+                time.sleep(0.1)
+            assert "the CPU has 1 evaluation at work and may have no more" in caplog.text
+            assert not waiting.done()
+        (report,) = waiting.result(60)
+    # However many are allowed, the evaluation is the same: it is found again.
+    for evaluations in (None, 2):
+        assert score(evaluations=evaluations) == [report]
+    assert len(list((tmp_path / "cache").iterdir())) == 1

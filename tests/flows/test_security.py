@@ -1,22 +1,16 @@
 """Who is let in: the servers are on the loopback interface, and ask for the password of the home's file auth."""
 
-import json
 import os
-import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
-import yaml
 from prefect.client.orchestration import get_client
-from prefect.concurrency.sync import concurrency
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
 from deploy.errors import StackError
@@ -27,15 +21,8 @@ from deploy.local.stack import Stack
 from deploy.registry import models
 from deploy.runs import record
 from flows.cli import main
-from flows.decide.slots import create_limits, evaluating, limits
-from flows.settings import Settings, load_settings
 
 USER, PASSWORD = "somebody", "no-one-may-read-this"
-HOLD = """
-import sys; from pathlib import Path; from flows.settings import load_settings; from flows.slots import evaluating
-with evaluating(load_settings(Path(sys.argv[1]))):
-    sys.stdout.write("in\\n"); sys.stdout.flush(); sys.stdin.read()
-"""
 
 
 def write_auth(home: Path, content: str, *, mode: int = 0o600) -> Path:
@@ -162,14 +149,6 @@ def test_a_file_that_is_not_fit_to_keep_a_password_is_refused_without_it(
     assert PASSWORD not in str(refusal.value)
 
 
-def test_a_password_shows_in_no_traceback(tmp_path: Path) -> None:
-    write_auth(tmp_path, f"{USER}:{PASSWORD}")
-    access = read_access(tmp_path)
-    assert PASSWORD not in repr(access)
-    assert client_environment(access)["MLFLOW_TRACKING_PASSWORD"] == PASSWORD
-    assert client_environment(None) == {}
-
-
 def _prefect(running: Stack) -> dict[object, str]:
     environment = stack.environment(running)
     return {
@@ -178,56 +157,9 @@ def _prefect(running: Stack) -> dict[object, str]:
     }
 
 
-def _limited(config: Path, **changes: object) -> Settings:
-    config.write_text(yaml.safe_dump({**yaml.safe_load(config.read_text()), **changes}))
-    return load_settings(config)
-
-
-def test_an_evaluation_occupies_its_gpus_and_a_cpu_only_where_it_is_limited(config: Path) -> None:
-    host = socket.gethostname()
-    assert limits(_limited(config, device="cpu")) == []
-    assert limits(_limited(config, evaluations=2)) == [f"cpu-{host}"]
-    assert limits(_limited(config, device="cuda")) == limits(_limited(config, device="cuda:0")) == [f"gpu-{host}-0"]
-    assert limits(_limited(config, device="cuda:3,cuda:1")) == [f"gpu-{host}-1", f"gpu-{host}-3"]
-
-
-def test_a_slot_is_one_evaluations_and_free_again_when_its_holder_was_killed(running: Stack, config: Path) -> None:
-    settings = _limited(config, evaluations=1)
-    with temporary_settings(_prefect(running)), get_client(sync_client=True) as client:
-        # Whoever needs the limit first makes it, as the worker of a work pool does.
-        with evaluating(settings):
-            pass
-        # As each serving process does when it starts.
-        for _ in range(2):
-            create_limits(settings)
-        (limit,) = client.read_global_concurrency_limits(limit=10, offset=0)
-        assert (limit.name, limit.limit, limit.active_slots) == (*limits(settings), 1, 0)
-        environment = {**os.environ, **stack.environment(running)}
-        command = [sys.executable, "-c", HOLD, str(config)]
-        holder = subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "in\n"
-        with (
-            pytest.raises(TimeoutError),
-            concurrency(limits(settings), occupy=1, strict=True, timeout_seconds=1),
-        ):
-            pass
-        holder.send_signal(signal.SIGKILL)
-        holder.communicate()
-        assert client.read_global_concurrency_limit_by_name(limit.name).active_slots == 1
-        _age_leases(running.home)
-        with evaluating(settings):
-            assert client.read_global_concurrency_limit_by_name(limit.name).active_slots == 1
-        assert client.read_global_concurrency_limit_by_name(limit.name).active_slots == 0
-
-
-def _age_leases(home: Path) -> None:
-    """Make the leases look as they will a minute after their holder renewed them last."""
-    past = datetime.fromtimestamp(0, UTC).isoformat()
-    place = home / "prefect/concurrency_leases"
-    for path in place.glob("*.json"):
-        content = json.loads(path.read_text())
-        old = dict.fromkeys(content, past) if path.name == "expirations.json" else {"expiration": past}
-        path.write_text(json.dumps(content | old))
+def test_a_password_shows_in_no_traceback(tmp_path: Path) -> None:
+    write_auth(tmp_path, f"{USER}:{PASSWORD}")
+    access = read_access(tmp_path)
+    assert PASSWORD not in repr(access)
+    assert client_environment(access)["MLFLOW_TRACKING_PASSWORD"] == PASSWORD
+    assert client_environment(None) == {}
