@@ -47,7 +47,7 @@ def test_the_table_is_lm_evals_with_intervals_and_fits_a_terminal(
 def test_two_models_are_compared_problem_by_problem(
     model: Path, other_model: Path, benchmark: Path, cache: Path, problems: list[dict[str, str]]
 ) -> None:
-    command = ("--compare", model, other_model, "--benchmark", benchmark)
+    command = ("--against", model, other_model, "--benchmark", benchmark)
     shown = relex(cache, *command, "--problems", "3", "--margin", "0.2")
     assert shown.exit_code == 0, shown.output
     head, _, row, sentence, *rest = lines(shown.stdout)
@@ -76,9 +76,9 @@ def test_two_models_are_compared_problem_by_problem(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("a", "b"), "2 models are given: one, or two with --compare"),
-        (("--compare", "a"), "1 models are given: one, or two with --compare"),
-        (("--compare", "a", "b", "--logits-from", "c", "--alpha", "2"), "--compare is for two directories"),
+        (("a", "b"), "2 models are given: one, or two with --against"),
+        (("--against", "a"), "1 models are given: one, or two with --against"),
+        (("--against", "a", "b", "--logits-from", "c", "--alpha", "2"), "--against is for two directories"),
     ],
 )
 def test_a_wrong_number_of_models_is_a_usage_error(arguments: tuple[str, ...], message: str, cache: Path) -> None:

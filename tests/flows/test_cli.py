@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flows.cli.main import main
+from relex.predictors import METHODS
 from tests.flows.conftest import WriteCheckpoint, make_old
 
 Relex = Callable[..., tuple[int, str, str]]
@@ -181,6 +183,42 @@ def test_every_command_has_help_with_an_example(relex: Relex, command: str) -> N
     status, out, _ = relex(command, "--help")
     assert status == 0
     assert f"Example: relex {command}" in " ".join(out.split())
+
+
+def test_every_method_is_listed_and_named_where_one_is_asked_for(relex: Relex) -> None:
+    status, out, _ = relex("methods")
+    assert status == 0
+    for name, row in METHODS.items():
+        assert re.search(rf"^ {name} ", out, re.MULTILINE)
+        assert all(f"  {key}=" in out for key in row.parameters)
+    rows = json.loads(relex("methods", "--json")[1])
+    assert list(rows) == list(METHODS)
+    assert rows["relex-pinned"]["defaults"] == {"rank": 1, "damping": 1.0}
+    for command in ("extrapolate", "compare"):
+        # A terminal breaks names at their hyphens.
+        words = "".join(relex(command, "--help")[1].split())
+        assert all(name in words for name in METHODS)
+        assert "<methods>" not in words
+
+
+def test_the_help_groups_commands_and_imports_nothing_heavy() -> None:
+    code = "import sys\nfrom flows.cli.main import main\ntry:\n    main()\nfinally:\n    print(*sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True).stdout
+    assert re.findall(r"^(\w[^:\n]*):$", shown, re.MULTILINE) == [
+        "Options",
+        "Look at a run",
+        "Predict and compare",
+        "Score models",
+        "Watch runs and decide",
+        "Registered models",
+    ]
+    assert not {"torch", "mlflow", "prefect", "lm_eval", "numpy"} & set(shown.splitlines()[-1].split())
+
+
+def test_the_module_is_the_command() -> None:
+    run = subprocess.run([sys.executable, "-m", "flows.cli", "inspect"], capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert "relex inspect --help" in run.stderr
 
 
 def test_wrong_usage_is_exit_status_2(relex: Relex) -> None:

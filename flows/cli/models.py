@@ -1,0 +1,194 @@
+"""Commands on registered predictions: list them, make one the champion, serve it."""
+
+import json
+import os
+from dataclasses import asdict
+from datetime import datetime
+from functools import partial
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from flows.cli.options import HOME, Home, Json, Registered, out, print_json, print_sentence
+from flows.console import plain_table, print_line, print_warnings
+
+if TYPE_CHECKING:
+    from flows.promote.listing import Listing
+    from flows.promote.promotion import Promotion
+
+commands = typer.Typer(rich_markup_mode=None)
+_command = partial(commands.command, rich_help_panel="Registered models")
+
+# What happened last, newest below.
+_ROWS = 12
+
+
+@_command()
+def models(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="Name of the registered model (default: all).")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read every byte of the weights (default: compare sizes).")
+    ] = False,
+    home: Home = HOME,
+    as_json: Json = False,
+) -> None:
+    """List registered predictions: step, verdict, gate, champion, whether the weights are whole and where they lie.
+
+    Example: relex models qwen
+    """
+    from deploy import registry
+    from deploy.local import stack
+    from flows.promote.listing import listing
+
+    uri = stack.tracking_uri(home)
+    listings = [
+        listing(each, tracking_uri=uri, downloads=home / "models", contents="read" if verify else "sizes")
+        for each in ([name] if name is not None else registry.names(tracking_uri=uri))
+    ]
+    if as_json:
+        print_json([each.to_json() for each in listings])
+        return
+    if not listings:
+        out.print("nothing is registered")
+    for each in listings:
+        show_models(out, each)
+
+
+def show_models(console: Console, listed: "Listing") -> None:
+    """Print the registered predictions, newest first, and how the champion came to be it."""
+    if not listed.versions:
+        console.print(f"no prediction of {listed.name} is registered")
+        return
+    table = plain_table(
+        "version", "step", "digest", "verdict", "promoted", "weights", title=listed.versions[0].row.name
+    )
+    for version in listed.versions:
+        row = version.row
+        table.add_row(
+            f"v{row.version}",
+            str(row.target_step),
+            row.digest[:12],
+            row.tags.get("verdict", ""),
+            "" if version.promoted is None else f"{listed.name} v{version.promoted}{', champion' * row.champion}",
+            version.state.split(":", maxsplit=1)[0],
+        )
+    console.print(table)
+    for version in listed.versions:
+        if version.gate:
+            print_line(console, f"gate of v{version.row.version}: {version.gate}")
+        print_line(console, f"weights of v{version.row.version}: {version.row.weights}")
+    print_warnings(console, [version.state for version in listed.versions if version.state.startswith("damaged")])
+    if not listed.trail:
+        return
+    trail = plain_table("#", "when", "who", "what", "verdict")
+    for entry in listed.trail[-_ROWS:]:
+        when = datetime.fromtimestamp(entry.at_ms / 1000).astimezone().strftime("%Y-%m-%d %H:%M")
+        before, after = ("—" if number is None else f"v{number}" for number in (entry.from_version, entry.to_version))
+        what = f"{entry.action} {'' if entry.candidate is None else f'candidate v{entry.candidate} '}{before} → {after}"
+        trail.add_row(str(entry.number), when, entry.by, what, entry.verdict)
+    console.print(trail)
+
+
+@_command()
+def promote(
+    name: Registered,
+    version: Annotated[
+        int | None, typer.Argument(metavar="[VERSION]", help="Version of NAME-candidates (default: the newest).")
+    ] = None,
+    approve: Annotated[
+        bool, typer.Option("--approve", help="Ask in the Prefect UI, and promote when somebody there says so.")
+    ] = False,
+    home: Home = HOME,
+    as_json: Json = False,
+) -> None:
+    """Make a registered prediction the champion, if its weights are whole and its stored gate results say so.
+
+    Nothing is scored and nothing is forced; every attempt is a run in MLflow.
+    Example: relex promote qwen 3
+    """
+    import psutil
+
+    from deploy.local import stack
+    from flows.promote.promotion import promote as move
+
+    by = psutil.Process().username()
+    if approve:
+        running = stack.running(home)
+        os.environ.update(stack.environment(running))
+        from flows.promote.flow import ask
+
+        asked = ask(running, name, version, by=by)
+        if as_json:
+            print_json(asdict(asked))
+        else:
+            print_sentence(asked.sentence)
+        return
+    _show_promotion(
+        move(name, version, tracking_uri=stack.tracking_uri(home), by=by, downloads=home / "models"), as_json=as_json
+    )
+
+
+@_command()
+def rollback(name: Registered, home: Home = HOME, as_json: Json = False) -> None:
+    """Give the place of champion back to the one before, if its weights are whole.
+
+    Example: relex rollback qwen
+    """
+    import psutil
+
+    from deploy.local import stack
+    from flows.promote.promotion import rollback as move
+
+    by = psutil.Process().username()
+    _show_promotion(
+        move(name, tracking_uri=stack.tracking_uri(home), by=by, downloads=home / "models"), as_json=as_json
+    )
+
+
+def _show_promotion(done: "Promotion", *, as_json: bool) -> None:
+    if as_json:
+        print_json(done.to_json())
+        return
+    for line in filter(None, (done.sentence, done.entry.url)):
+        print_sentence(line)
+
+
+@_command()
+def serve(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the registered model, and of what is served.")],
+    options: Annotated[list[str] | None, typer.Argument(metavar="-- OPTION", help="Options for the engine.")] = None,
+    *,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COMMAND",
+            help="Command with {model}, {host}, {port} and {name} (default: vllm if installed, or transformers serve).",
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen at; nobody is asked for a password.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0: any.")] = 8000,
+    poll_seconds: Annotated[float, typer.Option(min=0.1, help="How often to look whether the champion changed.")] = 10,
+    home: Home = HOME,
+    as_json: Json = False,
+) -> None:
+    """Serve the champion over HTTP, its files verified, and change to the next one without a failed request.
+
+    In the foreground, until interrupted.
+    Example: relex serve qwen -- --max-model-len 8192 --gpu-memory-utilization 0.45
+    """
+    from deploy.local import stack
+    from deploy.serving.service import News, Service
+    from deploy.serving.service import serve as run_service
+
+    def tell(news: News) -> None:
+        if as_json:
+            typer.echo(json.dumps(asdict(news)))
+        else:
+            print_sentence(news.text)
+
+    place = home.expanduser().resolve()
+    service = Service(name, place, engine, tuple(options or ()), host=host, port=port, poll_seconds=poll_seconds)
+    run_service(service, tracking_uri=lambda: stack.tracking_uri(place), tell=tell)

@@ -1,0 +1,255 @@
+"""Commands that run the pipeline: the stack, its watchers, what they are about to do, and the demo of it all."""
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from flows.cli.options import HOME, Config, Home, Json, err, out, print_json, print_sentence
+from flows.console import Bars, JsonLines, plain_table, print_line
+from flows.errors import ConfigError
+
+if TYPE_CHECKING:
+    from deploy.local.stack import Service
+
+commands = typer.Typer(rich_markup_mode=None)
+_command = partial(commands.command, rich_help_panel="Watch runs and decide")
+
+
+@_command()
+def demo(
+    directory: Annotated[Path, typer.Option("--out", help="Where the demo lives.")] = Path("relex-demo"),
+    seed: Annotated[int, typer.Option(help="Seed of the demo's training run.")] = 0,
+    home: Home = HOME,
+    as_json: Json = False,
+) -> None:
+    """Run the whole thing on a real, tiny RLVR run: train, watch, predict, score, decide, register.
+
+    Example: relex demo
+    """
+    from flows.demo.run import run_demo, show
+
+    done = run_demo(directory, seed=seed, home=home, err=err)
+    if as_json:
+        print_json(asdict(done))
+    else:
+        show(out, done)
+
+
+@_command()
+def up(
+    config: Annotated[list[Path] | None, typer.Argument(metavar="[CONFIG]...", help="Training runs to watch.")] = None,
+    home: Home = HOME,
+    as_json: Json = False,
+) -> None:
+    """Start the local stack: Prefect server, MLflow server, and for each CONFIG its watcher and deployments.
+
+    What runs is left alone, what died is started again. Where the home has a file auth, one line user:password, both
+    servers ask for it.
+    Example: relex up relex.yaml
+    """
+    from deploy.local import stack
+    from evaluation.benchmarks.benchmark import resolve_benchmark
+    from flows.processes import revive_promoter, revive_watchers, spawn_watcher
+    from flows.settings import load_settings
+
+    configs: dict[str, Path] = {}
+    for path in config or []:
+        settings = load_settings(path)
+        if (other := configs.get(settings.training_run, path)) != path:
+            raise ConfigError(
+                f"{other} and {path} both describe training run {settings.training_run}. Give one of them another name."
+            )
+        for benchmark in (settings.selection, settings.gate, *settings.report):
+            resolve_benchmark(benchmark)
+        configs[settings.training_run] = path
+    with err.status("starting the servers"):
+        started = stack.up(home)
+        for name, path in configs.items():
+            spawn_watcher(started, name, path)
+        revive_watchers(started)
+        revive_promoter(started)
+    _show_stack(home, as_json=as_json)
+
+
+@_command()
+def down(home: Home = HOME, as_json: Json = False) -> None:
+    """Stop the local stack, watchers first.
+
+    Example: relex down
+    """
+    from deploy.local import stack
+
+    with err.status("stopping"):
+        services = stack.down(home)
+    if as_json:
+        print_json([asdict(service) for service in services])
+    else:
+        show_services(out, services)
+
+
+@_command()
+def status(home: Home = HOME, as_json: Json = False) -> None:
+    """Show what of the local stack is running, and where.
+
+    Example: relex status
+    """
+    _show_stack(home, as_json=as_json)
+
+
+def _show_stack(home: Path, *, as_json: bool) -> None:
+    from deploy.local import stack
+
+    services = stack.status(home)
+    if as_json:
+        print_json([asdict(service) for service in services])
+    else:
+        show_services(out, services)
+
+
+def show_services(console: Console, services: Sequence["Service"]) -> None:
+    """Print the processes of the local stack."""
+    if not services:
+        console.print("nothing is running")
+        return
+    table = plain_table("service", "state", "pid", "address")
+    for service in services:
+        table.add_row(service.name, service.state, str(service.pid or ""), service.url or "")
+    console.print(table)
+    print_line(console, f"logs: {services[0].log.parent}")
+
+
+@_command()
+def watch(
+    config: Config,
+    home: Home = HOME,
+    seconds: Annotated[float, typer.Option(help="Stop after this long (default: when interrupted).")] = float("inf"),
+    as_json: Json = False,
+) -> None:
+    """Watch one training run in the foreground and announce what is due to the running stack.
+
+    Example: relex watch relex.yaml
+    """
+    from deploy.local import stack
+    from flows.settings import load_settings
+
+    settings = load_settings(config)
+    os.environ.update(stack.environment(stack.running(home)))
+    from flows.watch.watcher import watch_store
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    if as_json:
+        watch_store(settings, seconds=seconds, on_look=JsonLines())
+        return
+    with err.status("looking") as status:
+        watch_store(settings, seconds=seconds, on_look=lambda _, text: status.update(text))
+
+
+@_command()
+def stop(
+    config: Config,
+    *,
+    confirm: Annotated[bool, typer.Option("--confirm", help="Do it; without this it is only shown.")] = False,
+    beyond_trust: Annotated[
+        bool, typer.Option("--beyond-trust", help="Also on a prediction beyond what the backtest trusts.")
+    ] = False,
+    again: Annotated[
+        bool, typer.Option("--again", help="Although it was done before, or may have been: see what is shown.")
+    ] = False,
+    home: Home = HOME,
+    as_json: Json = False,
+) -> None:
+    """Show whether the training can be stopped, how, and how many steps that saves; with --confirm, stop it, once.
+
+    Example: relex stop relex.yaml --confirm
+    """
+    import psutil
+
+    from deploy.local import stack
+    from flows.settings import load_settings
+    from flows.stop import status
+    from flows.stop.execute import log_stop
+
+    if (beyond_trust or again) and not confirm:
+        raise typer.BadParameter("--beyond-trust and --again go with --confirm")
+    settings = load_settings(config)
+    outlook = status.outlook(config, settings)
+    if confirm:
+        done = status.confirm(
+            settings,
+            outlook,
+            by=psutil.Process().username(),
+            beyond_trust="allow" if beyond_trust else "refuse",
+            again="allow" if again else "refuse",
+        )
+        log_stop(settings, done, tracking_uri=stack.tracking_uri(home))
+        outlook = status.outlook(config, settings)
+    if as_json:
+        print_json(outlook.to_json())
+    else:
+        print_sentence(outlook.sentence)
+
+
+@_command()
+def drift(config: Config, as_json: Json = False) -> None:
+    """Show what was predicted next to what the run has reached since; what is missing is compared now, without servers.
+
+    Example: relex drift relex.yaml
+    """
+    from flows.drift.measure import catch_up
+    from flows.drift.page import show, to_json
+    from flows.settings import load_settings
+    from relex.files.block_cache import BlockCache
+
+    settings = load_settings(config)
+    with Bars(err) as bars, BlockCache(settings.home, size=int(settings.cache)) as blocks:
+        rows, waiting = catch_up(settings, blocks=blocks, tell=bars)
+    if as_json:
+        print_json(to_json(settings.training_run, rows, waiting))
+    else:
+        show(out, rows, waiting)
+
+
+@_command()
+def reground(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML of a re-grounding.")],
+    on_stack: Annotated[
+        bool, typer.Option("--stack", help="Show it on the pages of the running stack, as a flow run of this process.")
+    ] = False,
+    home: Home = HOME,
+    as_json: Json = False,
+) -> None:
+    """Alternate real steps, by your own trainer, with jumps; each is judged, and the next steps start from the better.
+
+    Killed at any moment, the same command goes on where it was.
+    Example: relex reground reground.yaml
+    """
+    import signal
+
+    from flows.reground.loop import reground as run_cycles
+    from flows.reground.page import show
+    from flows.reground.settings import load_reground_settings
+
+    # Asked to end, it ends its trainer first, as when interrupted at the terminal.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    settings = load_reground_settings(config)
+    if on_stack:
+        from deploy.local import stack
+
+        os.environ.update(stack.environment(stack.running(home)))
+        from flows.reground.flow import reground as run_flow
+
+        run_flow(str(config))
+    with Bars(err) as bars:
+        cycles = run_cycles(settings, tell=bars)
+    if as_json:
+        print_json(cycles.to_json())
+    else:
+        show(out, cycles)
