@@ -1,24 +1,18 @@
 """What a user says about one training run, in `relex.yaml`."""
 
-import os
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
-import yaml
 from pydantic import (
-    BaseModel,
     ByteSize,
-    ConfigDict,
     Discriminator,
     Field,
     Tag,
-    ValidationError,
     field_validator,
 )
 
-from evaluation.answers.backend import BATCH_SIZES, parse_backend
-from evaluation.errors import EvaluationError
+from flows.config import GIVEN, Compute, Name, benchmark_location, location, read_config
 from flows.errors import ConfigError
 from relex.errors import RelexError
 from relex.files.location import is_remote
@@ -26,22 +20,17 @@ from relex.predictors import parse_method
 
 _REMOTE_POLL_SECONDS = 30.0
 
-Config = TypeVar("Config", bound=BaseModel)
 Step = Annotated[int, Field(gt=0)]
-_GIVEN = "given"
 # Of two branches a wrong value would be told twice.
-_ONE = Discriminator(lambda value: "auto" if value == "auto" else _GIVEN)
+_ONE = Discriminator(lambda value: "auto" if value == "auto" else GIVEN)
 Auto = Annotated[Literal["auto"], Tag("auto")]
-StepOrAuto = Annotated[Annotated[Step, Tag(_GIVEN)] | Auto, _ONE]
-StepsOrAuto = Annotated[Annotated[list[Step], Field(min_length=1), Tag(_GIVEN)] | Auto, _ONE]
-SpecsOrAuto = Annotated[Annotated[list[str], Field(min_length=1), Tag(_GIVEN)] | Auto, _ONE]
-Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$", max_length=60)]
+StepOrAuto = Annotated[Annotated[Step, Tag(GIVEN)] | Auto, _ONE]
+StepsOrAuto = Annotated[Annotated[list[Step], Field(min_length=1), Tag(GIVEN)] | Auto, _ONE]
+SpecsOrAuto = Annotated[Annotated[list[str], Field(min_length=1), Tag(GIVEN)] | Auto, _ONE]
 
 
-class Settings(BaseModel):
+class Settings(Compute):
     """One training run to watch. Relative paths are relative to the file; unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     training_run: Name = Field(description="Name of the training run: lower-case letters, digits and dashes.")
     checkpoints: str = Field(description="Directory or URL the trainer writes its checkpoints to.")
@@ -78,8 +67,6 @@ class Settings(BaseModel):
     state: Path = Field(
         default=Path(".relex"), description="Directory for everything relex keeps about this run, made when missing."
     )
-    memory: ByteSize = Field(default=ByteSize(4 << 30), description="Memory for reading and combining, such as 4GiB.")
-    threads: int = Field(default=os.cpu_count() or 1, gt=0, description="Threads for reading and combining.")
     shard_size: ByteSize | None = Field(
         default=None,
         gt=0,
@@ -96,28 +83,6 @@ class Settings(BaseModel):
     )
     cache: ByteSize = Field(
         default=ByteSize(8 << 30), description="Disk for what is read from a URL, until it has been read, such as 8GiB."
-    )
-    device: str = Field(
-        default="cpu", description="Device for evaluation: cpu, cuda, cuda:N, or several: cuda:0,cuda:1."
-    )
-    backend: str = Field(
-        default="hf",
-        description="What answers: hf, vllm, or vllm:tensor_parallel_size=2,max_model_len=8192,share_device=true.",
-    )
-    dtype: str = Field(
-        default="auto", description="Precision of evaluation; auto: the model's own, equal for all models."
-    )
-    batch_size: int = Field(
-        default_factory=lambda given: BATCH_SIZES[str(given.get("backend", "hf")).partition(":")[0]],
-        gt=0,
-        description="Problems evaluated at once; by default 64, with vllm 1024.",
-    )
-    evaluations: int | None = Field(
-        default=None,
-        gt=0,
-        description="Evaluations at once: on each GPU (by default one), or on a machine's CPU (by default any number)."
-        " One waits for a free place among its own number, so of several numbers the largest bounds a device. Several"
-        " vLLM engines on a GPU share its memory: give gpu_memory_utilization.",
     )
     poll_seconds: float = Field(
         default=2.0, gt=0, description="How often the watcher looks at the directory; by default 30 s at a URL."
@@ -148,15 +113,6 @@ class Settings(BaseModel):
             return [parse_method(spec).spec for spec in specs]
         except RelexError as error:
             raise ValueError(str(error)) from error
-
-    @field_validator("backend")
-    @classmethod
-    def _answering(cls, spec: str) -> str:
-        try:
-            parse_backend(spec)
-        except EvaluationError as error:
-            raise ValueError(str(error)) from error
-        return spec
 
     @field_validator("targets")
     @classmethod
@@ -208,7 +164,7 @@ def load_settings(path: Path) -> Settings:
     root = path.absolute().parent
     stores = {key: location(getattr(settings, key), root) for key in ("checkpoints", "base")}
     benchmarks = {key: benchmark_location(getattr(settings, key), root) for key in ("selection", "gate")}
-    report = [benchmark_location(item, root) for item in settings.report]
+    report = [benchmark_location(benchmark, root) for benchmark in settings.report]
     # A store on the network counts what it is asked.
     slow = any(map(is_remote, stores.values())) and "poll_seconds" not in settings.model_fields_set
     pace = {"poll_seconds": _REMOTE_POLL_SECONDS} if slow else {}
@@ -251,34 +207,3 @@ def _refuse_workers(settings: Settings, path: Path) -> None:
         raise ConfigError(
             f"config {path}: task_runner is dask and prefect-dask is not installed. Run pip install 'relex[dask]'."
         )
-
-
-def read_config(path: Path, model: type[Config]) -> Config:
-    """Read a YAML file of keys and values as `model`; raises ConfigError with every wrong key in one line."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"config {path} cannot be read: {error.strerror}. Give the path of a relex.yaml.") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config {path} is not YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"config {path} holds a {type(content).__name__}, not keys and values.")
-    try:
-        return model.model_validate(content)
-    except ValidationError as error:
-        wrong = "; ".join(
-            f"{'.'.join(str(part) for part in item['loc'] if part != _GIVEN) or 'file'}: {item['msg']}"
-            f" (given {item['input']!r})"
-            for item in error.errors()
-        )
-        raise ConfigError(f"config {path}: {wrong}. The keys are {', '.join(model.model_fields)}.") from error
-
-
-def location(text: str, root: Path) -> str:
-    """Return where a path or URL of a config in `root` is: a path is relative to it, a URL is not."""
-    return text if "://" in text else str(root / text)
-
-
-def benchmark_location(text: str, root: Path) -> str:
-    """Return a benchmark of a config in `root`: one that looks like a file is relative to it, else it is a name."""
-    return str(root / text) if text.endswith((".yaml", ".yml")) else text

@@ -87,5 +87,7 @@ def score(settings: RegroundSettings, model: Path, *, what: str, tell: Tell) -> 
         device=settings.device,
         dtype=settings.dtype,
         batch_size=settings.batch_size,
+        backend=settings.backend,
+        evaluations=settings.evaluations,
         on_progress=on_progress,
     )[0]

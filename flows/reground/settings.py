@@ -1,32 +1,27 @@
 """What a user says about one re-grounding: real steps by their own trainer, jumps by a method, in a YAML of its own."""
 
-import os
 import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
+from flows.config import Compute, Config, Name, benchmark_location, location, read_config
 from flows.errors import ConfigError
 from flows.reground.trainer import PLACEHOLDERS, TEMPLATES, Trainer
-from flows.settings import Name, benchmark_location, location, read_config
 from relex.errors import RelexError
 from relex.predictors import parse_method
 
 
-class Reference(BaseModel):
+class Reference(Config):
     """What plain RL took to the target accuracy."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     steps: int = Field(gt=0, description="Training steps.")
     seconds: float | None = Field(default=None, gt=0, description="Seconds of training.")
 
 
-class RegroundSettings(BaseModel):
+class RegroundSettings(Compute):
     """One re-grounding. Relative paths are relative to the file; unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     training_run: Name = Field(description="Name of the training run: lower-case letters, digits and dashes.")
     base: str = Field(description="Directory or URL of the model to start from.")
@@ -66,11 +61,6 @@ class RegroundSettings(BaseModel):
         description="What stays of a finished cycle: all, or the model that was chosen without the checkpoints.",
     )
     state: Path = Field(default=Path(".relex"), description="Directory for everything relex keeps, made when missing.")
-    memory: ByteSize = Field(default=ByteSize(4 << 30), description="Memory for reading and combining, such as 4GiB.")
-    threads: int = Field(default=os.cpu_count() or 1, gt=0, description="Threads for reading and combining.")
-    device: str = Field(default="cpu", description="Device for evaluation: cpu, cuda or cuda:N.")
-    dtype: str = Field(default="auto", description="Precision of evaluation; auto: the model's own.")
-    batch_size: int = Field(default=64, gt=0, description="Problems evaluated at once.")
 
     @field_validator("command", mode="before")
     @classmethod

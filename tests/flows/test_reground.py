@@ -22,9 +22,11 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from deploy.local import daemon
 from evaluation.answers.fingerprint import fingerprint
 from evaluation.benchmarks.benchmark import write_benchmark
+from evaluation.errors import BackendError
 from flows.demo.model import build_tokenizer
 from flows.errors import ConfigError, RegroundError, TrainerError
 from flows.reground.cycle import Plan, Trained, jump
+from flows.reground.judge import score
 from flows.reground.loop import Regrounding, reground
 from flows.reground.page import page
 from flows.reground.settings import Reference, RegroundSettings, load_reground_settings
@@ -330,6 +332,12 @@ def test_trl_and_verl_are_told_where_to_start_how_far_and_where_to_write() -> No
     )
     # Other braces belong to the trainer.
     assert fill(["+a={x:1}", "seed-{cycle}{cycle}", "{{steps}}"], VALUES) == ("+a={x:1}", "seed-33", "{24}")
+
+
+def test_a_cycle_is_scored_by_what_the_config_says_answers(scene: Scene) -> None:
+    engine = scene.settings.model_copy(update={"backend": "vllm"})
+    with pytest.raises(BackendError, match="backend is vllm and vLLM is not installed"):
+        score(engine, Path(engine.base), what="score", tell=silent)
 
 
 def test_a_failing_trainer_is_one_line_with_its_last_words_and_its_log(tmp_path: Path) -> None:

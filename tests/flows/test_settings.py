@@ -1,9 +1,12 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
+from flows.config import Compute
 from flows.errors import ConfigError
+from flows.reground.settings import load_reground_settings
 from flows.settings import Settings, load_settings
 
 
@@ -44,6 +47,47 @@ def test_as_many_problems_at_once_as_suit_the_backend_unless_it_is_said(config: 
     for change, size in (({}, 64), ({"backend": "vllm:max_model_len=8"}, 1024), ({"batch_size": 7}, 7)):
         config.write_text(yaml.safe_dump(content | change))
         assert load_settings(config).batch_size == size
+
+
+def _reground_config(path: Path, changes: dict[str, object]) -> Path:
+    content = {
+        "training_run": "tiny",
+        "base": "base",
+        "command": "train {base} {out} {steps}",
+        "real_steps": 10,
+        "jump_steps": 40,
+        "selection": "selection.yaml",
+        "total_steps": 100,
+    }
+    path.write_text(yaml.safe_dump(content | changes))
+    return path
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"backend": "vllm:max_model_len=8", "device": "cuda:0,cuda:1", "evaluations": 2, "dtype": "bfloat16"},
+        {"memory": "1GiB", "threads": 1, "batch_size": 7},
+        {"backend": "tgi"},
+        {"backend": "vllm:seed=1"},
+        {"evaluations": 0},
+    ],
+)
+def test_what_computes_is_said_in_the_same_words_in_both_configs(
+    config: Path, tmp_path: Path, changes: dict[str, object]
+) -> None:
+    config.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | changes))
+    reground = _reground_config(tmp_path / "reground.yaml", changes)
+
+    def outcome(load: Callable[[Path], Compute], path: Path) -> object:
+        try:
+            settings = load(path)
+        except ConfigError as error:
+            return str(error).partition(". The keys are ")[0].replace(str(path), "")
+        return {name: getattr(settings, name) for name in Compute.model_fields}
+
+    assert outcome(load_reground_settings, reground) == outcome(load_settings, config)
 
 
 def test_a_file_that_is_missing_or_no_yaml_is_refused(tmp_path: Path) -> None:
