@@ -7,7 +7,7 @@ RELEX at 2, 4 and 8 times the window and at the run's end, and what was register
 decisions.md to --out; a second call trains and scores only what is missing. --keep writes the Grams of the runs that
 the tests read.
 
-    python -m benchmarks.decisions --cache ablation-runs --out decisions [--keep tests/runs]
+    python -m benchmarks.decisions --cache ablation-runs --out decisions [--keep tests/relex/backtest/runs]
 """
 
 import argparse

@@ -19,8 +19,8 @@ from prefect.utilities.templating import apply_values
 
 from flows.deployments import deployments
 from flows.settings import load_settings
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).parents[2]
 COMPOSE = ROOT / "deploy" / "compose.yaml"
 DOCKERFILE = ROOT / "deploy" / "Dockerfile"
 PREFECT = ROOT / "deploy" / "prefect.yaml"

@@ -10,7 +10,7 @@ from deploy.candidate import verify
 from deploy.registry import models
 from deploy.tracking import connect
 
-DYING = Path(__file__).with_name("dying.py")
+DYING = Path(__file__).with_name("dying_register.py")
 
 
 def _assert_one_of_everything(home: Path) -> None:

@@ -11,8 +11,8 @@ from deploy.errors import CandidateError, RegistryError
 from deploy.registry import gate_reports, models, register, verified
 from deploy.runs import record
 from deploy.tracking import connect
-from tests.deploy.served import free_port, serve
-from tests.deploy.tiny import write_prediction
+from tests.helpers.mlflow_server import free_port, serve
+from tests.helpers.predictions import write_prediction
 
 
 @pytest.fixture(scope="module")

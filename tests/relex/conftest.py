@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.relex.trajectories import Run, drift, write_run
+from tests.helpers.trajectories import Run, drift, write_run
 
 
 @pytest.fixture

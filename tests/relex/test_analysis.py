@@ -15,9 +15,9 @@ from relex.extrapolation import Request, extrapolate
 from relex.forecast import forecast
 from relex.linearity import weight_r_squared
 from relex.predictors import parse_method
-from tests.layouts import peft_files
-from tests.reference import dense
-from tests.relex.trajectories import FROZEN, MIB, NORM, STEPS, Run, drift, least_memory, load, measure, write_run
+from tests.helpers import peft_files
+from tests.helpers.trajectories import FROZEN, MIB, NORM, STEPS, Run, drift, least_memory, load, measure, write_run
+from tests.relex.reference import dense
 
 Array = dense.Array
 

@@ -15,9 +15,8 @@ from relex.extrapolation import Request, extrapolate
 from relex.output.manifest import read, with_vectors
 from relex.predictors import parse_method
 from relex.store import Checkpoint, open_base, scan
-from tests.layouts import peft_files
-from tests.relex import trajectories
-from tests.relex.trajectories import MIB, Run, load, write_model, write_run
+from tests.helpers import peft_files, trajectories
+from tests.helpers.trajectories import MIB, Run, load, write_model, write_run
 
 WINDOW, LATER = 40, 75
 

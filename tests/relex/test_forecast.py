@@ -6,8 +6,7 @@ import pytest
 from relex.errors import TargetError
 from relex.forecast import Forecast, check_target, forecast
 from relex.predictors import parse_method
-from tests.reference import dense
-from tests.relex.trajectories import (
+from tests.helpers.trajectories import (
     FROZEN,
     NORM,
     SHAPES,
@@ -20,6 +19,7 @@ from tests.relex.trajectories import (
     predict,
     write_run,
 )
+from tests.relex.reference import dense
 
 SPECS = ("relex", "relex:rank=3", "relex-pinned:damping=0.3", "weight-extrapolation", "hold", "mean:last=3")
 

@@ -11,8 +11,7 @@ from relex.errors import CheckpointChangedError, MemoryBudgetError, NonFiniteErr
 from relex.gram import Gram
 from relex.streaming import UNIT
 from relex.trajectory import Trajectory, open_trajectory
-from tests.reference import dense
-from tests.relex.trajectories import (
+from tests.helpers.trajectories import (
     FROZEN,
     MIB,
     SHAPES,
@@ -26,6 +25,7 @@ from tests.relex.trajectories import (
     write_model,
     write_run,
 )
+from tests.relex.reference import dense
 
 
 def _same(left: Gram, right: Gram) -> bool:

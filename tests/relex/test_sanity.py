@@ -14,7 +14,7 @@ from relex.layouts.hf import SINGLE_FILE, open_model
 from relex.output import manifest
 from relex.predictors import parse_method
 from relex.sanity import duplicates, findings, holes, increments, jumps
-from tests.relex.trajectories import MIB, State, drift, measure, quiet, write_run
+from tests.helpers.trajectories import MIB, State, drift, measure, quiet, write_run
 
 SHAPES = {"attention": (12, 10), "mlp": (30, 7), "norm": (5,)}
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from relex import spectrum
 from relex.predictors.line import line_at
-from tests.reference import dense
-from tests.relex.trajectories import STEPS, TARGET
+from tests.helpers.trajectories import STEPS, TARGET
+from tests.relex.reference import dense
 
 STEPS_K = torch.tensor(STEPS, dtype=torch.float64)
 BLOCKS = arrays("float64", (2, 5, 6), elements=st.floats(-4, 4, width=16))

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from relex import store
 from relex.errors import CheckpointIncompleteError, StoreError
 from relex.store import State, StoredCheckpoint
-from tests.relex.trajectories import FROZEN, STEPS, Run, drift, load, quiet, write_model, write_run
+from tests.helpers.trajectories import FROZEN, STEPS, Run, drift, load, quiet, write_model, write_run
 
 
 def _scan(run: Run, *, now: float | None = None) -> dict[int, StoredCheckpoint]:

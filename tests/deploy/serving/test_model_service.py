@@ -1,0 +1,328 @@
+"""Serving: a real registry, the real proxy and guard, and an engine of the user's own that costs nothing to start."""
+
+import asyncio
+import json
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from deploy import champions, registry
+from deploy.champions import Judgement
+from deploy.errors import CandidateError, NoSuchVersionError, ServingError
+from deploy.serving import engine
+from deploy.serving.service import News, Service, serving
+from deploy.tracking import prepare
+from tests.helpers.predictions import write_prediction
+
+ANSWERING = (
+    f"{sys.executable} {shlex.quote(str(Path(__file__).with_name('answering_engine.py')))} {{model}} {{host}} {{port}}"
+)
+ADDRESS = ("serve", "digits", "--host", "127.0.0.1", "--port", "8123")
+CHAT = "/v1/chat/completions"
+
+
+@dataclass
+class Home:
+    """A home with a registry, the address somebody serves at, and what was told."""
+
+    path: Path
+    news: list[News] = field(default_factory=list)
+    url: str = ""
+
+    @property
+    def uri(self) -> str:
+        return prepare(self.path / "mlflow").tracking_uri
+
+    def promote(self, number: int) -> Path:
+        """Register and promote the model with weights `number`; return the directory that is served."""
+        model = write_prediction(self.path / f"predicted-{number}", number=number)
+        made = registry.register(model, name="digits", tracking_uri=self.uri)
+        self.move(made.version)
+        return made.weights
+
+    def move(self, version: int) -> None:
+        champions.promote(
+            "digits",
+            version,
+            tracking_uri=self.uri,
+            by="ada",
+            judge=lambda candidate, champion: Judgement(passed=True, reason="", metrics={}),
+            downloads=self.path,
+        )
+
+    @asynccontextmanager
+    async def serve(self, *, command: str = ANSWERING, poll_seconds: float = 0.1) -> AsyncIterator[httpx.AsyncClient]:
+        service = Service("digits", self.path, command, port=0, poll_seconds=poll_seconds)
+        async with serving(service, tracking_uri=lambda: self.uri, tell=self.news.append):
+            self.url = self.news[0].text.rpartition(" ")[2].removesuffix("/v1")
+            async with httpx.AsyncClient(base_url=self.url, trust_env=False, timeout=120) as client:
+                yield client
+
+    def log(self, version: int) -> Path:
+        return self.path / "logs" / f"serve-digits-{version}.log"
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database that was set up once: setting one up takes a second, copying it nothing."""
+    return prepare(tmp_path_factory.mktemp("template")).database
+
+
+@pytest.fixture
+def home(template: Path, tmp_path: Path) -> Home:
+    (tmp_path / "mlflow").mkdir()
+    shutil.copy(template, tmp_path / "mlflow")
+    return Home(tmp_path)
+
+
+def mine(place: Path) -> set[psutil.Process]:
+    """Return the live guards, engines and workers of engines that were started for a home."""
+    found = {process for process in psutil.process_iter() if str(place) in " ".join(command_of(process))}
+    return found | {child for process in found for child in process.children(recursive=True)}
+
+
+def command_of(process: psutil.Process) -> list[str]:
+    try:
+        return [] if process.status() == psutil.STATUS_ZOMBIE else process.cmdline()
+    except psutil.Error:
+        return []
+
+
+async def until(condition: Callable[[], bool], *, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        await asyncio.sleep(0.05)
+
+
+async def weights(client: httpx.AsyncClient, query: str = "") -> str:
+    answer = await client.post(f"{CHAT}{query}", content=b"{}")
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["weights"])
+
+
+def test_requests_and_answers_pass_unchanged(home: Home) -> None:
+    home.promote(1)
+
+    async def scenario() -> None:
+        async with home.serve() as client:
+            answer = await client.post(
+                f"{CHAT}?a=%2F&status=418", content=b"what is 2+2", headers={"authorization": "Bearer me"}
+            )
+            told = answer.json()
+            assert (answer.status_code, told["body"]) == (418, "what is 2+2")
+            assert told["path"] == f"{CHAT}?a=%2F&status=418"
+            assert told["headers"]["authorization"] == "Bearer me"
+            assert answer.headers["x-engine"] == "weights 1"
+            assert answer.headers["relex-version"] == "1"
+            (model,) = (await client.get("/v1/models")).json()["data"]
+            assert (model["id"], model["version"], model["target_step"]) == ("digits", 1, 240)
+            assert (await client.post("/load_model", json={"model": "/another"})).status_code == 404
+
+    asyncio.run(scenario())
+
+
+def test_an_answer_is_streamed_and_dropped_when_the_client_leaves(home: Home) -> None:
+    served = home.promote(1)
+
+    async def scenario() -> None:
+        async with home.serve() as client:
+            async with client.stream("POST", f"{CHAT}?stream=6&wait=1", content=b"{}") as answer:
+                chunks = answer.aiter_bytes()
+                assert await anext(chunks) == b"0\n"
+                (served.parent / "go").touch()
+                assert b"".join([chunk async for chunk in chunks]) == b"1\n2\n3\n4\n5\n"
+            async with client.stream("POST", f"{CHAT}?stream=1000", content=b"{}") as answer:
+                await anext(answer.aiter_bytes())
+            await until((served.parent / "gone").exists)
+
+    asyncio.run(scenario())
+
+
+def test_the_alias_moves_and_no_request_fails(home: Home) -> None:
+    served = home.promote(1)
+
+    async def scenario() -> None:
+        async with home.serve() as client:
+            seen: list[str] = []
+
+            async def hammer() -> None:
+                while seen.count("weights 2") < 20:
+                    seen.append(await weights(client))
+
+            hammering = [asyncio.create_task(hammer()) for _ in range(3)]
+            slow = asyncio.create_task(weights(client, "?wait=1"))
+            await until(lambda: len(seen) > 10)
+            await asyncio.to_thread(home.promote, 2)
+            await asyncio.gather(*hammering)
+            assert seen[0] == "weights 1"
+            assert sorted(set(seen)) == ["weights 1", "weights 2"]
+            # The old engine answers what it had begun, and is gone after that.
+            assert not slow.done()
+            (served.parent / "go").touch()
+            assert await slow == "weights 1"
+            await until(lambda: len(mine(home.path)) == 3)
+            assert await weights(client) == "weights 2"
+
+    asyncio.run(scenario())
+    assert [(one.kind, one.version) for one in home.news] == [("answers", 1), ("answers", 2)]
+    assert re.search("version 1 ends after the requests it has: [1-4]$", home.news[1].text)
+    assert mine(home.path) == set()
+
+
+def test_a_damaged_version_changes_nothing_until_it_is_put_right(home: Home) -> None:
+    home.promote(1)
+    file = home.promote(2) / "model.safetensors"
+    whole = file.read_bytes()
+    home.move(1)
+
+    async def scenario() -> None:
+        async with home.serve() as client:
+            file.write_bytes(whole[:-1] + b"X")
+            alias(home, 2)
+            await until(lambda: len(home.news) == 2)
+            assert await weights(client) == "weights 1"
+            file.write_bytes(whole)
+            await until(lambda: len(home.news) == 3)
+            assert await weights(client) == "weights 2"
+
+    asyncio.run(scenario())
+    _, refused, served = home.news
+    assert "cannot be served, version 1 goes on answering" in refused.text
+    assert "SHA-256" in refused.text
+    assert "\n" not in refused.text
+    assert served.kind == "answers"
+
+
+def test_an_engine_that_does_not_come_up_changes_nothing(home: Home) -> None:
+    home.promote(1)
+
+    async def scenario() -> None:
+        async with home.serve() as client:
+            await asyncio.to_thread(home.promote, 9)
+            await until(lambda: len(home.news) == 2)
+            assert await weights(client) == "weights 1"
+            # It is tried again, and nothing new is said about it.
+            await until(lambda: home.log(2).read_text().count("no memory") > 2)
+            assert len(home.news) == 2
+
+    asyncio.run(scenario())
+    assert "the engine ended with status 1: no memory for weights 9" in home.news[1].text
+
+
+def test_an_engine_that_dies_is_started_again_from_whole_files(home: Home) -> None:
+    file = home.promote(1) / "model.safetensors"
+    whole = file.read_bytes()
+
+    async def scenario() -> None:
+        async with home.serve() as client:
+            (died,) = (p for p in mine(home.path) if "deploy.serving.guard" not in command_of(p) and p.children() != [])
+            left = died.children()
+            file.write_bytes(whole.swapcase())
+            died.kill()
+            await until(lambda: len(home.news) == 3)
+            answer = await client.post(CHAT, content=b"{}")
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+            file.write_bytes(whole)
+            await until(lambda: len(home.news) == 4)
+            assert await weights(client) == "weights 1"
+            assert not any(process.is_running() for process in left)
+
+    asyncio.run(scenario())
+    _, ended, damaged, served = home.news
+    assert "the engine of digits version 1 (step 240) ended and is started again" in ended.text
+    assert "cannot be served, nothing answers" in damaged.text
+    assert served.text == "digits version 1 (step 240) answers now"
+
+
+def test_what_cannot_be_served_is_refused_before_anything_listens(home: Home) -> None:
+    async def refused(command: str = ANSWERING, port: int = 0) -> None:
+        service = Service("digits", home.path, command, port=port)
+        async with serving(service, tracking_uri=lambda: home.uri, tell=home.news.append):
+            pass
+
+    with pytest.raises(NoSuchVersionError, match="digits has no champion to serve"):
+        asyncio.run(refused())
+    served = home.promote(1)
+    with pytest.raises(ServingError, match=r"does not say where \{model\} goes"):
+        asyncio.run(refused("my-server {port}"))
+    with pytest.raises(ServingError, match=r"ended with status 2: .+nowhere.py"):
+        asyncio.run(refused(f"{sys.executable} /nowhere.py {{model}} {{port}}"))
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ServingError, match="Choose another"):
+        asyncio.run(refused(port=taken.getsockname()[1]))
+    content = (served / "model.safetensors").read_bytes()
+    (served / "model.safetensors").write_bytes(content.swapcase())
+    with pytest.raises(CandidateError, match="SHA-256"):
+        asyncio.run(refused())
+    assert home.news == []
+    assert mine(home.path) == set()
+
+
+def test_asked_to_end_it_leaves_no_process(home: Home) -> None:
+    home.promote(1)
+    words = ["--home", str(home.path), "--port", "0", "--engine", ANSWERING, "--json"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flows.cli.main", "serve", "digits", *words], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        news = json.loads(process.stdout.readline())
+        assert (news["kind"], news["version"]) == ("answers", 1)
+        started = mine(home.path)
+        # Itself, the guard, the engine and what the engine started.
+        assert len(started) == 4
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(120) == 130
+        assert not any(one.is_running() for one in started)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_vllm_is_taken_where_it_is_installed_and_transformers_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(given: str | None = None, options: Sequence[str] = ()) -> engine.Command:
+        return engine.command(
+            tmp_path / "model", name="digits", port=8123, given=given, options=options, scratch=tmp_path / "scratch"
+        )
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = told()
+    assert found.argv[3:] == ("transformers.cli.transformers", *ADDRESS)
+    assert (found.directory / "digits").readlink() == tmp_path / "model"
+    (tmp_path / "vllm").write_text("#!/bin/sh\n")
+    (tmp_path / "vllm").chmod(0o755)
+    assert told(options=["--max-model-len", "512"]).argv == (
+        *(str(tmp_path / "vllm"), "serve", str(tmp_path / "model"), "--served-model-name", "digits"),
+        *("--host", "127.0.0.1", "--port", "8123", "--max-model-len", "512"),
+    )
+    own = told("""serve -m {model} --at {host}:{port} --as "{name}" --json '{"a": 1}'""")
+    assert own.argv == (*f"serve -m {tmp_path / 'model'} --at 127.0.0.1:8123 --as digits --json".split(), '{"a": 1}')
+
+
+def test_without_an_engine_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ServingError, match=r"Install vllm or 'relex\[serve\]'"):
+        engine.command(tmp_path, name="digits", port=1, given=None, options=(), scratch=tmp_path)
+
+
+def alias(home: Home, version: int) -> None:
+    """Move the alias as MLflow's own page does, which verifies nothing."""
+    from deploy.tracking import connect
+
+    connect(home.uri).set_registered_model_alias("digits", registry.CHAMPION, str(version))

@@ -1,0 +1,100 @@
+"""The search on made-up scores, and the whole procedure on models whose accuracy is known."""
+
+import pytest
+from scipy.stats import binom
+
+from flows.decide.search import search, subsets
+from flows.state.decision import Model, Score
+from tests.helpers.simulated import World
+
+# An arc, as over targets: near ones win a little, far ones lose.
+ARC = (0.01, 0.02, 0.03, 0.01, -0.02, -0.08) * 2
+TRIALS = 120
+
+
+def candidates(count: int) -> list[Model]:
+    return [Model("candidate", 100 + row, str(row)) for row in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("count", "problems", "batch", "sizes"),
+    [
+        (4, 500, 64, [500]),
+        (5, 500, 64, [256, 500]),
+        (12, 500, 64, [128, 256, 500]),
+        (12, 500, 250, [250, 500]),
+        (12, 5000, 64, [1280, 2560, 5000]),
+        (40, 500, 64, [128, 256, 500]),
+        (12, 150, 200, [150]),
+    ],
+)
+def test_subsets_double_in_whole_batches_to_all_problems(
+    count: int, problems: int, batch: int, sizes: list[int]
+) -> None:
+    assert subsets(count, problems, batch=batch) == sizes
+
+
+def test_half_go_on_each_round_and_of_equals_the_nearest() -> None:
+    asked: list[tuple[int, int]] = []
+
+    def measure(model: Model, count: int) -> Score:
+        asked.append((model.step, count))
+        return Score(model, "selection", 0.5 if model.step < 110 else 0.4, 0.0, count)
+
+    found = search(candidates(12), problems=800, batch=50, measure=measure)
+    assert [sum(count == size for _, count in asked) for size in (200, 400, 800)] == [12, 6, 4]
+    assert [score.model.step for score in found.finalists] == [100, 101, 102, 103]
+    assert {score.model.step for score in found.dropped} == set(range(104, 112))
+    assert [score.n for score in found.dropped].count(200) == 6
+
+
+def run(differences: tuple[float, ...], *, attempts: int, margin: float = 0.0) -> tuple[int, int]:
+    """Return how many of the trials ended in a worse and in a better model, each re-armed after a refusal."""
+    worse = better = 0
+    for trial in range(TRIALS):
+        for attempt in range(1, attempts + 1):
+            # What a refused run shows later are other models.
+            world = World(differences, selection=500, gate=5000, margin=margin, seed=10 * trial + attempt)
+            decision = world.decide(attempt=(attempt, attempts))
+            if decision.winner is not None and decision.verdict == "registered":
+                better += world.differences[decision.winner] > -margin
+                worse += world.differences[decision.winner] <= -margin
+                break
+    return worse, better
+
+
+@pytest.mark.parametrize(
+    ("differences", "attempts", "margin"),
+    [
+        ((0.0,) * 12, 1, 0.0),
+        ((0.0,) * 12, 3, 0.0),
+        ((-0.01,) * 12, 3, 0.01),
+        ((0.0,) * 6 + (-0.05,) * 6, 3, 0.0),
+    ],
+    ids=["equals", "equals, re-armed", "worse by the margin, re-armed", "equals and worse, re-armed"],
+)
+def test_the_whole_procedure_promotes_what_is_no_better_at_most_once_in_twenty(
+    differences: tuple[float, ...], attempts: int, margin: float
+) -> None:
+    worse, _ = run(differences, attempts=attempts, margin=margin)
+    # More would come once in a thousand procedures that err once in twenty.
+    assert worse <= binom.ppf(0.999, TRIALS, 0.05)
+
+
+@pytest.mark.parametrize(
+    ("differences", "attempts"),
+    [(ARC, 1), (ARC, 3), ((0.03, *(-0.02,) * 11), 3)],
+    ids=["arc", "arc, re-armed", "alone, re-armed"],
+)
+def test_three_points_more_are_found_four_times_in_five(differences: tuple[float, ...], attempts: int) -> None:
+    worse, better = run(differences, attempts=attempts)
+    assert better >= 0.8 * TRIALS
+    assert worse == 0
+
+
+def test_nothing_is_scored_when_the_backtest_says_hold() -> None:
+    world = World((), selection=500, gate=5000, margin=0.0, seed=0)
+    decision = world.decide()
+    assert decision.verdict == "keep training"
+    assert decision.reason.startswith("The backtest says hold")
+    assert decision.selection == ()

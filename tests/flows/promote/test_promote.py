@@ -1,0 +1,388 @@
+"""Promotion, rollback and what `relex models` says, on a real MLflow store; the races go through a real server."""
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from deploy import champions, registry
+from deploy.errors import CandidateError, NoSuchVersionError
+from deploy.registry import CHAMPION
+from deploy.tracking import connect, prepare
+from evaluation.verdict.report import Report
+from flows.cli.main import main
+from flows.decide.gate_results import write_gate_results
+from flows.errors import PromotionError
+from flows.promote.listing import listing
+from flows.promote.promotion import Promotion, promote, rollback
+from flows.state.decision import Model
+from tests.helpers import ROOT
+from tests.helpers.mlflow_server import serve
+from tests.helpers.predictions import write_prediction
+
+# On 40 problems, so many right answers: the later are better than the earlier, beyond doubt.
+OBSERVED, GOOD, BETTER, BEST = 8, 16, 24, 32
+PROBLEMS = 40
+
+
+def report(solved: int, *, digest: str = "one", batch_size: int = 64) -> Report:
+    return Report(
+        model="model",
+        model_digest="0",
+        benchmark="digits-gate",
+        benchmark_digest=digest,
+        metric="exact_match",
+        scores=tuple((f"problem {number}", float(number < solved)) for number in range(PROBLEMS)),
+        rates={},
+        settings={"batch_size": batch_size},
+        seconds=1.0,
+    )
+
+
+class Registry:
+    """One store, and predictions registered in it with their gate results."""
+
+    def __init__(self, home: Path, uri: str) -> None:
+        self.home, self.uri = home, uri
+
+    def add(
+        self,
+        number: int,
+        solved: int,
+        *,
+        name: str = "tiny",
+        against: Sequence[tuple[int, int]] = (),
+        digest: str = "one",
+        batch_size: int = 64,
+    ) -> registry.Registered:
+        """Register prediction `number`; `against` are champions it was judged against: their numbers and scores."""
+        path = self.home / f"prediction-{number}"
+        if not path.exists():
+            write_prediction(path, number=number)
+        told = report(solved, digest=digest, batch_size=batch_size)
+        references = [(Model("observed", 48, "seen"), report(OBSERVED, digest=digest, batch_size=batch_size))]
+        for other, score in against:
+            model = Model("champion", 240, "there", digest=self.digest(other))
+            references.append((model, report(score, digest=digest, batch_size=batch_size)))
+        results = write_gate_results(
+            self.home / f"gate-{number}-{digest}-{batch_size}.json",
+            (Model("candidate", 240, str(path), "relex", self.digest(number)), told),
+            references,
+            margin=0.0,
+            confidence=0.95,
+        )
+        return registry.register(path, name=name, tracking_uri=self.uri, gate_reports=[results])
+
+    def digest(self, number: int) -> str:
+        found = json.loads((self.home / f"prediction-{number}" / "relex.json").read_text())
+        return str(found["digest"])
+
+    def promote(self, version: int | None = None, *, name: str = "tiny", by: str = "ada") -> Promotion:
+        return promote(name, version, tracking_uri=self.uri, by=by, downloads=self.home / "models")
+
+    def rollback(self, name: str = "tiny") -> Promotion:
+        return rollback(name, tracking_uri=self.uri, by="ada", downloads=self.home / "models")
+
+    def champion(self, name: str = "tiny") -> int | None:
+        found = registry.champion(name, tracking_uri=self.uri)
+        return None if found is None else found.version
+
+    def trail(self) -> list[tuple[str, int | None, int | None]]:
+        return [
+            (entry.verdict, entry.from_version, entry.to_version)
+            for entry in champions.history("tiny", tracking_uri=self.uri)
+        ]
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare(tmp_path_factory.mktemp("template")).database
+
+
+@pytest.fixture
+def store(tmp_path: Path, template: Path) -> Registry:
+    (tmp_path / "mlflow").mkdir()
+    (tmp_path / "mlflow" / "mlflow.db").write_bytes(template.read_bytes())
+    return Registry(tmp_path, prepare(tmp_path / "mlflow").tracking_uri)
+
+
+def test_the_first_champion_is_no_worse_than_what_was_observed_and_the_next_is_better_than_it(store: Registry) -> None:
+    store.add(1, GOOD)
+    first = store.promote()
+    assert (first.entry.verdict, first.entry.from_version, first.entry.to_version) == ("promoted", None, 1)
+    assert "last observed @ 48 0.2000" in first.entry.reason
+    # Neither was judged against the other: their own results are paired.
+    store.add(2, BEST)
+    second = store.promote()
+    assert (second.entry.from_version, second.entry.to_version) == (1, 2)
+    assert second.entry.metrics["gate_champion_difference"] == pytest.approx((BEST - GOOD) / PROBLEMS)
+    assert "champion @ 240 0.4000" in second.entry.reason
+    champion = registry.champion("tiny", tracking_uri=store.uri)
+    assert champion is not None
+    assert (champion.version, champion.digest) == (2, store.digest(2))
+
+
+def test_every_promotion_is_a_run_that_says_who_when_from_which_version_to_which(store: Registry) -> None:
+    store.add(1, GOOD)
+    done = store.promote(by="grace")
+    run = connect(store.uri).get_run(done.entry.run_id)
+    assert run.info.status == "FINISHED"
+    said = {key: run.data.tags[key] for key in ("action", "verdict", "by", "from_version", "to_version", "candidate")}
+    assert said == {
+        "action": "promote",
+        "verdict": "promoted",
+        "by": "grace",
+        "from_version": "",
+        "to_version": "1",
+        "candidate": "1",
+    }
+    assert run.data.metrics["gate_last_observed_lower_bound"] > 0
+    assert done.entry.at_ms > 0
+
+
+def test_promoting_the_champion_again_does_nothing(store: Registry) -> None:
+    store.add(1, GOOD)
+    assert store.promote() == store.promote()
+    assert store.trail() == [("promoted", None, 1)]
+
+
+def test_what_is_not_better_than_the_champion_is_refused_on_record_and_the_champion_stays(store: Registry) -> None:
+    store.add(1, BETTER)
+    store.promote()
+    store.add(2, BETTER - 1)
+    with pytest.raises(PromotionError, match=r"version 2 is not promoted.*not shown: the interval") as refusal:
+        store.promote()
+    assert "\n" not in str(refusal.value)
+    assert store.champion() == 1
+    assert store.trail() == [("promoted", None, 1), ("refused", 1, None)]
+
+
+@pytest.mark.parametrize("change", [{"digest": "another"}, {"batch_size": 8}])
+def test_results_that_cannot_be_paired_with_the_champions_are_refused_with_the_way_out(
+    store: Registry, change: dict[str, str]
+) -> None:
+    store.add(1, GOOD)
+    store.promote()
+    store.add(2, BEST, **change)  # type: ignore[arg-type]
+    with pytest.raises(PromotionError, match=r"cannot be compared with the champion.*promote what that registers"):
+        store.promote()
+    assert store.champion() == 1
+    # A decision that scored the champion beside its candidate needs none of the champion's own results.
+    store.add(3, BEST, against=[(1, GOOD)], **change)  # type: ignore[arg-type]
+    assert store.promote().entry.to_version == 2
+
+
+def test_a_version_without_gate_results_is_refused(store: Registry) -> None:
+    registry.register(write_prediction(store.home / "bare"), name="tiny", tracking_uri=store.uri)
+    with pytest.raises(PromotionError, match="was registered without its gate results"):
+        store.promote()
+    assert store.champion() is None
+
+
+def test_a_version_that_does_not_exist_is_refused_with_those_that_do(store: Registry) -> None:
+    with pytest.raises(NoSuchVersionError, match="nothing is registered under that name"):
+        store.promote()
+    store.add(1, GOOD)
+    with pytest.raises(NoSuchVersionError, match="has no version 7: its versions are 1"):
+        store.promote(7)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def forge(path: Path) -> None:
+    """Change the weights and let the manifest agree."""
+    import hashlib
+
+    flip(path)
+    manifest = path.with_name("relex.json")
+    content = json.loads(manifest.read_text())
+    content["files"][path.name]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    manifest.unlink()
+    manifest.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("damage", [flip, forge, Path.unlink])
+def test_a_shard_that_changed_since_registration_is_noticed_before_promotion_and_before_serving(
+    store: Registry, damage: Callable[[Path], None]
+) -> None:
+    store.add(1, GOOD)
+    made = store.add(2, BEST)
+    store.promote(1)
+    damage(made.weights / "model.safetensors")
+    with pytest.raises(PromotionError, match="is not what was registered"):
+        store.promote(2)
+    assert store.champion() == 1
+    (row, _) = registry.models("tiny", tracking_uri=store.uri)
+    with pytest.raises(CandidateError, match="is not what was registered"):
+        registry.verified(row, tracking_uri=store.uri, downloads=store.home / "models")
+
+
+def test_changed_gate_results_are_noticed(store: Registry) -> None:
+    made = store.add(1, GOOD)
+    (kept,) = (made.weights.parent / "gate").iterdir()
+    kept.write_text(kept.read_text().replace("0.0", "1.0"))
+    with pytest.raises(PromotionError, match=r"gate results .* changed"):
+        store.promote()
+    store.add(1, GOOD)
+    assert store.promote().entry.verdict == "promoted"
+
+
+def test_rollback_goes_back_along_the_trail_and_says_when_nothing_is_before(store: Registry) -> None:
+    for number, solved in ((1, GOOD), (2, BETTER), (3, BEST)):
+        store.add(number, solved)
+        store.promote()
+    assert store.rollback().entry.to_version == 2
+    assert store.rollback().entry.to_version == 1
+    with pytest.raises(NoSuchVersionError, match="tiny version 1 has no champion before it"):
+        store.rollback()
+    assert store.champion() == 1
+    with pytest.raises(NoSuchVersionError, match="the newest, was champion and ada rolled it back"):
+        store.promote()
+    assert store.promote(3).entry.from_version == 1
+    assert store.rollback().entry.to_version == 1
+    assert [verdict for verdict, *_ in store.trail()] == ["promoted"] * 3 + ["rolled back"] * 2 + [
+        "promoted",
+        "rolled back",
+    ]
+
+
+def test_nothing_is_rolled_back_to_a_damaged_version(store: Registry) -> None:
+    first = store.add(1, GOOD)
+    store.promote()
+    store.add(2, BEST)
+    store.promote()
+    flip(first.weights / "model.safetensors")
+    with pytest.raises(CandidateError, match="tiny version 1 is not what was registered"):
+        store.rollback()
+    assert store.champion() == 2
+
+
+def test_an_alias_moved_by_hand_is_the_champion_and_rollback_knows_what_was_before(store: Registry) -> None:
+    for number, solved in ((1, GOOD), (2, BETTER), (3, BEST)):
+        store.add(number, solved)
+        store.promote()
+    client = connect(store.uri)
+    client.set_registered_model_alias("tiny", CHAMPION, "1")
+    assert store.rollback().entry.to_version == 3
+    client.set_registered_model_alias("tiny", CHAMPION, "1")
+    assert store.promote(2).entry.from_version == 1
+    assert store.rollback().entry.to_version == 1
+
+
+def test_a_name_without_champion_cannot_be_rolled_back(store: Registry) -> None:
+    store.add(1, GOOD)
+    with pytest.raises(NoSuchVersionError, match="tiny has no champion to go back from"):
+        store.rollback()
+
+
+def test_the_listing_tells_versions_champion_numbers_and_whether_the_weights_are_whole(store: Registry) -> None:
+    store.add(1, GOOD)
+    store.promote()
+    second = store.add(2, BEST)
+    store.promote()
+    flip(second.weights / "model.safetensors")
+
+    def states(contents: str) -> list[tuple[int, int | None, str]]:
+        found = listing("tiny", tracking_uri=store.uri, downloads=store.home, contents=contents)  # type: ignore[arg-type]
+        assert found.champion == 2
+        return [(item.row.version, item.promoted, item.state.split(":")[0]) for item in found.versions]
+
+    assert states("sizes") == [(2, 2, "sizes match"), (1, 1, "sizes match")]
+    assert states("read") == [(2, 2, "damaged"), (1, 1, "verified")]
+    assert registry.names(tracking_uri=store.uri) == ["tiny"]
+
+
+def test_the_command_line_promotes_lists_and_rolls_back(
+    store: Registry, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def relex(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["relex", *arguments, "--home", str(store.home)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        told = capsys.readouterr()
+        return f"{stop.value.code or 0} {told.out}{told.err}"
+
+    store.add(1, GOOD)
+    store.add(2, BEST)
+    assert "tiny version 1 (prediction" in relex("promote", "tiny", "1")
+    assert json.loads(relex("promote", "tiny", "--json").removeprefix("0 "))["from_version"] == 1
+    told = relex("models")
+    assert "tiny-candidates" in told
+    assert "tiny v2, champion" in told
+    assert "sizes match" in told
+    assert relex("rollback", "tiny").startswith("0 tiny version 1")
+    assert relex("rollback", "tiny").startswith("1 relex: NoSuchVersionError: tiny version 1 has no champion before")
+    (found,) = json.loads(relex("models", "tiny", "--verify", "--json").removeprefix("0 "))
+    assert [item["state"] for item in found["versions"]] == ["verified", "verified"]
+    assert found["champion"] == 1
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
+    home = tmp_path_factory.mktemp("served")
+    with serve(home) as uri:
+        yield Registry(home, uri)
+
+
+def run_promoter(store: Registry, version: int, name: str, start: threading.Barrier, refused: list[int]) -> None:
+    start.wait()
+    try:
+        store.promote(version, name=name)
+    except PromotionError:
+        refused.append(version)
+
+
+# The server costs half a second of CPU a promotion.
+@pytest.mark.parametrize(("where", "races"), [("served", 10), ("store", 90)])
+def test_two_promoters_at_once_never_leave_the_worse_champion(
+    where: str, races: int, request: pytest.FixtureRequest
+) -> None:
+    store = request.getfixturevalue(where)
+    client = connect(store.uri)
+    first_past = set()
+    for race in range(races):
+        # Otherwise the trail alone would slow the last ones down.
+        name = f"raced-{race // 20}"
+        if race % 20 == 0:
+            for number, solved in ((1, GOOD), (2, BETTER), (3, BEST)):
+                store.add(number, solved, name=name)
+            store.promote(1, name=name)
+        client.set_registered_model_alias(name, CHAMPION, "1")
+        start = threading.Barrier(2)
+        refused: list[int] = []
+        promoters = [
+            threading.Thread(target=run_promoter, args=(store, version, name, start, refused)) for version in (2, 3)
+        ]
+        for promoter in promoters:
+            promoter.start()
+        while any(promoter.is_alive() for promoter in promoters):
+            assert store.champion(name) is not None
+            promoters[0].join(0.2)
+            promoters[1].join(0.2)
+        champion = registry.champion(name, tracking_uri=store.uri)
+        assert champion is not None
+        assert champion.digest == store.digest(3)
+        assert refused in ([], [2])
+        first_past.add(tuple(refused))
+    # Both orders happened.
+    assert first_past == {(), (2,)}
+
+
+def test_a_process_killed_at_any_step_leaves_a_champion_and_nothing_unfinished(tmp_path: Path) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-m", "tests.flows.promote.dying_promote", str(tmp_path)],
+        cwd=ROOT,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert all(kills >= 4 for kills in json.loads(ran.stdout).values()), ran.stdout

@@ -1,0 +1,63 @@
+"""StopOnFile in transformers' own Trainer, in one process and in two."""
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flows.stop.callback import StopOnFile
+from tests.flows.stop.stopping_trainer import STEPS, WriteAtStep, train
+
+
+def test_the_training_ends_after_the_step_at_which_the_file_appears_and_saves_it(tmp_path: Path) -> None:
+    stop = tmp_path / "STOP"
+    assert train(tmp_path, [WriteAtStep(stop, 5, seconds=0), StopOnFile(stop)]) == 5
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-5"]
+    assert (tmp_path / "run/checkpoint-5/trainer_state.json").is_file()
+
+
+def test_a_file_that_an_earlier_training_left_is_warned_of_and_ignored_until_it_is_replaced(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stop = tmp_path / "STOP"
+    stop.write_text("{}")
+    with caplog.at_level(logging.WARNING, "flows.stop.callback"):
+        assert train(tmp_path, [StopOnFile(stop)]) == STEPS
+    assert [record.getMessage() for record in caplog.records] == [
+        f"stop file {stop} is older than this training and is ignored; write it anew to stop"
+    ]
+    assert train(tmp_path, [WriteAtStep(stop, 7, seconds=0), StopOnFile(stop)]) == 7
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a training of two processes, in an interpreter of its own, left behind."""
+    out = tmp_path_factory.mktemp("ranks")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.flows.stop.stopping_trainer", str(out), str(port)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_every_rank_ends_at_the_same_step_when_the_file_appears_between_their_looks(two_ranks: Path) -> None:
+    # The first rank had looked when the file came, so it is seen a step later.
+    assert [(two_ranks / f"rank-{rank}").read_text() for rank in range(2)] == ["6", "6"]
+    assert [path.name for path in (two_ranks / "run").iterdir()] == ["checkpoint-6"]
+
+
+def test_the_training_s_process_is_spared_what_only_relex_needs(two_ranks: Path) -> None:
+    imported = set((two_ranks / "modules").read_text().splitlines())
+    assert "flows.stop.callback" in imported
+    assert not imported & {"prefect", "mlflow", "lm_eval", "math_verify", "typer", "relex", "evaluation", "deploy"}

@@ -1,0 +1,238 @@
+"""Stopping the training on somebody's word, with a real Prefect server."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+from uuid import UUID
+
+import httpx
+import psutil
+import pytest
+from prefect import flow
+from prefect.client.orchestration import get_client
+from prefect.exceptions import Pause
+from prefect.flow_engine import run_flow
+from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
+
+from deploy.local import daemon, stack
+from deploy.local.server import PREFECT, answers, launch, still_starting
+from deploy.local.stack import Stack
+from deploy.runs import record
+from deploy.tracking import connect, prepare
+from flows.stop.execute import Stop, read_stop
+from flows.stop.flow import CONTINUE, STOP, offer, stop_deployment, stop_flow
+from flows.stop.status import confirm, outlook
+from tests.helpers.stopped import COMMAND, configure, decided, runs
+from tests.helpers.straight_run import WriteCheckpoint
+
+Found = TypeVar("Found")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """A Prefect server, and this process talking to it."""
+    home = tmp_path_factory.mktemp("home").resolve()
+    try:
+        found, began = launch(home, PREFECT), time.monotonic()
+        with httpx.Client(trust_env=False, timeout=2) as client:
+            while not answers(client, home, found, PREFECT):
+                seconds = time.monotonic() - began
+                found = still_starting(home, found, PREFECT, seconds=seconds, limit=120)
+                time.sleep(0.1)
+        api = f"{found.url}/api"
+        with temporary_settings({PREFECT_API_URL: api, PREFECT_LOGGING_TO_API_ENABLED: False}):
+            yield Stack(home, str(found.url), api, prepare(home / "mlflow").tracking_uri)
+    finally:
+        daemon.stop(home, ["prefect"])
+
+
+@pytest.fixture
+def ready(config: Path, write_checkpoint: WriteCheckpoint, request: pytest.FixtureRequest) -> Path:
+    """The relex.yaml of a decided run with a name of its own and a command that stops it."""
+    for step in (0, 10, 20, 25, 40, 60):
+        write_checkpoint(step)
+    name = re.sub("[^a-z]+", "-", request.node.name)[-40:].strip("-")
+    configure(config, training_run=name, stop_command=COMMAND, total_steps=200)
+    return config
+
+
+@contextmanager
+def serving(config: Path, server: Stack) -> Iterator[psutil.Popen]:
+    """Serve the approval until killed, in a process of its own."""
+    environment = {**os.environ, **stack.environment(server)}
+    argv = [sys.executable, "-m", "tests.integration.serving_stop", str(config), server.mlflow_url]
+    served = psutil.Popen(argv, env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        assert served.stdout.readline() == "cleared\n"
+        yield served
+    finally:
+        for process in (*served.children(recursive=True), served):
+            process.kill()
+        served.wait(10)
+
+
+def offer_to_stop(config: Path, server: Stack, **changes: Any) -> str:
+    """Decide and offer."""
+    return offer(str(config), configure(config), decided(config, **changes), tracking_uri=server.mlflow_url)
+
+
+def offered(config: Path, server: Stack, **changes: Any) -> tuple[str, str]:
+    """Decide and offer; return the sentence and the id of the flow run that it names."""
+    # As the extrapolation does: within a flow run of its own.
+    sentence = flow(name="decides")(lambda: offer_to_stop(config, server, **changes))()
+    found = re.search(r"/runs/flow-run/([0-9a-f-]{36})", sentence)
+    assert found is not None
+    return sentence, found[1]
+
+
+def look(server: Stack, run: str) -> dict[str, Any]:
+    answer: dict[str, Any] = httpx.get(f"{server.prefect_api_url}/flow_runs/{run}").raise_for_status().json()
+    return answer
+
+
+def resume(server: Stack, run: str, **form: str) -> str:
+    """Answer as the page does; return what the server makes of it."""
+    url = f"{server.prefect_api_url}/flow_runs/{run}/resume"
+    return str(httpx.post(url, json={"run_input": form}).raise_for_status().json()["status"])
+
+
+def wait_for(what: str, condition: Callable[[], Found | None], *, seconds: float = 240) -> Found:
+    end = time.monotonic() + seconds
+    while (found := condition()) is None:
+        assert time.monotonic() < end, f"{what} did not come within {seconds:.0f} s"
+        time.sleep(0.1)
+    return found
+
+
+def in_state(server: Stack, run: str, *states: str) -> Callable[[], str | None]:
+    return lambda: found if (found := look(server, run)["state_type"]) in states else None
+
+
+def steps_saved(config: Path, server: Stack, stop: Stop) -> float:
+    """Return what the decision's run in MLflow says."""
+    settings, uri = configure(config), server.mlflow_url
+    key = f"{settings.training_run} {stop.decision}"
+    run = record(settings.registered_model, tracking_uri=uri, key=key, title="").run_id
+    return float(connect(uri).get_run(run).data.metrics["steps_saved"])
+
+
+def asked(server: Stack, run: str, part: str = "schema") -> Any:
+    keys = look(server, run)["state"]["state_details"]["run_input_keyset"]
+    return httpx.get(f"{server.prefect_api_url}/flow_runs/{run}/input/{keys[part]}").raise_for_status().json()
+
+
+def suspend(run: str) -> None:
+    """Run a flow run here until it waits for its answer."""
+    with pytest.raises(Pause):
+        take_up(run)
+
+
+def take_up(run: str) -> str:
+    """Run a flow run here, as its process would; return the message it ends with."""
+    with get_client(sync_client=True) as client:
+        flow_run = client.read_flow_run(UUID(run))
+    state: Any = run_flow(stop_flow, flow_run=flow_run, parameters=flow_run.parameters, return_type="state")
+    return str(state.message)
+
+
+@pytest.fixture
+def deployed(ready: Path, server: Stack) -> Path:
+    """The same, its approval deployed; nothing serves it but the test."""
+    stop_deployment(ready, configure(ready), tracking_uri=server.mlflow_url).apply()
+    return ready
+
+
+def test_an_approved_stop_survives_a_restart_and_happens_once(deployed: Path, server: Stack) -> None:
+    sentence, run = offered(deployed, server)
+    assert "140 steps are saved" in sentence
+    assert offered(deployed, server) == (sentence, run)
+    suspend(run)
+    assert asked(server, run)["required"] == ["answer"]
+    assert runs(deployed) == []
+    with serving(deployed, server):
+        assert look(server, run)["state_type"] == "PAUSED"
+        assert resume(server, run, answer=STOP, name="ada") == "ACCEPT"
+        # Approved twice is approved once.
+        assert resume(server, run, answer=STOP) == "ABORT"
+        wait_for("the end", in_state(server, run, "COMPLETED", "FAILED", "CRASHED"))
+    assert look(server, run)["state"]["message"].startswith("The training was stopped at")
+    assert len(runs(deployed)) == 1
+    stop = read_stop(configure(deployed))
+    assert stop is not None
+    assert (stop.state, stop.by) == ("stopped", "ada in the Prefect UI")
+    assert steps_saved(deployed, server, stop) == 140
+    assert offer_to_stop(deployed, server).startswith("The training was stopped at")
+
+
+def test_the_page_says_what_is_asked(deployed: Path, server: Stack) -> None:
+    _, run = offered(deployed, server, reason="it is better: passed.")
+    suspend(run)
+    text = asked(server, run, "description")
+    for part in ("it is better: passed.", "140 steps are saved", f"once: run `{COMMAND}` in {deployed.parent}"):
+        assert part in text
+
+
+def test_declined_nothing_is_run_and_it_is_on_record(deployed: Path, server: Stack) -> None:
+    _, run = offered(deployed, server)
+    suspend(run)
+    resume(server, run, answer=CONTINUE, name="bob")
+    assert take_up(run).startswith("Stopping was declined by bob in the Prefect UI")
+    assert runs(deployed) == []
+    stop = read_stop(configure(deployed))
+    assert stop is not None
+    assert stop.state == "declined"
+    # Somebody may think better of it.
+    settings = configure(deployed)
+    assert confirm(settings, outlook(deployed, settings), by="ada").state == "stopped"
+
+
+def test_what_was_stopped_by_hand_meanwhile_is_not_stopped_again(deployed: Path, server: Stack) -> None:
+    _, run = offered(deployed, server)
+    suspend(run)
+    settings = configure(deployed)
+    confirm(settings, outlook(deployed, settings), by="ada")
+    resume(server, run, answer=STOP)
+    assert "was stopped at" in take_up(run)
+    assert len(runs(deployed)) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"stop_command": "echo something else >> stopped"}, "What was approved is not what"),
+        ({"margin": 0.5}, "was decided on other checkpoints or settings"),
+    ],
+)
+def test_what_was_not_shown_is_not_run(deployed: Path, server: Stack, changes: dict[str, Any], says: str) -> None:
+    _, run = offered(deployed, server)
+    suspend(run)
+    configure(deployed, **changes)
+    # The extrapolation comes here again when it was killed before its end.
+    offer_to_stop(deployed, server)
+    resume(server, run, answer=STOP)
+    assert says in take_up(run)
+    assert runs(deployed) == []
+
+
+def test_at_once_nobody_is_asked(deployed: Path, server: Stack) -> None:
+    configure(deployed, stop="at-once")
+    sentence = offer_to_stop(deployed, server)
+    assert "by the setting stop: at-once" in sentence
+    assert offer_to_stop(deployed, server) == sentence
+    assert len(runs(deployed)) == 1
+
+
+def test_what_is_not_due_is_not_offered(ready: Path, server: Stack) -> None:
+    assert offer_to_stop(ready, server, verdict="keep training") == ""
+    assert "trusts no target beyond step 78" in offer_to_stop(ready, server, trusted=78)
+    assert offer_to_stop(ready, server).startswith("Nothing serves the approval of stopping")
+    configure(ready, stop_command=None)
+    assert "add stop_command or stop_file to" in offer_to_stop(ready, server)
+    assert offer_to_stop(ready, server, trusted=78) == ""
+    assert runs(ready) == []

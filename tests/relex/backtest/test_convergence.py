@@ -1,0 +1,87 @@
+import pytest
+import torch
+
+from relex.backtest.convergence import Convergence, converge, propose
+from tests.helpers.trajectories import measure, write_run
+
+STEPS = tuple(range(4, 52, 4))
+
+
+def looked(
+    tmp_path_factory: pytest.TempPathFactory,
+    kind: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    steps: tuple[int, ...] = STEPS,
+) -> Convergence:
+    """Return what is found on a run of one tensor: a line with noise, or a random walk."""
+    generator = torch.Generator().manual_seed(1)
+    base = torch.randn(40, 50, generator=generator, dtype=torch.float64)
+    way = torch.randn(40, 50, generator=generator, dtype=torch.float64)
+    states, walk = {0: {"weight": base.to(dtype)}}, torch.zeros_like(base)
+    for step in steps:
+        noise = torch.randn(40, 50, generator=generator, dtype=torch.float64)
+        walk = walk + noise
+        delta = {"line": 0.05 * step * way + 0.1 * noise, "walk": walk}[kind]
+        states[step] = {"weight": (base + 0.1 * delta).to(dtype)}
+    trajectory = write_run(tmp_path_factory.mktemp("run"), states).open()
+    return converge(trajectory, measure(trajectory))
+
+
+@pytest.fixture(scope="module")
+def line(tmp_path_factory: pytest.TempPathFactory) -> Convergence:
+    return looked(tmp_path_factory, "line")
+
+
+def test_a_line_is_trusted_by_three_looks_each_a_tenth_apart(line: Convergence) -> None:
+    assert line.state == "trusted"
+    assert line.looks == (36, 40, 48)
+    assert line.way is not None
+    assert line.way.start == 0
+    assert line.target_step is not None
+    assert line.lower_bound is not None
+    assert line.lower_bound > 0
+
+
+def test_what_only_the_last_look_trusts_has_not_converged(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Seven checkpoints are the fewest the backtest answers for, so that the earlier looks say hold."""
+    found = looked(tmp_path_factory, "line", steps=STEPS[:7])
+    assert found.state == "unsettled"
+    assert found.looks == (20, 24, 28)
+    assert all(item.skill_at_least is None for item in propose(found, methods=None, targets=None))
+
+
+def test_a_random_walk_is_held_and_proposes_nothing_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
+    found = looked(tmp_path_factory, "walk")
+    assert found.state == "hold"
+    assert propose(found, methods=None, targets=None) == ()
+    # Who names a target gets it.
+    (only,) = propose(found, methods=["raw"], targets=[100])
+    assert (only.method, only.target_step, only.skill_at_least) == ("raw", 100, None)
+
+
+def test_in_16_bits_the_answer_is_hidden_and_only_scores_can_tell(tmp_path_factory: pytest.TempPathFactory) -> None:
+    found = looked(tmp_path_factory, "walk", dtype=torch.bfloat16)
+    assert found.state == "hidden"
+    assert "16 bits" in found.reason
+    assert {item.method for item in propose(found, methods=None, targets=None)} == {"relex", "relex-pinned"}
+
+
+def test_targets_are_multiples_of_the_steps_seen_up_to_the_planned_end(line: Convergence) -> None:
+    assert line.target_step is not None
+    wide = sorted({item.target_step for item in propose(line, methods=["relex"], targets=None)})
+    assert wide[-1] == 9 * 48
+    assert {72, 96, 144, 240, 432} | {line.target_step} >= set(wide)
+    assert line.target_step in wide
+    near = sorted({item.target_step for item in propose(line, methods=["relex"], targets=None, total_steps=150)})
+    assert near[-1] == 150
+    assert 144 not in near
+    assert all(step > 48 for step in near)
+
+
+def test_skill_is_promised_only_as_far_as_it_was_tested(line: Convergence) -> None:
+    assert line.way is not None
+    assert line.target_step is not None
+    found = {item.target_step: item for item in propose(line, methods=[line.way.method], targets=None)}
+    assert found[line.target_step].skill_at_least == line.lower_bound
+    assert all((item.skill_at_least is None) == (step > line.target_step) for step, item in found.items())

@@ -1,0 +1,125 @@
+"""The backtest on two real GRPO runs, against the checkpoints that came later.
+
+`NAME.safetensors` holds the Gram of some checkpoints of a run of 480 steps, `NAME.json` the accuracies measured on it,
+both written by benchmarks/decisions.py --keep. The straight run goes on along its line; the bent one has learnt nearly
+everything after a fifth of its steps, and plain RELEX to its end unlearns it.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from relex.backtest.backtest import Backtest, backtest
+from relex.gram import Gram
+from relex.predictors import parse_method
+
+STRAIGHT, BENT = "sort-seed-1-prompts-8-lr-4e-06-fp32", "sort-seed-1-prompts-32-lr-2e-05-fp32"
+WINDOWS = (24, 48, 96)
+END = 480
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A run that was: its Gram, and for each window what was scored."""
+
+    gram: Gram
+    windows: dict[int, dict[str, Any]]
+
+    def backtest(self, window: int) -> Backtest:
+        return backtest(self.gram.rows([row for row, step in enumerate(self.gram.steps) if step <= window]))
+
+    def skill(self, method: str, start: int, window: int, target: int) -> float:
+        """Return the true skill against holding the last checkpoint of the window, by the quadratic form."""
+        steps = self.gram.steps
+        rows = [row for row, step in enumerate(steps) if start <= step <= window]
+        real, last = steps.index(target), rows[-1]
+        observed = torch.tensor([steps[row] for row in rows], dtype=torch.float64)
+        missed_TK = torch.zeros(len(self.gram.names), len(steps), dtype=torch.float64)
+        missed_TK[:, rows] = parse_method(method).predictor.coefficients(
+            self.gram.products[:, rows][:, :, rows], observed, target
+        )
+        missed_TK[:, real] -= 1.0
+        held_K = torch.zeros(len(steps), dtype=torch.float64)
+        held_K[last], held_K[real] = 1.0, -1.0
+        missed = torch.einsum("tk,tkl,tl->", missed_TK, self.gram.products, missed_TK)
+        held = torch.einsum("k,tkl,l->", held_K, self.gram.products, held_K)
+        return 1.0 - float(missed / held)
+
+
+def read(name: str) -> Kept:
+    path = Path(__file__).parent / "runs" / f"{name}.safetensors"
+    with safe_open(path, framework="pt") as file:
+        content = json.loads(file.metadata()["relex"])
+        lower, base_norms = file.get_tensor("lower"), file.get_tensor("base_norms")
+    count = len(content["steps"])
+    products = torch.zeros(len(content["names"]), count, count, dtype=torch.float64)
+    rows, columns = torch.tril_indices(count, count)
+    products[:, rows, columns] = products[:, columns, rows] = lower
+    digests = tuple(content["digests"])
+    gram = Gram(
+        tuple(content["steps"]),
+        tuple(content["names"]),
+        products,
+        base_norms,
+        content["base_digest"],
+        digests,
+        digests,
+    )
+    measured = json.loads(path.with_suffix(".json").read_text())
+    return Kept(gram, {row["window"]: row for row in measured["windows"]})
+
+
+@pytest.fixture(scope="module")
+def runs() -> dict[str, Kept]:
+    return {name: read(name) for name in (STRAIGHT, BENT)}
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("name", [STRAIGHT, BENT])
+def test_what_is_recommended_came_nearer_to_the_real_checkpoint_than_the_last_observed(
+    runs: dict[str, Kept], name: str, window: int
+) -> None:
+    advice = runs[name].backtest(window).recommendation
+    assert advice.target_step is not None
+    assert advice.target_step > 1.3 * window
+    assert runs[name].skill(advice.method, advice.start, window, advice.target_step) > 0.25
+
+
+# After 96 steps the bent run has just turned: what every earlier origin says for a jump is no longer so, and not every
+# cell that is trusted there is right.
+@pytest.mark.parametrize(("name", "window"), [*((STRAIGHT, window) for window in WINDOWS), (BENT, 24), (BENT, 48)])
+def test_every_way_that_is_trusted_came_nearer_than_the_last_observed(
+    runs: dict[str, Kept], name: str, window: int
+) -> None:
+    run = runs[name]
+    trusted = [cell for cell in run.backtest(window).cells if cell.trusted]
+    assert trusted
+    for cell in trusted:
+        start = next(step for step in run.gram.steps if step >= cell.way.start * window)
+        target = next(step for step in run.gram.steps if step >= (1.0 + cell.horizon) * window)
+        assert run.skill(cell.way.method, start, window, target) > 0.0, (cell.way, target)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_a_run_that_bends_is_not_trusted_to_its_end(runs: dict[str, Kept], window: int) -> None:
+    run = runs[BENT]
+    measured = next(point for point in run.windows[window]["relex"] if point["step"] == END)
+    assert measured["observed_is_better"]
+    assert measured["accuracy"] < run.windows[window]["observed"] - 0.5
+    assert run.skill("relex", run.gram.steps[0], window, END) < -1.0
+    advice = run.backtest(window).recommendation
+    assert advice.target_step is not None
+    assert advice.target_step < END / 2
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_a_run_that_goes_on_is_foretold_to_its_end(runs: dict[str, Kept], window: int) -> None:
+    run = runs[STRAIGHT]
+    measured = next(point for point in run.windows[window]["relex"] if point["step"] == END)
+    assert measured["accuracy"] > run.windows[window]["observed"] + 0.3
+    assert run.skill("relex", run.gram.steps[0], window, END) > 0.3

@@ -1,0 +1,70 @@
+"""Three hundred random faults a layout: none is read wrong, none executes, none kills the process."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers import dcp_files, peft_files, verl_files
+from tests.helpers.random_faults import check_random_faults, states
+from tests.helpers.trajectories import Run, write_run
+
+CASES = 300
+
+
+def write_hf(root: Path) -> Run:
+    return write_run(root, states(torch.bfloat16))
+
+
+def write_hf_shards(root: Path) -> Run:
+    return write_run(root, states(), shards=3)
+
+
+def write_dcp(root: Path) -> Run:
+    return dcp_files.write_dcp_run(root, states())
+
+
+def write_dcp_safetensors(root: Path) -> Run:
+    return dcp_files.write_dcp_safetensors_run(root, states())
+
+
+def write_verl(root: Path) -> Run:
+    return verl_files.write_run(root, states())
+
+
+def write_verl_resumed_on_fewer(root: Path) -> Run:
+    """Beside the files of two ranks lie those of three that saved the same steps before."""
+    run = verl_files.write_run(root, states())
+    before = verl_files.write_run(root / "before", states(), world=3)
+    for file in before.run.rglob("model_world_size_3_*"):
+        place = run.run / file.relative_to(before.run)
+        times = place.parent.stat()
+        shutil.copy2(file, place)
+        os.utime(place, (0, 0))
+        os.utime(place.parent, ns=(times.st_atime_ns, times.st_mtime_ns))
+    shutil.rmtree(root / "before")
+    return run
+
+
+def write_adapters(root: Path) -> Run:
+    return peft_files.write_run(root)
+
+
+WRITERS: tuple[Callable[[Path], Run], ...] = (
+    write_hf,
+    write_hf_shards,
+    write_verl,
+    write_verl_resumed_on_fewer,
+    write_adapters,
+    write_dcp,
+    write_dcp_safetensors,
+)
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_no_random_fault_is_read_wrong(write: Callable[[Path], Run], tmp_path: Path) -> None:
+    refused = check_random_faults(write, tmp_path, cases=CASES, seed=0)
+    assert sum(refused.values()) > CASES // 3, refused

@@ -1,0 +1,311 @@
+"""verl's FSDP checkpoints: what two versions of FSDP write, and which of a directory's files are the checkpoint."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from relex import store
+from relex.errors import CheckpointError, CheckpointIncompleteError, CheckpointMismatchError
+from relex.files.local import LocalDirectory
+from relex.layouts import verl_fsdp
+from relex.layouts.detection import open_any
+from relex.layouts.weights import TensorEntry, Weights
+from relex.store import State
+from tests.helpers import ROOT
+from tests.helpers.trajectories import Run, content, drift, load, predict, quiet, write, write_model
+from tests.helpers.verl_files import rank_file, rank_of, write_rank, write_run
+from tests.relex.layouts.gloo_verl import BUFFER, KINDS, STEPS, WORLD
+
+SETTINGS = "fsdp_config.json"
+WEIGHT = "model.layers.0.mlp.weight"
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train a tiny model once in every way to shard, by as many processes as there are ranks."""
+    root = tmp_path_factory.mktemp("verl")
+    script = Path(__file__).with_name("gloo_verl.py")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    log = root / "log"
+    with log.open("w") as output:
+        # In a session of its own, so that the ranks it forks end with it.
+        process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", str(script), str(root)],
+            env=environment,
+            stderr=output,
+            start_new_session=True,
+        )
+    try:
+        assert process.wait(timeout=300) == 0, log.read_text()
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return root
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return write_run(tmp_path, drift(stored=torch.float32))
+
+
+def actor_of(run: Run, step: int = 20) -> Path:
+    return run.run / f"global_step_{step}" / "actor"
+
+
+def open_step(run: Run, step: int = 20) -> Weights:
+    directory = verl_fsdp.find(LocalDirectory(actor_of(run, step).parent))
+    assert directory is not None
+    return verl_fsdp.open_weights(directory, base=store.open_base(run.base))
+
+
+def values(weights: Weights, entry: TensorEntry) -> Tensor:
+    buffer = bytearray(entry.nbytes)
+    weights.read_into(entry, 0, memoryview(buffer))
+    return torch.frombuffer(buffer, dtype=entry.dtype).reshape(entry.shape)
+
+
+def check_equal(weights: Weights, expected: Mapping[str, Tensor]) -> None:
+    entries = dict(weights.tensors) | ({} if weights.alias is None else {weights.alias.name: weights.alias})
+    assert entries.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert entries[name].dtype is tensor.dtype, name
+        assert torch.equal(values(weights, entries[name]), tensor), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("step", STEPS)
+def test_every_tensor_is_the_gathered_one(kind: str, step: int, trained: Path) -> None:
+    weights = open_step(Run(trained / "base", trained / kind / "run"), step)
+    check_equal(weights, load(trained / kind / "full" / f"checkpoint-{step}"))
+    assert weights.alias is not None
+    assert len(weights.files) == WORLD
+
+
+@pytest.mark.parametrize(("kind", "parts"), [("fsdp2", 4), ("fsdp2_hybrid", 2), ("fsdp1", 4), ("fsdp1_hybrid", 2)])
+def test_one_replica_is_read(kind: str, parts: int, trained: Path) -> None:
+    tensors = open_step(Run(trained / "base", trained / kind / "run"), 25).tensors
+    assert len(tensors["model.layers.1.mlp.up_proj.weight"].pieces) == parts
+    assert len(tensors[BUFFER].pieces) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prediction_from_it_is_the_one_from_whole_files(kind: str, trained: Path, tmp_path: Path) -> None:
+    ours = Run(trained / "base", trained / kind / "run").open()
+    whole = Run(trained / "base", trained / kind / "full").open()
+    found, expected = predict(ours), predict(whole)
+    assert found.tensors == expected.tensors
+    assert found.digests == expected.digests
+    assert content(write(ours, found, tmp_path / "ours")) == content(write(whole, expected, tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 40])
+def test_any_number_of_ranks_gives_the_same_tensors(world: int, tmp_path: Path) -> None:
+    states = drift(stored=torch.float32)
+    run = write_run(tmp_path, states, world=world)
+    for checkpoint in run.open().checkpoints:
+        check_equal(checkpoint.weights, states[checkpoint.step])
+
+
+def test_the_directory_of_the_files_can_be_opened_itself(run: Run) -> None:
+    directory = LocalDirectory(actor_of(run))
+    assert verl_fsdp.find(directory) == directory
+    assert verl_fsdp.find(LocalDirectory(run.base)) is None
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+@pytest.mark.parametrize("settings", [True, False])
+def test_a_missing_rank_is_named(rank: int, settings: bool, tmp_path: Path) -> None:
+    run = write_run(tmp_path, drift(stored=torch.float32), world=3)
+    (actor_of(run) / rank_file(rank, world=3)).unlink()
+    if not settings:
+        (actor_of(run) / SETTINGS).unlink()
+    with pytest.raises(CheckpointIncompleteError, match=rf"of 3 ranks 2 are present \(missing .*_rank_{rank}\.pt\)"):
+        open_step(run)
+
+
+def leave_over(run: Run, *, seconds: float) -> dict[str, Tensor]:
+    """Put one step's files of three ranks, written `seconds` ago, beside those of two; return what they hold."""
+    states = drift(stored=torch.float32, seed=1)
+    actor = actor_of(run)
+    then = time.time() - seconds
+    for rank in range(3):
+        with rank_of(rank, world=3) as mesh:
+            os.utime(write_rank(actor, states[20], mesh), (then, then))
+    return states[20]
+
+
+def test_files_of_another_number_of_ranks_are_not_looked_at(run: Run) -> None:
+    leave_over(run, seconds=5)
+    check_equal(open_step(run), drift(stored=torch.float32)[20])
+    (actor_of(run) / rank_file(2, world=3)).write_bytes(b"torn")
+    check_equal(open_step(run), drift(stored=torch.float32)[20])
+
+
+def test_of_two_sets_the_newer_is_meant(run: Run) -> None:
+    (actor_of(run) / SETTINGS).unlink()
+    newer = leave_over(run, seconds=5)
+    check_equal(open_step(run), newer)
+    leave_over(run, seconds=500)
+    check_equal(open_step(run), drift(stored=torch.float32)[20])
+
+
+def test_a_set_that_is_not_whole_is_not_meant(run: Run) -> None:
+    (actor_of(run) / SETTINGS).unlink()
+    leave_over(run, seconds=500)
+    (actor_of(run) / rank_file(1, world=3)).unlink()
+    check_equal(open_step(run), drift(stored=torch.float32)[20])
+
+
+def test_two_sets_of_one_time_are_refused(run: Run) -> None:
+    (actor_of(run) / SETTINGS).unlink()
+    leave_over(run, seconds=5)
+    os.utime(actor_of(run) / rank_file(0, world=3), (1e9, 1e9))
+    with pytest.raises(CheckpointMismatchError, match="files of 2 ranks and of 3 ranks"):
+        open_step(run)
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"world_size": "2"}', '{"world_size": true}', "[2]"])
+def test_settings_that_say_no_number_of_ranks_are_incomplete(text: str, run: Run) -> None:
+    (actor_of(run) / SETTINGS).write_text(text)
+    with pytest.raises(CheckpointIncompleteError, match=SETTINGS):
+        open_step(run)
+
+
+def test_it_is_preferred_over_a_merge_beside_it(run: Run) -> None:
+    merge = {name: tensor.bfloat16() for name, tensor in drift(stored=torch.float32)[20].items()}
+    write_model(actor_of(run) / "huggingface", merge)
+    base = store.open_base(run.base)
+    assert open_any(LocalDirectory(actor_of(run).parent), base=base).layout == "verl_fsdp"
+    for rank in range(2):
+        (actor_of(run) / rank_file(rank)).unlink()
+    assert open_any(LocalDirectory(actor_of(run).parent), base=base).layout == "hf"
+
+
+def test_whether_the_head_is_tied_its_own_config_says_or_the_base(run: Run) -> None:
+    assert open_step(run).alias is None
+    own = actor_of(run) / "huggingface" / "config.json"
+    own.write_text(json.dumps({"tie_word_embeddings": True}))
+    assert open_step(run).alias is not None
+    own.unlink()
+    assert open_step(run).alias is None
+    (run.base / "config.json").write_text(json.dumps({"tie_word_embeddings": True}))
+    assert open_step(run).alias is not None
+
+
+def test_a_step_that_is_being_written_is_not_ready_yet(run: Run) -> None:
+    (run.run / "latest_checkpointed_iteration.txt").write_text("40")
+    (actor_of(run, 75) / rank_file(1)).unlink()
+    base = store.open_base(run.base)
+    states = {item.step: item.state for item in store.scan(run.run, base, now=time.time())}
+    assert states == {10: State.READY, 20: State.READY, 25: State.READY, 40: State.READY, 75: State.NOT_YET}
+
+
+def save_ranks(run: Run, placement: Placement, *, world: int = 2, axes: int = 1) -> None:
+    """Write step 20 again, its largest tensor with placements of one kind along every axis of the mesh."""
+    state = drift(stored=torch.float32)[20]
+    whole = state[WEIGHT]
+    for rank in range(world):
+        with rank_of(rank, world=world) as mesh:
+            grid = mesh if axes == 1 else init_device_mesh("cpu", (1, world))
+            part = _local(whole, placement, rank, world)
+            placed = DTensor.from_local(
+                part, grid, [placement] * axes, run_check=False, shape=whole.shape, stride=whole.stride()
+            )
+            write_rank(actor_of(run), state | {WEIGHT: placed}, mesh)
+
+
+def _local(tensor: Tensor, placement: Placement, rank: int, world: int) -> Tensor:
+    if not isinstance(placement, Shard):
+        return tensor
+    return tensor.chunk(world, dim=placement.dim)[rank].clone(memory_format=torch.contiguous_format)
+
+
+@pytest.mark.parametrize("placement", [Shard(0), Shard(1), Replicate()])
+def test_a_tensor_may_be_split_along_any_dimension(placement: Placement, run: Run) -> None:
+    save_ranks(run, placement)
+    check_equal(open_step(run), drift(stored=torch.float32)[20])
+
+
+@pytest.mark.parametrize(
+    ("placement", "axes", "message"),
+    [
+        (Partial(), 1, "its placement is Partial"),
+        (_StridedShard(0, split_factor=2), 1, "its placement is _StridedShard"),
+        (Shard(0), 2, r"its dimensions \[0, 0\] are split"),
+    ],
+)
+def test_other_ways_to_split_are_refused_by_name(placement: Placement, axes: int, message: str, run: Run) -> None:
+    save_ranks(run, placement, axes=axes)
+    with pytest.raises(CheckpointMismatchError, match=rf"{WEIGHT} .*\({message}\).*verl\.model_merger"):
+        open_step(run)
+
+
+def test_a_rank_of_another_model_is_refused(run: Run) -> None:
+    actor = actor_of(run)
+    for change, message in (
+        ({WEIGHT: torch.zeros(258, 301)}, rf"{WEIGHT} in 2 shapes"),
+        ({WEIGHT: torch.zeros(257, 301).half()}, rf"{WEIGHT} in 2 shapes, dtypes"),
+        ({"model.norm.weight": torch.zeros(8)}, r"only one of .*_rank_0\.pt and .*_rank_1\.pt has model\.norm\.weight"),
+    ):
+        with rank_of(1, world=2) as mesh:
+            write_rank(actor, drift(stored=torch.float32)[20] | change, mesh)
+        with pytest.raises(CheckpointMismatchError, match=message):
+            open_step(run)
+
+
+def test_the_same_rank_twice_is_refused(run: Run) -> None:
+    shutil.copy(actor_of(run) / rank_file(0), actor_of(run) / rank_file(1))
+    with pytest.raises(CheckpointMismatchError, match=r"shape \[12, 8\]; by its place in the mesh \[1\] .* \[23, 8\]"):
+        open_step(run)
+
+
+@pytest.mark.parametrize(
+    "saved", [{}, [torch.ones(2)], {"w": "text"}, {WEIGHT: {"inner": torch.ones(2)}}, {3: torch.ones(2)}]
+)
+def test_what_is_no_state_dict_is_refused(saved: object, run: Run) -> None:
+    torch.save(saved, actor_of(run) / rank_file(1))
+    with pytest.raises(CheckpointMismatchError, match=rank_file(1)):
+        open_step(run)
+
+
+def test_a_lora_run_is_left_to_its_adapter(run: Run) -> None:
+    actor = actor_of(run)
+    adapted = {"base_model.model.q_proj.base_layer.weight": torch.ones(4, 4)}
+    adapted |= {"base_model.model.q_proj.lora_A.default.weight": torch.ones(2, 4)}
+    for rank in range(2):
+        with rank_of(rank, world=2) as mesh:
+            write_rank(actor, adapted, mesh)
+    with pytest.raises(CheckpointMismatchError, match=r"LoRA run .*base_layer.*lora_adapter/ .* is missing"):
+        open_step(run)
+    (actor / "lora_adapter").mkdir()
+    assert verl_fsdp.find(LocalDirectory(actor.parent)) is None
+
+
+def test_a_rank_file_with_a_payload_executes_nothing(run: Run, tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+
+    class Payload:
+        def __reduce__(self) -> tuple[object, ...]:
+            return os.system, (f"touch {canary}",)
+
+    torch.save({"w": Payload()}, actor_of(run) / rank_file(1))
+    quiet(actor_of(run))
+    quiet(actor_of(run).parent)
+    with pytest.raises(CheckpointError, match=r"step 20 is broken: .* names posix\.system"):
+        run.open()
+    assert not canary.exists()

@@ -1,0 +1,132 @@
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from relex.formats.safetensors_header import DTYPES
+from relex.layouts.hf import INDEX_FILE, SINGLE_FILE
+from relex.output.writer import OutputTensor, open_writer
+from tests.helpers.trajectories import Run, load, predict, tree, write
+
+
+def _written(out: Path, state: dict[str, Tensor], shards: dict[str, str]) -> Path:
+    tensors = [
+        OutputTensor(name, tensor.dtype, tuple(tensor.shape), tensor.nbytes, shards[name])
+        for name, tensor in state.items()
+    ]
+    writer = open_writer(out, "d" * 64, tensors)
+    assert writer is not None
+    for name, tensor in state.items():
+        writer.begin(name)
+        raw = memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        # In two pieces and the later one first: a file is filled by position.
+        writer.write(name, tensor.nbytes // 2, raw[tensor.nbytes // 2 :])
+        writer.write(name, 0, raw[: tensor.nbytes // 2])
+    for shard in sorted(set(shards.values())):
+        writer.close(shard)
+    writer.publish({}, lambda records: {"files": sorted(records)})
+    return out
+
+
+def _of_every_dtype() -> dict[str, Tensor]:
+    state = {}
+    for number, dtype in enumerate(DTYPES.values()):
+        for shape in ((3, 5), (), (0, 2), (7,)):
+            state[f'z{number % 3}.{dtype}.{len(shape)}{shape[:1]}é"\\'] = (
+                torch.arange(torch.Size(shape).numel()).reshape(shape).to(dtype)
+            )
+    return state
+
+
+def test_the_bytes_are_those_of_safetensors_itself(tmp_path: Path) -> None:
+    state = _of_every_dtype()
+    out = _written(tmp_path / "out", state, dict.fromkeys(state, SINGLE_FILE))
+    save_file(state, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
+    assert (out / SINGLE_FILE).read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
+    assert not (out / INDEX_FILE).exists()
+
+
+def test_shards_are_those_of_safetensors_itself_and_the_index_names_them(tmp_path: Path) -> None:
+    state = _of_every_dtype()
+    shards = {name: f"model-{place % 3}.safetensors" for place, name in enumerate(state)}
+    out = _written(tmp_path / "out", state, shards)
+    for shard in set(shards.values()):
+        save_file(
+            {name: state[name] for name in state if shards[name] == shard}, tmp_path / shard, metadata={"format": "pt"}
+        )
+        assert (out / shard).read_bytes() == (tmp_path / shard).read_bytes()
+    index = json.loads((out / INDEX_FILE).read_text())
+    assert index["weight_map"] == shards
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in state.values())
+
+
+@pytest.fixture(params=[0o022, 0o077, 0o002], ids=oct)
+def umask(request: pytest.FixtureRequest) -> Iterator[int]:
+    mask: int = request.param
+    before = os.umask(mask)
+    yield mask
+    os.umask(before)
+
+
+def test_modes_follow_the_umask(run: Run, tmp_path: Path, umask: int) -> None:
+    trajectory = run.open()
+    out = write(trajectory, predict(trajectory), tmp_path / "out")
+    assert {file.stat().st_mode & 0o777 for file in out.iterdir()} == {0o666 & ~umask}
+    assert out.stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+def test_what_another_prediction_of_that_name_left_behind_goes(run: Run, tmp_path: Path) -> None:
+    leftover = tmp_path / ".out.0123456789abcdef.partial"
+    leftover.mkdir()
+    (leftover / "model.safetensors.tmp").write_bytes(b"half")
+    trajectory = run.open()
+    before = tree(tmp_path)
+    write(trajectory, predict(trajectory), tmp_path / "out")
+    assert not leftover.exists()
+    assert tree(tmp_path) - before == {"out", "out/config.json", "out/model.safetensors", "out/relex.json"}
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_a_prediction_loads_with_transformers_and_holds_what_the_file_holds(tmp_path: Path, tied: bool) -> None:
+    from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=32,
+        tie_word_embeddings=tied,
+    )
+    model = Qwen2ForCausalLM(config)
+    model.bfloat16()
+    run = Run(tmp_path / "base", tmp_path / "run")
+    model.save_pretrained(run.base)
+    for step in (10, 25, 40):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.01 * torch.randn_like(parameter))
+        model.save_pretrained(run.run / f"checkpoint-{step}")
+        (run.run / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    trajectory = run.open()
+    out = write(trajectory, predict(trajectory), tmp_path / "out")
+    both: Any = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    loaded, info = both
+    assert {key: list(value) for key, value in info.items() if value} == {}
+    assert loaded.dtype is torch.bfloat16
+    state, stored = loaded.state_dict(), load(out)
+    assert ("lm_head.weight" in stored) is not tied
+    assert state.keys() - stored.keys() == ({"lm_head.weight"} if tied else set())
+    for name, tensor in stored.items():
+        assert torch.equal(state[name], tensor), name
+    if tied:
+        assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
