@@ -41,7 +41,7 @@ evaluate(lm, tasks, limit=int(limit), bootstrap_iters=0)
 OURS = """
 import sys
 from pathlib import Path
-from evaluation.harness import evaluate
+from evaluation.answers.harness import evaluate
 model, benchmark, batch_size, limit, cache = sys.argv[1:]
 evaluate(Path(model), [benchmark], cache=Path(cache), batch_size=int(batch_size), limit=int(limit))
 """

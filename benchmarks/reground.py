@@ -132,7 +132,7 @@ def checkpoint(directory: Path, step: int) -> Path:
 
 def accuracy(directory: Path, model: Path, split: str) -> float:
     benchmark = directory.parent / f"{split}.yaml"
-    return evaluate(model, [benchmark], cache=directory / "evaluations", batch_size=250)[0].accuracy
+    return evaluate(model, [benchmark], cache=directory / "evaluations", batch_size=250)[0].report.accuracy
 
 
 def demo(module: str, *arguments: str) -> None:

@@ -63,15 +63,19 @@ def evaluate(
     limit: int | None = None,
     backend: str = "hf",
     evaluations: int | None = None,
+    details: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
-) -> list[Report]:
-    """Return one report a benchmark, in their order, scoring in child processes whatever `cache` does not hold yet.
+) -> list[Evaluated]:
+    """Return one evaluation a benchmark, in their order, scoring in child processes what `cache` does not hold yet.
 
     A model is a directory, or two that answer as one. A benchmark is a shipped name or the path of an lm-eval task
     YAML. Reports are keyed by the content of model and benchmark and by the settings, so asking again costs nothing;
     after a kill at any moment the same call goes on from the last finished batch and ends in the same report. dtype
     "auto" is the dtype the model is stored in. `limit` scores the first problems only; limits share their answers, all
     of them where limit times repeats is a multiple of batch_size.
+
+    A report is enough, unless `details` are asked for: then a cache that has lost lm-eval's results or samples, or
+    never had them, makes them from its journal.
 
     `device` is cpu, cuda, cuda:N, or several with commas between: then each has a worker, batches are dealt out to them
     in turn, and the report is that of one worker. Any number of workers goes on with what any other has answered.
@@ -90,37 +94,22 @@ def evaluate(
         backend=parse_backend(backend),
         evaluations=evaluations,
     )
-    missing = tuple(assignment for assignment in job.assignments if not assignment.report_path.exists())
-    return [each.report for each in _finish(job, missing, on_progress)]
-
-
-def evaluate_in_detail(
-    model: Path | LogitsExtrapolation,
-    benchmarks: Sequence[str | Path],
-    *,
-    cache: Path,
-    device: str = "cpu",
-    dtype: str = "auto",
-    batch_size: int | None = None,
-    limit: int | None = None,
-    backend: str = "hf",
-    evaluations: int | None = None,
-    on_progress: Callable[[Progress], None] | None = None,
-) -> list[Evaluated]:
-    """Return what `evaluate` does, with lm-eval's results and samples, which an older cache makes from its journal."""
-    job = _job(
-        model,
-        benchmarks,
-        cache=cache,
-        device=device,
-        dtype=dtype,
-        batch_size=batch_size,
-        limit=limit,
-        backend=parse_backend(backend),
-        evaluations=evaluations,
+    missing = tuple(
+        assignment
+        for assignment in job.assignments
+        if not (assignment.complete if details else assignment.report_path.exists())
     )
-    missing = tuple(assignment for assignment in job.assignments if not assignment.complete)
-    return _finish(job, missing, on_progress)
+    if missing:
+        _run_workers(replace(job, assignments=missing), on_progress)
+    return [
+        Evaluated(
+            # The content decides, but the path in a report from the cache may be that of a copy.
+            replace(Report.read(assignment.report_path), model=str(job.model)),
+            assignment.results_path,
+            assignment.samples_path,
+        )
+        for assignment in job.assignments
+    ]
 
 
 def _job(
@@ -157,22 +146,6 @@ def _job(
         backend=backend,
         evaluations=evaluations,
     )
-
-
-def _finish(
-    job: Job, missing: tuple[Assignment, ...], on_progress: Callable[[Progress], None] | None
-) -> list[Evaluated]:
-    if missing:
-        _run_workers(replace(job, assignments=missing), on_progress)
-    return [
-        Evaluated(
-            # The content decides, but the path in a report from the cache may be that of a copy.
-            replace(Report.read(assignment.report_path), model=str(job.model)),
-            assignment.results_path,
-            assignment.samples_path,
-        )
-        for assignment in job.assignments
-    ]
 
 
 def _settings(

@@ -93,7 +93,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A report and where lm-eval's own results (JSON) and samples (JSONL) lie that it was made of."""
+    """A report, and where lm-eval's own results (JSON) and samples (JSONL) lie that it was made of, if kept."""
 
     report: Report
     results: Path

@@ -83,7 +83,7 @@ def evaluate(
     Logits Extrapolation: relex evaluate runs/qwen/checkpoint-75 --logits-from models/qwen-base --alpha 4 --benchmark …
     """
     from evaluation.answers.fingerprint import LogitsExtrapolation
-    from evaluation.answers.harness import evaluate_in_detail
+    from evaluation.answers.harness import evaluate as score_model
     from evaluation.benchmarks.fetched import CHAT
     from evaluation.verdict.export import export
     from evaluation.verdict.report import Evaluated
@@ -98,7 +98,7 @@ def evaluate(
     names = [name if not chat_template or name.endswith(CHAT) else name + CHAT for name in benchmark]
 
     def score(subject: Path | LogitsExtrapolation) -> list[Evaluated]:
-        scored = evaluate_in_detail(
+        scored = score_model(
             subject,
             names,
             cache=cache_directory(cache) / "evaluations",
@@ -108,6 +108,7 @@ def evaluate(
             limit=limit,
             backend=backend,
             evaluations=evaluations,
+            details=True,
             on_progress=lambda step: bars(
                 f"{Path(str(subject)).name} {step.benchmark}" if compared else step.benchmark,
                 step.done,

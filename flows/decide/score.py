@@ -21,7 +21,7 @@ def reports(
 
     `limit` scores the first problems only.
     """
-    return evaluate(
+    evaluated = evaluate(
         Path(model.directory),
         benchmarks,
         cache=settings.home / "evaluations",
@@ -33,6 +33,7 @@ def reports(
         evaluations=settings.evaluations,
         on_progress=on_progress,
     )
+    return [each.report for each in evaluated]
 
 
 def score(model: Model, report: Report) -> Score:

@@ -80,7 +80,7 @@ def score(settings: RegroundSettings, model: Path, *, what: str, tell: Tell) -> 
     def on_progress(step: Progress) -> None:
         tell(what, step.done, step.total)
 
-    return evaluate(
+    (evaluated,) = evaluate(
         model,
         [settings.selection],
         cache=settings.home / "evaluations",
@@ -90,4 +90,5 @@ def score(settings: RegroundSettings, model: Path, *, what: str, tell: Tell) -> 
         backend=settings.backend,
         evaluations=settings.evaluations,
         on_progress=on_progress,
-    )[0]
+    )
+    return evaluated.report

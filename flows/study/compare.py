@@ -245,17 +245,16 @@ def _score(models: _Models, scoring: Scoring, cache: Path, tell: Tell | None) ->
     for number, (_, model) in enumerate(models):
         if tell is not None:
             tell("scoring", number, len(models))
-        reports.append(
-            evaluate(
-                model,
-                scoring.benchmarks,
-                cache=cache,
-                device=scoring.device,
-                dtype=scoring.dtype,
-                batch_size=scoring.batch_size,
-                limit=scoring.limit,
-            )
+        evaluated = evaluate(
+            model,
+            scoring.benchmarks,
+            cache=cache,
+            device=scoring.device,
+            dtype=scoring.dtype,
+            batch_size=scoring.batch_size,
+            limit=scoring.limit,
         )
+        reports.append([each.report for each in evaluated])
     if tell is not None:
         tell("scoring", len(models), len(models))
     references = next(found for (row, _), found in zip(models, reports, strict=True) if row.role == "observed")

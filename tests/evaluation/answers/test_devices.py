@@ -39,7 +39,7 @@ def test_a_report_of_several_workers_is_that_of_one_and_a_killed_one_costs_its_c
     model: Path, benchmark: Path, tmp_path: Path
 ) -> None:
     one, several = tmp_path / "one", tmp_path / "several"
-    (alone,) = evaluate(model, [benchmark], cache=one, batch_size=2)
+    alone = evaluate(model, [benchmark], cache=one, batch_size=2)[0].report
     (whole,) = journals(one)
     (first,) = one.glob("plus-*")
     second = several / first.name
@@ -65,7 +65,8 @@ def test_a_report_of_several_workers_is_that_of_one_and_a_killed_one_costs_its_c
     assert sorted(journals(several)) == sorted([whole[::2], whole[1:2]])
     assert not list(several.rglob("report*.json"))
 
-    (merged,) = evaluate(model, [benchmark], cache=several, batch_size=2, device="cpu,cpu,cpu", on_progress=kill)
+    (evaluated,) = evaluate(model, [benchmark], cache=several, batch_size=2, device="cpu,cpu,cpu", on_progress=kill)
+    merged = evaluated.report
     assert (seen[-1].done, seen[-1].total) == (12, 12)
     everything = [key for keys in journals(several) for key in keys]
     assert sorted(everything) == sorted(whole)

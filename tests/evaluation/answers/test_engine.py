@@ -175,7 +175,10 @@ def test_a_killed_engine_resumes_in_a_child_and_ends_in_the_report_of_two(
     kept = journal.read_text()
     assert kept
     # Two engines go on from what one has answered.
-    (report,) = evaluate(model, [benchmark], cache=tmp_path / "cache", batch_size=3, backend=backend, device="cpu,cpu")
+    (evaluated,) = evaluate(
+        model, [benchmark], cache=tmp_path / "cache", batch_size=3, backend=backend, device="cpu,cpu"
+    )
+    report = evaluated.report
     assert journal.read_text().startswith(kept)
     lines = [line for path in journal.parent.glob("journal*.jsonl") for line in path.read_text().splitlines()]
     assert len(lines) == 4

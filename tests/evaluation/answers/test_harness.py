@@ -40,7 +40,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def reports(model: Path, benchmark: Path, shout: Path, cache: Path) -> list[Report]:
     """Return the reports of two benchmarks scored by one child without interruption."""
-    return evaluate(model, [benchmark, shout], cache=cache, batch_size=1)
+    return [each.report for each in evaluate(model, [benchmark, shout], cache=cache, batch_size=1)]
 
 
 @pytest.fixture(scope="session")
@@ -73,7 +73,7 @@ def test_what_the_cache_holds_is_returned_without_a_child(
     # A child would empty its log as it starts.
     copy = Path(shutil.copytree(model, tmp_path / "copy"))
     before = {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()}
-    again = evaluate(copy, [shout, benchmark], cache=cache, batch_size=1)
+    again = [each.report for each in evaluate(copy, [shout, benchmark], cache=cache, batch_size=1)]
     assert [report.scores for report in again] == [reports[1].scores, reports[0].scores]
     assert again[0].model == str(copy)
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()} == before
@@ -94,22 +94,23 @@ def test_a_killed_child_resumes_without_paying_twice_whatever_the_limit(
     assert not list(tmp_path.rglob("report*.json"))
 
     seen: list[int] = []
-    (whole,) = evaluate(
+    (evaluated,) = evaluate(
         model, [benchmark], cache=tmp_path, batch_size=1, on_progress=lambda progress: seen.append(progress.done)
     )
+    whole = evaluated.report
     assert whole == reports[0]
     assert seen == list(range(1, 13))
     everything = chunks(tmp_path, "plus")
     assert everything[: len(kept)] == kept
     assert len(everything) == len(set(everything)) == 12
 
-    (first,) = evaluate(model, [benchmark], cache=tmp_path, batch_size=1, limit=6)
+    first = evaluate(model, [benchmark], cache=tmp_path, batch_size=1, limit=6)[0].report
     assert chunks(tmp_path, "plus") == everything
     assert first.scores == whole.scores[:6]
     assert first.settings == {**whole.settings, "limit": 6}
     assert 0 < first.seconds < whole.seconds
     # Neither report is in the other's place.
-    assert evaluate(model, [benchmark], cache=tmp_path, batch_size=1) == [whole]
+    assert evaluate(model, [benchmark], cache=tmp_path, batch_size=1) == [evaluated]
 
 
 def test_two_evaluations_at_once_share_one_journal(model: Path, benchmark: Path, tmp_path: Path) -> None:
@@ -135,7 +136,7 @@ def test_a_second_evaluation_waits_for_the_first_and_takes_its_report(
             time.sleep(1.5)
             for name in ("results.json", "samples.jsonl", "report.json"):
                 shutil.copy(finished / name, directory)
-        assert waiting.result() == reports[:1]
+        assert [each.report for each in waiting.result()] == reports[:1]
     # Loading a model leaves warnings there.
     assert (directory / "worker.log").read_bytes() == b""
 
@@ -143,7 +144,7 @@ def test_a_second_evaluation_waits_for_the_first_and_takes_its_report(
 def test_a_killed_parent_leaves_no_child(model: Path, long_benchmark: Path, tmp_path: Path) -> None:
     script = f"""
         from pathlib import Path
-        from evaluation.harness import evaluate
+        from evaluation.answers.harness import evaluate
         model, benchmark, cache = {str(model)!r}, {str(long_benchmark)!r}, {str(tmp_path)!r}
         say = lambda progress: print(progress.done, flush=True)
         evaluate(Path(model), [benchmark], cache=Path(cache), batch_size=1, on_progress=say)

@@ -118,8 +118,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def at_start(model: Path, other_model: Path, two_benchmarks: list[Path], cache: Path) -> Scored:
     pair = LogitsExtrapolation(model, other_model, 0)
-    reports = evaluate(pair, two_benchmarks, cache=cache / "evaluations", batch_size=5)
-    return Scored(reports, _journals(cache))
+    evaluated = evaluate(pair, two_benchmarks, cache=cache / "evaluations", batch_size=5)
+    return Scored([each.report for each in evaluated], _journals(cache))
 
 
 @pytest.fixture(scope="session")
@@ -140,9 +140,10 @@ def killed_at_end(
         evaluate(pair, two_benchmarks, cache=cache / "evaluations", batch_size=5, on_progress=kill)
     paths = sorted({*cache.rglob("journal.jsonl")} - before)
     left = [path.read_text().splitlines(keepends=True) for path in paths]
-    reports = evaluate(pair, two_benchmarks, cache=cache / "evaluations", batch_size=5)
+    evaluated = evaluate(pair, two_benchmarks, cache=cache / "evaluations", batch_size=5)
     resumed = sorted({*cache.rglob("journal.jsonl")} - before)
-    return str(death.value), left, Scored(reports, [path.read_text().splitlines(keepends=True) for path in resumed])
+    journals = [path.read_text().splitlines(keepends=True) for path in resumed]
+    return str(death.value), left, Scored([each.report for each in evaluated], journals)
 
 
 def _assert_same(pair: Scored, single: Scored) -> None:

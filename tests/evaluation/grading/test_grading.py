@@ -330,7 +330,7 @@ def test_the_comparing_process_ends_with_the_one_that_asks() -> None:
 def test_the_comparing_process_dies_with_a_killed_one_even_while_it_computes() -> None:
     script = """
         import json, os, signal
-        from evaluation import equality
+        from evaluation.grading import equality
         equality.SECONDS = 1000.0
         judge = equality.Judge()
         assert judge.equal("1", "1")

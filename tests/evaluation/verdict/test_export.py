@@ -12,7 +12,7 @@ from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 
 from evaluation.answers.fingerprint import fingerprint
-from evaluation.answers.harness import Progress, evaluate, evaluate_in_detail
+from evaluation.answers.harness import Progress, evaluate
 from evaluation.errors import ReportError
 from evaluation.verdict.export import export, read_rows
 from evaluation.verdict.report import Evaluated
@@ -40,7 +40,10 @@ def progress() -> list[Progress]:
 
 @pytest.fixture(scope="module")
 def ours(plain: Path, benchmark: Path, cache: Path, progress: list[Progress]) -> Evaluated:
-    return evaluate_in_detail(plain, [benchmark], cache=cache, batch_size=5, limit=8, on_progress=progress.append)[0]
+    (evaluated,) = evaluate(
+        plain, [benchmark], cache=cache, batch_size=5, limit=8, details=True, on_progress=progress.append
+    )
+    return evaluated
 
 
 @pytest.fixture(scope="module")
@@ -130,9 +133,10 @@ def test_an_older_cache_gets_its_details_from_the_journal(
     ours.samples.unlink()
     # The report alone needs no child, whose log would be written.
     stamp = ours.report.benchmark_digest, next(cache.glob("plus-*/worker.log")).stat().st_mtime_ns
-    assert evaluate(plain, [benchmark], cache=cache, batch_size=5, limit=8) == [ours.report]
+    assert evaluate(plain, [benchmark], cache=cache, batch_size=5, limit=8) == [ours]
+    assert not ours.samples.exists()
     assert (ours.report.benchmark_digest, next(cache.glob("plus-*/worker.log")).stat().st_mtime_ns) == stamp
-    assert evaluate_in_detail(plain, [benchmark], cache=cache, batch_size=5, limit=8) == [ours]
+    assert evaluate(plain, [benchmark], cache=cache, batch_size=5, limit=8, details=True) == [ours]
     assert ours.samples.read_text() == before
     assert next(cache.glob("plus-*/journal.jsonl")).read_bytes() == journal
     assert not list(cache.glob("plus-*/.details"))
