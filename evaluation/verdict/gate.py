@@ -4,13 +4,15 @@ The statistic is the paired difference of the scores on each problem. A one-side
 see evaluation.verdict.bounds, is compared with -margin: above it the gate is passed, otherwise nothing is shown. Margin
 0 asks whether the candidate is better.
 
-Who looks several times at the same problems, with several candidates or several windows of one run, passes one by luck
-more often. With `looks` such comparisons in all, each is made with an error of (1 - confidence) / looks (Bonferroni).
+Who compares several times on the same problems, several candidates or several windows of one run, passes one by luck
+more often. Of `comparisons` in all, each is made with an error of (1 - confidence) / comparisons (Bonferroni).
 """
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import AliasChoices, Field
 
 from evaluation.errors import ComparisonError
 from evaluation.verdict.bounds import paired_bounds
@@ -21,9 +23,9 @@ from evaluation.verdict.report import Report
 class Gate:
     """What the comparison showed; differences and bounds are in score units, candidate minus reference.
 
-    `confidence` is that of all `looks` together; bounds and interval are at `confidence_each`. `needed` is how many
-    problems would pass the gate if the differences went on as they were; None where it is passed or no number would.
-    What a gate of an earlier version did not hold is None.
+    `confidence` is that of all `comparisons` together; bounds and interval are at `confidence_each`. `needed` is how
+    many problems would pass the gate if the differences went on as they were; None where it is passed or no number
+    would. What a gate of an earlier version did not hold is None.
     """
 
     candidate: str
@@ -38,7 +40,8 @@ class Gate:
     margin: float
     method: str
     verdict: Literal["passed", "not shown"]
-    looks: int = 1
+    # Decisions of earlier versions hold it as looks.
+    comparisons: Annotated[int, Field(validation_alias=AliasChoices("comparisons", "looks"))] = 1
     interval_low: float | None = None
     interval_high: float | None = None
     wins: int | None = None
@@ -52,8 +55,8 @@ class Gate:
 
     @property
     def confidence_each(self) -> float:
-        """Return the confidence of this comparison, one of `looks`."""
-        return 1 - (1 - self.confidence) / self.looks
+        """Return the confidence of this comparison, one of `comparisons`."""
+        return 1 - (1 - self.confidence) / self.comparisons
 
     @property
     def sentence(self) -> str:
@@ -84,32 +87,36 @@ class Gate:
 
     @property
     def _correction(self) -> str:
-        if self.looks == 1:
+        if self.comparisons == 1:
             return ""
-        return f", {_percent(self.confidence)} over {self.looks} looks: {_percent(self.confidence_each)} each"
+        return (
+            f", {_percent(self.confidence)} over {self.comparisons} comparisons: {_percent(self.confidence_each)} each"
+        )
 
 
-def gate(candidate: Report, reference: Report, *, margin: float, confidence: float = 0.95, looks: int = 1) -> Gate:
+def gate(
+    candidate: Report, reference: Report, *, margin: float, confidence: float = 0.95, comparisons: int = 1
+) -> Gate:
     """Return whether `candidate` is shown to be worse than `reference` by less than `margin` (score units; 0: better).
 
-    `looks` is the number of comparisons on these problems, this one included, of which none may pass by luck.
+    `comparisons` is their number on these problems, this one included, of which none may pass by luck.
     Refuses with ComparisonError what cannot be paired: another benchmark, digest, metric, set of problems or setting;
-    fewer than two problems; scores outside 0..1; a margin outside [0, 1), a confidence outside (0.5, 1), no look.
+    fewer than two problems; scores outside 0..1; a margin outside [0, 1), a confidence outside (0.5, 1), no comparison.
     """
     _refuse_unpaired(candidate, reference)
     if not 0 <= margin < 1:
         raise ComparisonError(f"margin is {margin} and must be in [0, 1): it is a difference in score.")
     if not 0.5 < confidence < 1:
         raise ComparisonError(f"confidence is {confidence} and must be between 0.5 and 1, such as 0.95.")
-    if looks < 1:
-        raise ComparisonError(f"looks is {looks} and must be at least 1: it counts the comparison itself.")
-    found = paired_bounds(
+    if comparisons < 1:
+        raise ComparisonError(f"comparisons is {comparisons} and must be at least 1: it counts this one.")
+    bounds = paired_bounds(
         [score for _, score in candidate.scores],
         [score for _, score in reference.scores],
         margin=margin,
-        confidence=1 - (1 - confidence) / looks,
+        confidence=1 - (1 - confidence) / comparisons,
     )
-    passed = found.lower_bound > -margin
+    passed = bounds.lower_bound > -margin
     return Gate(
         candidate=candidate.model,
         reference=reference.model,
@@ -117,18 +124,18 @@ def gate(candidate: Report, reference: Report, *, margin: float, confidence: flo
         n=candidate.n,
         candidate_accuracy=candidate.accuracy,
         reference_accuracy=reference.accuracy,
-        difference=found.difference,
-        lower_bound=found.lower_bound,
+        difference=bounds.difference,
+        lower_bound=bounds.lower_bound,
         confidence=confidence,
         margin=margin,
-        method=found.method,
+        method=bounds.method,
         verdict="passed" if passed else "not shown",
-        looks=looks,
-        interval_low=found.interval[0],
-        interval_high=found.interval[1],
-        wins=found.wins,
-        losses=found.losses,
-        needed=None if passed else found.needed,
+        comparisons=comparisons,
+        interval_low=bounds.interval[0],
+        interval_high=bounds.interval[1],
+        wins=bounds.wins,
+        losses=bounds.losses,
+        needed=None if passed else bounds.needed,
     )
 
 

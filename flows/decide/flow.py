@@ -96,7 +96,7 @@ def gate_model(config: str, winner: Model, references: list[Model], looks: int) 
                 # Non-inferior to what was observed, but better than what people already use.
                 margin=settings.margin if reference.role == "observed" else 0.0,
                 confidence=confidence,
-                looks=looks,
+                comparisons=looks,
             ),
             candidate=winner.title,
             reference=reference.title,

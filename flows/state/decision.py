@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from pydantic import TypeAdapter
+
 from evaluation.verdict.gate import Gate
 
 
@@ -114,7 +116,7 @@ class Decision:
             "selection": scores(content["selection"]),
             "dropped": scores(content.get("dropped", ())),
             "report": scores(content["report"]),
-            "gates": tuple(Gate(**item) for item in content["gates"]),
+            "gates": tuple(map(TypeAdapter(Gate).validate_python, content["gates"])),
             "winner": Model(**content["winner"]) if content["winner"] else None,
         }
         if (found := content.get("backtested")) is not None:

@@ -89,7 +89,7 @@ class World:
                 self._report(reference),
                 margin=self.settings.margin,
                 confidence=self.settings.confidence,
-                looks=looks,
+                comparisons=looks,
             )
             for reference in references
         ]

@@ -229,7 +229,7 @@ def test_window_targets_and_attempts_are_left_to_the_backtest(
     assert decision.trusted_step in targets
     assert max(targets) == 150
     # Five hundredths, shared by two windows.
-    assert [(item.confidence, item.looks) for item in decision.gates] == [(0.95, 2)]
+    assert [(item.confidence, item.comparisons) for item in decision.gates] == [(0.95, 2)]
     (page,) = httpx.post(
         f"{servers.prefect_api_url}/artifacts/filter", json={"artifacts": {"key": {"any_": ["decision-automatic"]}}}
     ).json()

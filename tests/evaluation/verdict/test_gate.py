@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from pydantic import TypeAdapter
 from scipy import stats
 
 from evaluation.errors import ComparisonError
@@ -107,31 +108,36 @@ def test_what_would_settle_it_is_said_only_of_what_is_not_shown() -> None:
     assert "about 19 more problems would settle it" in decision.sentence
 
 
-def test_several_looks_at_the_same_problems_share_the_error() -> None:
+def test_several_comparisons_on_the_same_problems_share_the_error() -> None:
     pair = paired(60, 40, 500)
-    once, thrice = gate(*pair, margin=0.0), gate(*pair, margin=0.0, looks=3)
+    once, thrice = gate(*pair, margin=0.0), gate(*pair, margin=0.0, comparisons=3)
     alone = gate(*pair, margin=0.0, confidence=1 - 0.05 / 3)
     assert (once.passed, thrice.passed) == (True, False)
     assert thrice.lower_bound == alone.lower_bound < once.lower_bound
     assert (thrice.interval_low, thrice.interval_high) == (alone.interval_low, alone.interval_high)
     assert thrice.confidence == 0.95
     assert (
-        "with 98.33 % confidence at least -0.26 (paired t, 95 % over 3 looks: 98.33 % each); not shown"
+        "with 98.33 % confidence at least -0.26 (paired t, 95 % over 3 comparisons: 98.33 % each); not shown"
     ) in thrice.sentence
 
 
 def test_a_gate_that_an_earlier_version_wrote_is_read_and_told() -> None:
     fields = dataclasses.asdict(gate(*paired(20, 24, 500), margin=0.01))
-    for name in ("looks", "interval_low", "interval_high", "wins", "losses", "needed"):
+    for name in ("comparisons", "interval_low", "interval_high", "wins", "losses", "needed"):
         del fields[name]
-    old = Gate(**fields)
+    old = TypeAdapter(Gate).validate_python(fields)
     assert not old.passed
     assert old.sentence.endswith("(paired t); not shown: the lower bound is not above the margin -1.00.")
 
 
 def test_a_gate_survives_json() -> None:
-    decision = gate(*paired(20, 24, 500), margin=0.01, looks=2)
-    assert Gate(**json.loads(json.dumps(dataclasses.asdict(decision)))) == decision
+    decision = gate(*paired(20, 24, 500), margin=0.01, comparisons=2)
+    read = TypeAdapter(Gate).validate_python
+    fields = json.loads(json.dumps(dataclasses.asdict(decision)))
+    assert read(fields) == decision
+    # Its key in the decisions of earlier versions.
+    fields["looks"] = fields.pop("comparisons")
+    assert read(fields) == decision
 
 
 @pytest.mark.parametrize(
@@ -159,7 +165,7 @@ def test_meaningless_demands_are_refused() -> None:
         gate(*pair, margin=-0.1)
     with pytest.raises(ComparisonError, match="confidence is 95 and must be"):
         gate(*pair, margin=0.0, confidence=95)
-    with pytest.raises(ComparisonError, match="looks is 0 and must be at least 1"):
-        gate(*pair, margin=0.0, looks=0)
+    with pytest.raises(ComparisonError, match="comparisons is 0 and must be at least 1"):
+        gate(*pair, margin=0.0, comparisons=0)
     with pytest.raises(ComparisonError, match="has 1 problem"):
         gate(report([1]), report([1]), margin=0.0)
