@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, cast
 
 from deploy.runs import KEY_TAG, log_metrics
-from deploy.tracking import page
+from deploy.tracking import page_url
 from deploy.versions import AUDIT
 
 if TYPE_CHECKING:
@@ -97,11 +97,11 @@ def read(client: "MlflowClient", experiment: "Experiment") -> list[Entry]:
     """Return the whole trail, oldest first."""
     entries, token = [], None
     while True:
-        found = client.search_runs(
+        runs = client.search_runs(
             [experiment.experiment_id], filter_string=f"tags.`{KEY_TAG}` LIKE 'audit %'", page_token=token
         )
-        entries += [entry_of(client, run) for run in found]
-        token = found.token
+        entries += [entry_of(client, run) for run in runs]
+        token = runs.token
         if not token:
             return sorted(entries, key=lambda entry: entry.number)
 
@@ -155,7 +155,7 @@ def entry_of(client: "MlflowClient", run: "Run") -> Entry:
         metrics=dict(run.data.metrics),
         at_ms=run.info.start_time,
         run_id=run.info.run_id,
-        url=page(client.tracking_uri, f"experiments/{run.info.experiment_id}/runs/{run.info.run_id}"),
+        url=page_url(client.tracking_uri, f"experiments/{run.info.experiment_id}/runs/{run.info.run_id}"),
     )
 
 

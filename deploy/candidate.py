@@ -128,9 +128,9 @@ def _verify_file(path: Path, record: FileRecord, *, contents: Literal["read", "s
     size = path.stat().st_size
     if size != record.size:
         raise CandidateError(f"{path} has {size} bytes and {MANIFEST} lists {record.size}. Predict the model again.")
-    if contents == "read" and (found := sha256_of(path)) != record.sha256:
+    if contents == "read" and (sha256 := sha256_of(path)) != record.sha256:
         raise CandidateError(
-            f"{path} has SHA-256 {found} and {MANIFEST} lists {record.sha256}: it changed. Predict the model again."
+            f"{path} has SHA-256 {sha256} and {MANIFEST} lists {record.sha256}: it changed. Predict the model again."
         )
 
 

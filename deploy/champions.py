@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Judgement:
+class Clearance:
     """Whether a candidate may become the champion, why in one line, and the numbers that say so."""
 
     passed: bool
@@ -41,8 +41,8 @@ class Judgement:
     metrics: Mapping[str, float]
 
 
-# Judges a candidate against the champion there is, if any.
-Judge: TypeAlias = Callable[[RegisteredModelVersion, RegisteredModelVersion | None], Judgement]
+# Clears a candidate, or refuses to, against the champion there is, if any.
+Judge: TypeAlias = Callable[[RegisteredModelVersion, RegisteredModelVersion | None], Clearance]
 
 
 def promote(name: str, version: int | None, *, tracking_uri: str, by: str, judge: Judge, downloads: Path) -> Entry:
@@ -70,23 +70,23 @@ def promote(name: str, version: int | None, *, tracking_uri: str, by: str, judge
             )
         try:
             verified(candidate, tracking_uri=tracking_uri, downloads=downloads)
-            judgement = judge(candidate, None if is_champion else champion)
+            clearance = judge(candidate, None if is_champion else champion)
         except CandidateError as error:
-            judgement = Judgement(passed=False, reason=str(error), metrics={})
+            clearance = Clearance(passed=False, reason=str(error), metrics={})
         entry = audit.begin(
             client,
             experiment,
             "promote",
             number=_next(trail),
             title=f"promote {candidate.title}",
-            reason=judgement.reason,
+            reason=clearance.reason,
             by=by,
             digest=candidate.digest,
             candidate=candidate.version,
             from_version=None if champion is None else champion.version,
-            metrics=judgement.metrics,
+            metrics=clearance.metrics,
         )
-        if not judgement.passed:
+        if not clearance.passed:
             return audit.close(client, entry, "refused")
         copied = _copy(client, name, candidate, number=entry.number)
         entry = audit.aim(client, entry, copied)
@@ -107,13 +107,13 @@ def rollback(name: str, *, tracking_uri: str, by: str, downloads: Path) -> Entry
             raise NoSuchVersionError(f"{name} has no champion to go back from. Promote one: relex promote {name}.")
         trail = audit.read(client, experiment)
         former = audit.before(trail, champion.version)
-        found = [] if former is None else list(versions(client, f"name = '{name}' and version_number = {former}"))
-        if not found:
+        kept = [] if former is None else list(versions(client, f"name = '{name}' and version_number = {former}"))
+        if not kept:
             deleted = "" if former is None else f" (version {former} was deleted)"
             raise NoSuchVersionError(
                 f"{champion.title} has no champion before it{deleted}. Promote another candidate: relex models {name}."
             )
-        target = row(client, found[0], champion=False)
+        target = row(client, kept[0], champion=False)
         verified(target, tracking_uri=tracking_uri, downloads=downloads)
         entry = audit.begin(
             client,
@@ -150,15 +150,15 @@ def candidate(name: str, version: int | None, *, tracking_uri: str) -> Registere
 
 def find_candidate(client: "MlflowClient", name: str, version: int | None) -> RegisteredModelVersion:
     """Return a registered prediction, the newest for None; NoSuchVersionError where there is none."""
-    found = {int(item.version): item for item in versions(client, f"name = '{name}{CANDIDATES}'")}
-    wanted = version if version is not None else max(found, default=None)
-    if wanted is None or wanted not in found:
-        known = ", ".join(map(str, sorted(found)))
-        there = f"its versions are {known}" if found else "nothing is registered under that name"
+    candidates = {int(each.version): each for each in versions(client, f"name = '{name}{CANDIDATES}'")}
+    wanted = version if version is not None else max(candidates, default=None)
+    if wanted is None or wanted not in candidates:
+        known = ", ".join(map(str, sorted(candidates)))
+        there = f"its versions are {known}" if candidates else "nothing is registered under that name"
         raise NoSuchVersionError(
             f"{name}{CANDIDATES} has no version {'' if wanted is None else wanted}: {there}. See relex models."
         )
-    return row(client, found[wanted], champion=False)
+    return row(client, candidates[wanted], champion=False)
 
 
 def _champion(client: "MlflowClient", name: str) -> RegisteredModelVersion | None:

@@ -18,7 +18,7 @@ from deploy.candidate import Candidate, digest_of, verify
 from deploy.errors import CandidateError
 from deploy.reaper import reap
 from deploy.runs import log_artifacts, log_metrics, open_run
-from deploy.tracking import connect, local_path, locked_experiment, page, refusals
+from deploy.tracking import connect, local_path, locked_experiment, page_url, refusals
 from deploy.versions import (
     CANDIDATES,
     CHAMPION,
@@ -114,7 +114,7 @@ def register(
         run_id=str(logged.source_run_id),
         digest=candidate.digest,
         weights=weights,
-        url=page(tracking_uri, f"models/{registered}/versions/{version.version}"),
+        url=page_url(tracking_uri, f"models/{registered}/versions/{version.version}"),
         created=created,
     )
 
@@ -122,14 +122,14 @@ def register(
 def names(*, tracking_uri: str) -> list[str]:
     """Return the names under which anything is registered, in alphabetical order."""
     client = connect(tracking_uri)
-    found, token = [], None
+    registered, token = [], None
     with refusals(client):
         while True:
             listed = client.search_registered_models(f"name LIKE '%{CANDIDATES}'", page_token=token)
-            found += [item.name.removesuffix(CANDIDATES) for item in listed]
+            registered += [model.name.removesuffix(CANDIDATES) for model in listed]
             token = listed.token
             if not token:
-                return sorted(found)
+                return sorted(registered)
 
 
 def models(name: str, *, tracking_uri: str) -> list[RegisteredModelVersion]:
@@ -138,9 +138,9 @@ def models(name: str, *, tracking_uri: str) -> list[RegisteredModelVersion]:
     with refusals(client):
         promoted = champion_version(client, name)
         digest = None if promoted is None else promoted.tags.get(DIGEST)
-        found = versions(client, f"name = '{name}{CANDIDATES}'")
-        rows = [row(client, version, champion=version.tags[DIGEST] == digest) for version in found]
-    return sorted(rows, key=lambda item: item.version, reverse=True)
+        candidates = versions(client, f"name = '{name}{CANDIDATES}'")
+        rows = [row(client, version, champion=version.tags[DIGEST] == digest) for version in candidates]
+    return sorted(rows, key=lambda listed: listed.version, reverse=True)
 
 
 def champion(name: str, *, tracking_uri: str) -> RegisteredModelVersion | None:
@@ -169,13 +169,13 @@ def verified(
         _download(version.weights, directory, tracking_uri=tracking_uri)
     again = f"To put it right, register the prediction again, or promote another than {version.title}."
     try:
-        found = verify(directory, contents=contents)
+        present = verify(directory, contents=contents)
     except CandidateError as error:
         raise CandidateError(f"{version.title} is not what was registered: {error} {again}") from error
-    if (found.digest, digest_of(found.files)) != (version.digest, version.files):
+    if (present.digest, digest_of(present.files)) != (version.digest, version.files):
         raise CandidateError(
-            f"{version.title} is not what was registered: {directory} holds prediction {found.digest[:12]} with files"
-            f" {digest_of(found.files)[:12]}, registered are {version.digest[:12]} and"
+            f"{version.title} is not what was registered: {directory} holds prediction {present.digest[:12]} with files"
+            f" {digest_of(present.files)[:12]}, registered are {version.digest[:12]} and"
             f" {version.files[:12] or 'none'}. {again}"
         )
     return directory
@@ -206,9 +206,9 @@ def gate_reports(version: RegisteredModelVersion, *, tracking_uri: str) -> list[
                 raise CandidateError(
                     f"gate results {path} of {version.title} cannot be read: {error.strerror}. Register it again."
                 ) from error
-            if (found := hashlib.sha256(content).hexdigest()) != name:
+            if (sha256 := hashlib.sha256(content).hexdigest()) != name:
                 raise CandidateError(
-                    f"gate results {path} of {version.title} changed: SHA-256 {found}. Register it again."
+                    f"gate results {path} of {version.title} changed: SHA-256 {sha256}. Register it again."
                 )
             texts.append(content.decode())
     return texts
@@ -234,11 +234,11 @@ def _download(location: str, directory: Path, *, tracking_uri: str) -> None:
 def _logged_model(
     client: "MlflowClient", experiment: "Experiment", candidate: Candidate, *, run_id: str | None
 ) -> "LoggedModel":
-    found = client.search_logged_models(
+    known = client.search_logged_models(
         [experiment.experiment_id], filter_string=f"tags.`{DIGEST}` = '{candidate.digest}'", max_results=1
     )
-    if found:
-        return found[0]
+    if known:
+        return known[0]
     title = f"step-{candidate.target_step}"
     if run_id is None:
         run_id = open_run(client, experiment, key=f"digest {candidate.digest}", title=title, tags={}).info.run_id
@@ -261,7 +261,7 @@ def _store(client: "MlflowClient", candidate: Candidate, logged: "LoggedModel", 
         artifact.upload(candidate, client, model_id=logged.model_id, created_ms=logged.creation_timestamp)
     known = json.loads(logged.tags.get(_GATE, "[]"))
     added = artifact.add_reports(directory, gate_reports, client, logged.model_id)
-    if new := [item for item in added if item not in known]:
+    if new := [report for report in added if report not in known]:
         client.set_logged_model_tags(logged.model_id, {_GATE: json.dumps([*known, *new])})
     if logged.status != "READY":
         client.finalize_logged_model(logged.model_id, "READY")

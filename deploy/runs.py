@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deploy.errors import RegistryError
-from deploy.tracking import connect, locked_experiment, page
+from deploy.tracking import connect, locked_experiment, page_url
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -52,7 +52,7 @@ def record(
     with locked_experiment(client, name) as experiment:
         run = open_run(client, experiment, key=key, title=title, tags={**(tags or {}), **below})
         if run.info.status != "FINISHED":
-            client.log_batch(run.info.run_id, params=[Param(*item) for item in _texts(parameters or {}).items()])
+            client.log_batch(run.info.run_id, params=[Param(*pair) for pair in _texts(parameters or {}).items()])
             log_metrics(client, run, metrics or {})
             log_artifacts(client, run, artifacts)
             client.set_terminated(run.info.run_id, "FINISHED")
@@ -105,9 +105,9 @@ def open_run(
     """Return the run of `key` in a locked experiment, created where it is missing."""
     if not re.fullmatch(r"[\w .,:/@=+-]{1,200}", key):
         raise RegistryError(f"{key!r} is no key for a run. Use up to 200 letters, digits, spaces and .,:/@=+-_.")
-    found = client.search_runs([experiment.experiment_id], filter_string=f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
-    if found:
-        return found[0]
+    known = client.search_runs([experiment.experiment_id], filter_string=f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
+    if known:
+        return known[0]
     # Created together with its key, so that a crash right after leaves a run the next call finds.
     return client.create_run(experiment.experiment_id, run_name=title, tags={**tags, KEY_TAG: key})
 
@@ -136,4 +136,4 @@ def log_artifacts(client: "MlflowClient", run: "Run", artifacts: Sequence[Path])
 
 def _recorded(tracking_uri: str, run: "Run") -> Recorded:
     path = f"experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
-    return Recorded(run.info.run_id, page(tracking_uri, path))
+    return Recorded(run.info.run_id, page_url(tracking_uri, path))

@@ -35,7 +35,7 @@ _OWNER = "relex.owner"
 
 
 @dataclass(frozen=True)
-class Store:
+class LocalStore:
     """A local store: a sqlite database and the absolute directory its artifacts lie under."""
 
     database: Path
@@ -47,9 +47,9 @@ class Store:
         return f"sqlite:///{self.database}"
 
 
-def prepare(home: Path) -> Store:
+def prepare(home: Path) -> LocalStore:
     """Return the local store under `home`, created where it is missing; many processes may call it at once."""
-    store = Store(database=home.resolve() / "mlflow.db", artifacts=home.resolve() / "artifacts")
+    store = LocalStore(database=home.resolve() / "mlflow.db", artifacts=home.resolve() / "artifacts")
     _prepare(store)
     return store
 
@@ -60,7 +60,7 @@ def connect(tracking_uri: str) -> "MlflowClient":
         database = Path(tracking_uri.removeprefix("sqlite:///"))
         if not database.is_absolute():
             raise RegistryError(f"{tracking_uri} names no absolute path. Write sqlite:////absolute/path/mlflow.db.")
-        _prepare(Store(database, database.parent / "artifacts"))
+        _prepare(LocalStore(database, database.parent / "artifacts"))
     elif urlparse(tracking_uri).scheme not in ("http", "https"):
         raise RegistryError(f"{tracking_uri} is not a store MLflow serves. Use sqlite:////… or http://host:port.")
     _configure()
@@ -120,8 +120,8 @@ def _lock_model(client: "MlflowClient", name: str, place: Path) -> Iterator[None
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         try:
-            found = client.get_registered_model(held).tags
-            if found.get(_PLACE) == owner[_PLACE]:
+            holder = client.get_registered_model(held).tags
+            if holder.get(_PLACE) == owner[_PLACE]:
                 # Only who holds the file lock of a place makes its lock here: the one that did is dead.
                 client.delete_registered_model(held)
                 continue
@@ -131,7 +131,7 @@ def _lock_model(client: "MlflowClient", name: str, place: Path) -> Iterator[None
             continue
         if time.monotonic() > deadline:
             raise RegistryError(
-                f"{held} is still held by {found.get(_OWNER, 'somebody')} after {_LOCK_SECONDS} s. If that process is"
+                f"{held} is still held by {holder.get(_OWNER, 'somebody')} after {_LOCK_SECONDS} s. If that process is"
                 f" gone, delete the registered model {held} in MLflow."
             )
         time.sleep(_LOCK_POLL_SECONDS)
@@ -153,7 +153,7 @@ def refusals(client: "MlflowClient") -> Iterator[None]:
         raise RegistryError(f"MLflow at {client.tracking_uri} refused: {reason}. Is it running?") from error
 
 
-def page(tracking_uri: str, path: str) -> str | None:
+def page_url(tracking_uri: str, path: str) -> str | None:
     """Return the address of a page of MLflow's UI, or None where no server shows it."""
     return f"{tracking_uri}/#/{path}" if tracking_uri.startswith("http") else None
 
@@ -175,7 +175,7 @@ def _configure() -> None:
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 
 
-def _prepare(store: Store) -> None:
+def _prepare(store: LocalStore) -> None:
     if store.database.exists():
         return
     _configure()

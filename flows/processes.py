@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from deploy.local.daemon import Service
+from deploy.local.daemon import Daemon
 from deploy.local.stack import Stack, environment, spawn, status
 
 PROMOTER = "promoter"
@@ -12,13 +12,13 @@ _WATCHER = "watcher-"
 _CONFIG = 3
 
 
-def spawn_watcher(running: Stack, training_run: str, config: Path) -> Service:
+def spawn_watcher(running: Stack, training_run: str, config: Path) -> Daemon:
     """Start the process that serves one training run's watcher and extrapolation; a live one is left alone."""
     argv = [sys.executable, "-m", "flows.deployments", str(config.absolute()), "--tracking-uri", running.mlflow_url]
     return spawn(running.home, f"{_WATCHER}{training_run}", argv, environment=environment(running))
 
 
-def revive_watchers(running: Stack) -> list[Service]:
+def revive_watchers(running: Stack) -> list[Daemon]:
     """Start the watchers again that died, and return them; those that were stopped stay stopped."""
     return [
         spawn_watcher(running, found.name.removeprefix(_WATCHER), Path(found.argv[_CONFIG]))

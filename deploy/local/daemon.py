@@ -26,7 +26,7 @@ _KILL_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
-class Service:
+class Daemon:
     """A background process; `pid` is None unless it is running, and "dead" one that was not stopped by `stop`."""
 
     name: str
@@ -39,7 +39,7 @@ class Service:
 
 def start(
     home: Path, name: str, argv: Sequence[str], *, environment: Mapping[str, str], url: str | None = None
-) -> Service:
+) -> Daemon:
     """Start `argv` with exactly this environment and return it running, after ending what a former one left behind.
 
     StackError where there is no such program or the name cannot be a file's.
@@ -68,40 +68,40 @@ def start(
     )
     record = {"argv": list(argv), "pid": pid, "create_time": psutil.Process(pid).create_time(), "url": url}
     _write(home, name, record)
-    return Service(name, pid, url, "running", log, tuple(argv))
+    return Daemon(name, pid, url, "running", log, tuple(argv))
 
 
-def find(home: Path, name: str) -> Service | None:
-    """Return the service of this name, running or not, or None where none was ever started."""
-    return _service(home, name, record) if (record := _read(home, name)) else None
+def find(home: Path, name: str) -> Daemon | None:
+    """Return the process of this name, running or not, or None where none was ever started."""
+    return _daemon(home, name, record) if (record := _read(home, name)) else None
 
 
-def find_all(home: Path) -> list[Service]:
-    """Return every service that was ever started in `home`, by name."""
+def find_all(home: Path) -> list[Daemon]:
+    """Return every process that was ever started in `home`, by name."""
     names = sorted(path.stem for path in (home / "services").glob("*.json"))
-    return [service for name in names if (service := find(home, name))]
+    return [daemon for name in names if (daemon := find(home, name))]
 
 
 def processes(home: Path, name: str) -> list[psutil.Process]:
-    """Return the live processes of a service: it, its descendants, and what else lives in the session it opened."""
+    """Return the live processes of a daemon: it, its descendants, and what else lives in the session it opened."""
     record = _read(home, name)
     if record is None or record["pid"] is None:
         return []
     pid = int(record["pid"])
-    found: set[psutil.Process] = set()
+    family: set[psutil.Process] = set()
     try:
         leader = psutil.Process(pid)
         if abs(leader.create_time() - float(record["create_time"])) > _SAME_PROCESS_SECONDS:
             # A pid is not handed out again while its session has members: nothing of ours is left.
             return []
-        found = {leader, *leader.children(recursive=True)}
+        family = {leader, *leader.children(recursive=True)}
     except psutil.NoSuchProcess:
         pass
-    return [process for process in found | set(_session(pid)) if _lives(process)]
+    return [process for process in family | set(_session(pid)) if _lives(process)]
 
 
 def stop(home: Path, names: Iterable[str]) -> None:
-    """Stop services together: SIGTERM to each, then to what it left behind, then SIGKILL; returns when all are gone."""
+    """Stop daemons together: SIGTERM to each, then to what it left behind, then SIGKILL; returns when all are gone."""
     records = {name: record for name in names if (record := _read(home, name))}
     members = [process for name in records for process in processes(home, name)]
     # Asked alone, a server or a runner ends its own children in order.
@@ -142,13 +142,13 @@ def _session(leader: int) -> Iterator[psutil.Process]:
                 yield process
 
 
-def _service(home: Path, name: str, record: Mapping[str, Any]) -> Service:
+def _daemon(home: Path, name: str, record: Mapping[str, Any]) -> Daemon:
     pid, url, log, argv = record["pid"], record["url"], home / "logs" / f"{name}.log", tuple(record["argv"])
     if pid is None:
-        return Service(name, None, url, "stopped", log, argv)
+        return Daemon(name, None, url, "stopped", log, argv)
     if any(process.pid == pid for process in processes(home, name)):
-        return Service(name, pid, url, "running", log, argv)
-    return Service(name, None, url, "dead", log, argv)
+        return Daemon(name, pid, url, "running", log, argv)
+    return Daemon(name, None, url, "dead", log, argv)
 
 
 def _read(home: Path, name: str) -> dict[str, Any] | None:

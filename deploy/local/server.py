@@ -14,7 +14,7 @@ import psutil
 from deploy.errors import StackError
 from deploy.local import daemon
 from deploy.local.access import Access, mlflow_environment, prefect_environment, read_access
-from deploy.local.daemon import Service
+from deploy.local.daemon import Daemon
 from deploy.tracking import prepare
 
 # Told to every process of the stack.
@@ -26,7 +26,7 @@ _REFUSALS = (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN)
 
 @dataclass(frozen=True)
 class Server:
-    """One of the two servers: the package and service name, the preferred port, the paths of its health and version."""
+    """One of the two servers: its package and process name, the preferred port, the paths of its health and version."""
 
     name: str
     port: int
@@ -38,7 +38,7 @@ PREFECT = Server("prefect", 4200, "/api/health", "/api/admin/version")
 MLFLOW = Server("mlflow", 5000, "/health", "/version")
 
 
-def launch(home: Path, server: Server) -> Service:
+def launch(home: Path, server: Server) -> Daemon:
     """Start a server on the loopback interface, at the port it had before or prefers, else at a free one.
 
     It asks for the user and password of `HOME/auth` where that is there.
@@ -59,31 +59,31 @@ def launch(home: Path, server: Server) -> Service:
     )
 
 
-def answers(client: httpx.Client, home: Path, found: Service, server: Server) -> bool:
+def answers(client: httpx.Client, home: Path, started: Daemon, server: Server) -> bool:
     """Return whether this home's own process answers at the server's address."""
     try:
-        healthy = client.get(f"{found.url}{server.health}").is_success
+        healthy = client.get(f"{started.url}{server.health}").is_success
     except httpx.TransportError:
         return False
     # The port may have gone to a stranger, another home's server for one, between the choice and the bind.
-    return healthy and listens(daemon.processes(home, server.name), port=_port(found))
+    return healthy and listens(daemon.processes(home, server.name), port=_port(started))
 
 
-def is_outdated(client: httpx.Client, found: Service, server: Server) -> bool:
+def is_outdated(client: httpx.Client, started: Daemon, server: Server) -> bool:
     """Return whether a running server answers with another version than the one that is installed."""
     try:
-        answer = client.get(f"{found.url}{server.version}")
+        answer = client.get(f"{started.url}{server.version}")
     except httpx.TransportError:
         return False
     return answer.is_success and answer.text.strip('"\n') != version(server.name)
 
 
-def admits(client: httpx.Client, found: Service, server: Server, access: Access | None) -> bool:
+def admits(client: httpx.Client, started: Daemon, server: Server, access: Access | None) -> bool:
     """Return whether a server that answers lets in who may; StackError where it asks for something else than `access`.
 
     `access` is what `HOME/auth` says. False where the server does not answer in time.
     """
-    url = f"{found.url}{server.version}"
+    url = f"{started.url}{server.version}"
     try:
         asks = client.get(url).status_code == httpx.codes.UNAUTHORIZED
         refuses = access is not None and client.get(url, auth=(access.user, access.password)).status_code in _REFUSALS
@@ -102,19 +102,19 @@ def admits(client: httpx.Client, found: Service, server: Server, access: Access 
     return True
 
 
-def still_starting(home: Path, found: Service, server: Server, *, seconds: float, limit: float) -> Service:
-    """Return the service to go on waiting for, after it has not answered for `seconds`.
+def still_starting(home: Path, started: Daemon, server: Server, *, seconds: float, limit: float) -> Daemon:
+    """Return the process to go on waiting for, after it has not answered for `seconds`.
 
     That is another one where a stranger took the port first; StackError where the process ended or `limit` has passed.
     """
     now = daemon.find(home, server.name)
     if now is not None and now.state == "running" and seconds < limit:
-        return found
+        return started
     daemon.stop(home, [server.name])
-    if seconds < limit and not _is_free(_port(found)):
+    if seconds < limit and not _is_free(_port(started)):
         return launch(home, server)
     ending = "ended" if seconds < limit else f"did not answer within {limit:.0f} s"
-    raise StackError(f"{server.name} {ending}: {daemon.last_log_line(found.log)}. Its log is {found.log}.")
+    raise StackError(f"{server.name} {ending}: {daemon.last_log_line(started.log)}. Its log is {started.log}.")
 
 
 def _argv(home: Path, server: Server, port: int, access: Access | None) -> list[str]:
@@ -147,8 +147,8 @@ def _environment(home: Path, server: Server, port: int, access: Access | None) -
     }
 
 
-def _port(found: Service) -> int:
-    return int(str(found.url).rsplit(":", 1)[1])
+def _port(started: Daemon) -> int:
+    return int(str(started.url).rsplit(":", 1)[1])
 
 
 def _is_free(port: int) -> bool:

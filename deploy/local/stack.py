@@ -18,12 +18,12 @@ from filelock import FileLock, Timeout
 from deploy.errors import StackError
 from deploy.local import daemon
 from deploy.local.access import client_environment, read_access
-from deploy.local.daemon import Service
+from deploy.local.daemon import Daemon
 from deploy.local.server import MLFLOW, NO_TELEMETRY, PREFECT, admits, answers, is_outdated, launch, still_starting
 from deploy.tracking import prepare
 
 __all__ = [
-    "Service",
+    "Daemon",
     "Stack",
     "down",
     "environment",
@@ -61,30 +61,30 @@ def up(home: Path, *, on_progress: Callable[[str], None] | None = None) -> Stack
     the end of its log for one that does not answer within 120 s or ends before, and for one that asks for another
     password than the home's.
     """
-    tell = on_progress or _log.info
+    report = on_progress or _log.info
     home = _home(home)
     access = read_access(home)
     with _locked(home), httpx.Client(trust_env=False, timeout=5) as client:
-        started = time.monotonic()
+        began = time.monotonic()
         waiting = {}
         for server in _SERVERS:
-            found = daemon.find(home, server.name)
-            if found is not None and found.state == "running" and is_outdated(client, found, server):
-                tell(f"restarting {server.name}: another version of it is running")
+            started = daemon.find(home, server.name)
+            if started is not None and started.state == "running" and is_outdated(client, started, server):
+                report(f"restarting {server.name}: another version of it is running")
                 daemon.stop(home, [server.name])
-                found = daemon.find(home, server.name)
-            if found is None or found.state != "running":
-                tell(f"starting {server.name}")
-                found = launch(home, server)
-            waiting[server] = found
+                started = daemon.find(home, server.name)
+            if started is None or started.state != "running":
+                report(f"starting {server.name}")
+                started = launch(home, server)
+            waiting[server] = started
         while waiting:
-            for server, found in list(waiting.items()):
-                seconds = time.monotonic() - started
-                if answers(client, home, found, server) and admits(client, found, server, access):
+            for server, started in list(waiting.items()):
+                seconds = time.monotonic() - began
+                if answers(client, home, started, server) and admits(client, started, server, access):
                     del waiting[server]
-                    tell(f"{server.name} answers at {found.url} after {seconds:.1f} s")
+                    report(f"{server.name} answers at {started.url} after {seconds:.1f} s")
                 else:
-                    waiting[server] = still_starting(home, found, server, seconds=seconds, limit=_START_SECONDS)
+                    waiting[server] = still_starting(home, started, server, seconds=seconds, limit=_START_SECONDS)
             time.sleep(0.1)
     return running(home)
 
@@ -95,11 +95,11 @@ def running(home: Path) -> Stack:
     _enter(home)
     urls = {}
     for server in _SERVERS:
-        found = daemon.find(home, server.name)
-        if found is None or found.state != "running" or found.url is None:
-            state = "was never started" if found is None else f"is {found.state}"
+        started = daemon.find(home, server.name)
+        if started is None or started.state != "running" or started.url is None:
+            state = "was never started" if started is None else f"is {started.state}"
             raise StackError(f"{server.name} {state} in {home}. Start the stack with `relex up`.")
-        urls[server.name] = found.url
+        urls[server.name] = started.url
     return Stack(home, urls["prefect"], f"{urls['prefect']}/api", urls["mlflow"])
 
 
@@ -124,40 +124,40 @@ def tracking_uri(home: Path) -> str:
     That is its MLflow server, or its database while the server is not running.
     """
     _enter(_home(home))
-    found = daemon.find(_home(home), "mlflow")
-    if found is not None and found.state == "running" and found.url is not None:
-        return found.url
+    mlflow = daemon.find(_home(home), "mlflow")
+    if mlflow is not None and mlflow.state == "running" and mlflow.url is not None:
+        return mlflow.url
     return prepare(_home(home) / "mlflow").tracking_uri
 
 
-def spawn(home: Path, name: str, argv: Sequence[str], *, environment: Mapping[str, str] | None = None) -> Service:
+def spawn(home: Path, name: str, argv: Sequence[str], *, environment: Mapping[str, str] | None = None) -> Daemon:
     """Start a named process in the background, its environment added to the caller's; a live one is left alone.
 
     StackError where a live one of this name does something else.
     """
     home = _home(home)
     with _locked(home):
-        found = daemon.find(home, name)
-        if found is not None and found.state == "running":
-            if found.argv != tuple(argv):
+        live = daemon.find(home, name)
+        if live is not None and live.state == "running":
+            if live.argv != tuple(argv):
                 raise StackError(
-                    f"{name} is running as `{' '.join(found.argv)}` and was asked for as `{' '.join(argv)}`."
+                    f"{name} is running as `{' '.join(live.argv)}` and was asked for as `{' '.join(argv)}`."
                     " Stop it with `relex down`, or give one of the two another name."
                 )
-            return found
+            return live
         return daemon.start(home, name, argv, environment={**os.environ, **(environment or {})})
 
 
-def status(home: Path) -> list[Service]:
+def status(home: Path) -> list[Daemon]:
     """Return every process that was ever started in this home, servers first."""
-    return sorted(daemon.find_all(_home(home)), key=lambda found: not _is_server(found.name))
+    return sorted(daemon.find_all(_home(home)), key=lambda process: not _is_server(process.name))
 
 
-def down(home: Path) -> list[Service]:
+def down(home: Path) -> list[Daemon]:
     """Stop the spawned processes, then the servers, and return them stopped; nothing of theirs is left running."""
     home = _home(home)
     with _locked(home):
-        names = [found.name for found in daemon.find_all(home)]
+        names = [process.name for process in daemon.find_all(home)]
         daemon.stop(home, [name for name in names if not _is_server(name)])
         daemon.stop(home, [name for name in names if _is_server(name)])
     return status(home)

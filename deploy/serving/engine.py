@@ -87,13 +87,13 @@ def command(model: Path, *, name: str, port: int, given: str | None, options: Se
 
 
 @asynccontextmanager
-async def running(told: Command, *, port: int, log: Path) -> AsyncIterator[Engine]:
+async def running(program: Command, *, port: int, log: Path) -> AsyncIterator[Engine]:
     """Start an engine, yield it once it answers, and end it; ServingError where it ends before or never answers."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as written:
         process = await asyncio.create_subprocess_exec(
             # -P: a package `flows` of the directory one happens to be in is not ours.
-            *(sys.executable, "-P", "-m", "deploy.serving.guard", str(told.directory), *told.argv),
+            *(sys.executable, "-P", "-m", "deploy.serving.guard", str(program.directory), *program.argv),
             stdin=asyncio.subprocess.PIPE,
             stdout=written,
             stderr=written,

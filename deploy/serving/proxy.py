@@ -35,7 +35,7 @@ class Served:
     created_ms: int
 
 
-class Backend:
+class Upstream:
     """An engine's address, with the number of requests that it is answering."""
 
     def __init__(self, url: str, served: Served) -> None:
@@ -63,10 +63,10 @@ class Backend:
 
 
 class Proxy:
-    """An ASGI application that hands requests on to `backend`; while that is None it answers 503."""
+    """An ASGI application that hands requests on to `upstream`; while that is None it answers 503."""
 
     def __init__(self) -> None:
-        self.backend: Backend | None = None
+        self.upstream: Upstream | None = None
         # A connection a request: one kept open may be closed by the engine while a request is on its way to it.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         self._client = httpx.AsyncClient(
@@ -83,20 +83,20 @@ class Proxy:
             body = await Request(scope, receive).body()
         except ClientDisconnect:
             return
-        backend, path = self.backend, scope["path"]
-        if backend is None:
+        upstream, path = self.upstream, scope["path"]
+        if upstream is None:
             await _refusal(503, "the engine has ended and is started again")(scope, receive, send)
         elif path in _CONTROLS:
             await _refusal(404, f"{path} is not served")(scope, receive, send)
         elif path == "/v1/models":
             # An engine's own list may be of all it could load.
-            await _models(backend.served)(scope, receive, send)
+            await _models(upstream.served)(scope, receive, send)
         else:
-            with backend.request():
-                await _unless_disconnected(receive, self._relay(backend, scope, body, receive, send))
+            with upstream.request():
+                await _unless_disconnected(receive, self._relay(upstream, scope, body, receive, send))
 
-    async def _relay(self, backend: Backend, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
-        target = httpx.URL(backend.url).copy_with(
+    async def _relay(self, upstream: Upstream, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
+        target = httpx.URL(upstream.url).copy_with(
             raw_path=scope["raw_path"] + (b"?" + scope["query_string"] if scope["query_string"] else b"")
         )
         headers = _passed_on(scope["headers"], but=(b"content-length", b"expect"))
@@ -109,7 +109,7 @@ class Proxy:
             await _refusal(502, reason)(scope, receive, send)
             return
         try:
-            version = (_VERSION_HEADER, str(backend.served.version).encode())
+            version = (_VERSION_HEADER, str(upstream.served.version).encode())
             await send(
                 {
                     "type": "http.response.start",

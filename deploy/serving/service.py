@@ -23,7 +23,7 @@ from deploy.errors import DeployError, NoSuchVersionError, ServingError
 from deploy.registry import RegisteredModelVersion
 from deploy.serving import engine
 from deploy.serving.engine import Engine
-from deploy.serving.proxy import Backend, Proxy, Served
+from deploy.serving.proxy import Proxy, Served, Upstream
 
 # For answers that run when the service is asked to end, and for those of an engine that was replaced.
 _END_SECONDS = 30
@@ -50,7 +50,7 @@ class Service:
 
 
 @dataclass(frozen=True)
-class News:
+class Notice:
     """One line of what happened: a version answers, or something is wrong and what answered goes on."""
 
     kind: Literal["answers", "trouble"]
@@ -62,7 +62,7 @@ class News:
 class _Running:
     row: RegisteredModelVersion
     engine: Engine
-    backend: Backend
+    upstream: Upstream
     ending: AsyncExitStack
 
     @property
@@ -70,13 +70,13 @@ class _Running:
         return self.engine.process.returncode is not None
 
 
-def serve(service: Service, *, tracking_uri: Callable[[], str], tell: Callable[[News], None]) -> None:
+def serve(service: Service, *, tracking_uri: Callable[[], str], on_notice: Callable[[Notice], None]) -> None:
     """Serve until SIGINT or SIGTERM, then raise KeyboardInterrupt; refuses what `serving` does."""
 
     async def until_ended() -> None:
         # As at an interrupt, the engines are ended before this process is.
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
-        async with serving(service, tracking_uri=tracking_uri, tell=tell) as ended:
+        async with serving(service, tracking_uri=tracking_uri, on_notice=on_notice) as ended:
             await ended
 
     asyncio.run(until_ended())
@@ -86,7 +86,7 @@ def serve(service: Service, *, tracking_uri: Callable[[], str], tell: Callable[[
 
 @asynccontextmanager
 async def serving(
-    service: Service, *, tracking_uri: Callable[[], str], tell: Callable[[News], None]
+    service: Service, *, tracking_uri: Callable[[], str], on_notice: Callable[[Notice], None]
 ) -> AsyncIterator["asyncio.Task[None]"]:
     """Serve the champion of the registry that `tracking_uri` says, and follow it; every engine has ended afterwards.
 
@@ -99,7 +99,7 @@ async def serving(
         async with AsyncExitStack() as ending:
             proxy = Proxy()
             ending.push_async_callback(proxy.aclose)
-            follower = _Follower(service, tracking_uri, tell, proxy, await _start(service, tracking_uri, row))
+            follower = _Follower(service, tracking_uri, on_notice, proxy, await _start(service, tracking_uri, row))
             ending.push_async_callback(follower.aclose)
             config = uvicorn.Config(
                 proxy,
@@ -116,7 +116,7 @@ async def serving(
             try:
                 host = f"[{service.host}]" if ":" in service.host else service.host
                 url = f"http://{host}:{listener.getsockname()[1]}/v1"
-                tell(News("answers", row.version, f"{_title(row)} answers at {url}"))
+                on_notice(Notice("answers", row.version, f"{_title(row)} answers at {url}"))
                 yield asyncio.create_task(_first(tasks))
             finally:
                 server.should_exit = True
@@ -131,18 +131,18 @@ class _Follower:
         self,
         service: Service,
         tracking_uri: Callable[[], str],
-        tell: Callable[[News], None],
+        on_notice: Callable[[Notice], None],
         proxy: Proxy,
         first: _Running,
     ) -> None:
         self._service = service
         self._tracking_uri = tracking_uri
-        self._tell = tell
+        self._on_notice = on_notice
         self._proxy = proxy
         self._now = first
-        proxy.backend = first.backend
+        proxy.upstream = first.upstream
         self._retiring: set[asyncio.Task[None]] = set()
-        self._told = ""
+        self._last_trouble = ""
         self._failed: int | None = None
         self._failures = 0
         self._retry_at = 0.0
@@ -150,7 +150,7 @@ class _Follower:
     async def follow(self) -> None:
         """Look at the alias again and again, and at once when the engine ends."""
         while True:
-            if self._proxy.backend is None:
+            if self._proxy.upstream is None:
                 await asyncio.sleep(self._service.poll_seconds)
             else:
                 with contextlib.suppress(TimeoutError):
@@ -168,8 +168,8 @@ class _Follower:
     async def _look(self) -> None:
         # As it is now: one that ends further down is seen to by the next look.
         now, ended = self._now, self._now.ended
-        if ended and self._proxy.backend is not None:
-            self._proxy.backend = None
+        if ended and self._proxy.upstream is not None:
+            self._proxy.upstream = None
             self._trouble(
                 now.row, f"the engine of {_title(now.row)} ended and is started again: {now.engine.last_log_line}"
             )
@@ -181,7 +181,7 @@ class _Follower:
                 return
             wanted = now.row
         if wanted.version == now.row.version and not ended:
-            self._told = ""
+            self._last_trouble = ""
             return
         if wanted.version == self._failed and time.monotonic() < self._retry_at:
             return
@@ -192,10 +192,10 @@ class _Follower:
             goes_on = "nothing answers" if ended else f"version {now.row.version} goes on answering"
             self._trouble(wanted, f"{_title(wanted)} cannot be served, {goes_on}: {error}")
             return
-        self._failed, self._told = None, ""
-        self._proxy.backend = self._now.backend
-        then = f"; version {now.row.version} ends after the requests it has: {now.backend.requests}"
-        self._tell(News("answers", wanted.version, f"{_title(wanted)} answers now{'' if ended else then}"))
+        self._failed, self._last_trouble = None, ""
+        self._proxy.upstream = self._now.upstream
+        then = f"; version {now.row.version} ends after the requests it has: {now.upstream.requests}"
+        self._on_notice(Notice("answers", wanted.version, f"{_title(wanted)} answers now{'' if ended else then}"))
         task = asyncio.create_task(_retire(now))
         self._retiring.add(task)
         task.add_done_callback(self._retiring.discard)
@@ -208,17 +208,17 @@ class _Follower:
 
     def _trouble(self, row: RegisteredModelVersion, text: str) -> None:
         line = " ".join(text.split())
-        if line != self._told:
-            self._told = line
-            self._tell(News("trouble", row.version, line))
+        if line != self._last_trouble:
+            self._last_trouble = line
+            self._on_notice(Notice("trouble", row.version, line))
 
 
 async def _champion(service: Service, tracking_uri: Callable[[], str]) -> RegisteredModelVersion:
-    found = await asyncio.to_thread(lambda: registry.champion(service.name, tracking_uri=tracking_uri()))
-    if found is None:
+    champion = await asyncio.to_thread(lambda: registry.champion(service.name, tracking_uri=tracking_uri()))
+    if champion is None:
         name = service.name
         raise NoSuchVersionError(f"{name} has no champion to serve. Promote a prediction: relex promote {name}.")
-    return found
+    return champion
 
 
 async def _start(service: Service, tracking_uri: Callable[[], str], row: RegisteredModelVersion) -> _Running:
@@ -226,7 +226,7 @@ async def _start(service: Service, tracking_uri: Callable[[], str], row: Registe
         lambda: registry.verified(row, tracking_uri=tracking_uri(), downloads=service.home / "models")
     )
     port = engine.free_port()
-    told = engine.command(
+    program = engine.command(
         directory.resolve(),
         name=service.name,
         port=port,
@@ -236,15 +236,15 @@ async def _start(service: Service, tracking_uri: Callable[[], str], row: Registe
     )
     log = service.home / "logs" / f"serve-{service.name}-{row.version}.log"
     ending = AsyncExitStack()
-    started = await ending.enter_async_context(engine.running(told, port=port, log=log))
+    started = await ending.enter_async_context(engine.running(program, port=port, log=log))
     served = Served(row.name, row.version, row.digest, row.target_step, row.created_ms)
-    return _Running(row, started, Backend(started.url, served), ending)
+    return _Running(row, started, Upstream(started.url, served), ending)
 
 
 async def _retire(replaced: _Running) -> None:
     try:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(replaced.backend.idle(), _RETIRE_SECONDS)
+            await asyncio.wait_for(replaced.upstream.idle(), _RETIRE_SECONDS)
     finally:
         await replaced.ending.aclose()
 

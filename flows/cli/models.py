@@ -180,15 +180,15 @@ def serve(
     Example: relex serve qwen -- --max-model-len 8192 --gpu-memory-utilization 0.45
     """
     from deploy.local import stack
-    from deploy.serving.service import News, Service
+    from deploy.serving.service import Notice, Service
     from deploy.serving.service import serve as run_service
 
-    def tell(news: News) -> None:
+    def on_notice(notice: Notice) -> None:
         if as_json:
-            typer.echo(json.dumps(asdict(news)))
+            typer.echo(json.dumps(asdict(notice)))
         else:
-            print_sentence(news.text)
+            print_sentence(notice.text)
 
     place = home.expanduser().resolve()
     service = Service(name, place, engine, tuple(options or ()), host=host, port=port, poll_seconds=poll_seconds)
-    run_service(service, tracking_uri=lambda: stack.tracking_uri(place), tell=tell)
+    run_service(service, tracking_uri=lambda: stack.tracking_uri(place), on_notice=on_notice)

@@ -17,7 +17,7 @@ from flows.console import Bars, JsonLines, plain_table, print_line
 from flows.errors import ConfigError
 
 if TYPE_CHECKING:
-    from deploy.local.stack import Service
+    from deploy.local.stack import Daemon
 
 commands = typer.Typer(rich_markup_mode=None)
 _command = partial(commands.command, rich_help_panel="Watch runs and decide")
@@ -114,7 +114,7 @@ def _show_stack(home: Path, *, as_json: bool) -> None:
         show_services(out, services)
 
 
-def show_services(console: Console, services: Sequence["Service"]) -> None:
+def show_services(console: Console, services: Sequence["Daemon"]) -> None:
     """Print the processes of the local stack."""
     if not services:
         console.print("nothing is running")

@@ -12,7 +12,7 @@ from typing import Any
 
 from deploy import champions, registry
 from deploy.audit import Entry
-from deploy.champions import Judgement
+from deploy.champions import Clearance
 from deploy.registry import RegisteredModelVersion
 from evaluation.errors import ComparisonError
 from evaluation.verdict.gate import Gate, gate
@@ -67,7 +67,7 @@ def rollback(name: str, *, tracking_uri: str, by: str, downloads: Path) -> Promo
 
 def judge(
     candidate: RegisteredModelVersion, champion: RegisteredModelVersion | None, *, tracking_uri: str
-) -> Judgement:
+) -> Clearance:
     """Return whether a candidate's stored results pass: no worse than what was observed, better than the champion."""
     try:
         return _judge(candidate, champion, tracking_uri=tracking_uri)
@@ -77,7 +77,7 @@ def judge(
 
 def _judge(
     candidate: RegisteredModelVersion, champion: RegisteredModelVersion | None, *, tracking_uri: str
-) -> Judgement:
+) -> Clearance:
     ours = [GateResults.from_json(text) for text in registry.gate_reports(candidate, tracking_uri=tracking_uri)]
     if not ours:
         return _refusal(
@@ -96,7 +96,7 @@ def _judge(
             return _refusal(found)
         gates.append(found)
     failed = [item for item in gates if not item.passed]
-    return Judgement(
+    return Clearance(
         passed=not failed,
         reason=" ".join(item.sentence for item in failed or gates),
         metrics=gate_metrics(gates),
@@ -137,5 +137,5 @@ def _gate(terms: GateResults, ours: Scored, theirs: Scored, *, margin: float) ->
     return replace(found, candidate=ours.model.title, reference=theirs.model.title)
 
 
-def _refusal(reason: str) -> Judgement:
-    return Judgement(passed=False, reason=reason, metrics={})
+def _refusal(reason: str) -> Clearance:
+    return Clearance(passed=False, reason=reason, metrics={})

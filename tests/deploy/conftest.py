@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.tracking import Store, prepare
+from deploy.tracking import LocalStore, prepare
 
 List = Callable[[Path], None]
 
@@ -78,7 +78,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def store(template: Path, tmp_path: Path) -> Store:
+def store(template: Path, tmp_path: Path) -> LocalStore:
     home = tmp_path / "mlflow"
     home.mkdir()
     shutil.copy(template, home)

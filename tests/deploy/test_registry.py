@@ -9,10 +9,10 @@ import pytest
 from deploy.candidate import verify
 from deploy.errors import CandidateError, DigestConflictError, RegistryError
 from deploy.registry import CHAMPION, Registered, champion, models, register
-from deploy.tracking import Store, connect
+from deploy.tracking import LocalStore, connect
 
 
-def _register(model: Path, store: Store) -> Registered:
+def _register(model: Path, store: LocalStore) -> Registered:
     return register(model, name="tiny", tracking_uri=store.tracking_uri)
 
 
@@ -21,7 +21,7 @@ def test_importing_the_package_does_not_import_mlflow() -> None:
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
-def test_a_registered_version_shares_every_file_with_the_prediction(model: Path, store: Store) -> None:
+def test_a_registered_version_shares_every_file_with_the_prediction(model: Path, store: LocalStore) -> None:
     made = _register(model, store)
     assert (made.name, made.version, made.created) == ("tiny-candidates", 1, True)
     for name in verify(model).files:
@@ -30,7 +30,7 @@ def test_a_registered_version_shares_every_file_with_the_prediction(model: Path,
     assert verify(made.weights).digest == made.digest
 
 
-def test_a_registered_version_loads_the_three_ways_people_load_models(model: Path, store: Store) -> None:
+def test_a_registered_version_loads_the_three_ways_people_load_models(model: Path, store: LocalStore) -> None:
     import mlflow.pyfunc
     import mlflow.transformers
     import torch
@@ -52,14 +52,14 @@ def test_a_registered_version_loads_the_three_ways_people_load_models(model: Pat
     assert function.metadata.model_id == made.logged_model_id
 
 
-def test_the_same_digest_twice_is_one_version(model: Path, store: Store) -> None:
+def test_the_same_digest_twice_is_one_version(model: Path, store: LocalStore) -> None:
     first = _register(model, store)
     again = _register(shutil.copytree(model, model.with_name("predicted-again")), store)
     assert (again.version, again.logged_model_id, again.created) == (1, first.logged_model_id, False)
     assert len(models("tiny", tracking_uri=store.tracking_uri)) == 1
 
 
-def test_a_digest_that_comes_with_other_bytes_is_refused(model: Path, store: Store) -> None:
+def test_a_digest_that_comes_with_other_bytes_is_refused(model: Path, store: LocalStore) -> None:
     made = _register(model, store)
     before = {path: path.stat().st_mtime_ns for path in made.weights.parent.rglob("*")}
     other = shutil.copytree(model, model.with_name("other"))
@@ -73,7 +73,7 @@ def test_a_digest_that_comes_with_other_bytes_is_refused(model: Path, store: Sto
     assert before == {path: path.stat().st_mtime_ns for path in made.weights.parent.rglob("*")}
 
 
-def test_registering_again_puts_damaged_registered_files_right(model: Path, store: Store) -> None:
+def test_registering_again_puts_damaged_registered_files_right(model: Path, store: LocalStore) -> None:
     made = _register(model, store)
     (made.weights / "model.safetensors").unlink()
     (made.weights / "tokenizer.json").unlink()
@@ -84,7 +84,7 @@ def test_registering_again_puts_damaged_registered_files_right(model: Path, stor
     assert verify(made.weights).digest == made.digest
 
 
-def test_a_refused_directory_leaves_no_trace_in_the_store(model: Path, store: Store) -> None:
+def test_a_refused_directory_leaves_no_trace_in_the_store(model: Path, store: LocalStore) -> None:
     (model / "model.safetensors").write_bytes(b"")
     with pytest.raises(CandidateError):
         _register(model, store)
@@ -97,7 +97,7 @@ def test_a_refused_directory_leaves_no_trace_in_the_store(model: Path, store: St
     reason="needs a second file system",
 )
 def test_where_links_cannot_be_made_the_files_are_copied_once(
-    model: Path, store: Store, tmp_path_factory: pytest.TempPathFactory
+    model: Path, store: LocalStore, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     elsewhere = Path("/dev/shm") / tmp_path_factory.mktemp("elsewhere").name
     far = shutil.copytree(model, elsewhere / "step-240")
@@ -112,7 +112,7 @@ def test_where_links_cannot_be_made_the_files_are_copied_once(
         shutil.rmtree(elsewhere)
 
 
-def test_the_registry_lists_what_was_registered_with_its_tags_and_metrics(model: Path, store: Store) -> None:
+def test_the_registry_lists_what_was_registered_with_its_tags_and_metrics(model: Path, store: LocalStore) -> None:
     figure = model.parent / "figure.png"
     figure.write_bytes(b"\x89PNG")
     made = register(
@@ -129,7 +129,7 @@ def test_the_registry_lists_what_was_registered_with_its_tags_and_metrics(model:
     assert [file.path for file in connect(store.tracking_uri).list_artifacts(made.run_id)] == ["figure.png"]
 
 
-def test_a_champion_is_the_promoted_copy_and_marks_its_candidate(model: Path, store: Store) -> None:
+def test_a_champion_is_the_promoted_copy_and_marks_its_candidate(model: Path, store: LocalStore) -> None:
     made = _register(model, store)
     assert champion("tiny", tracking_uri=store.tracking_uri) is None
     client = connect(store.tracking_uri)
@@ -152,7 +152,7 @@ def test_a_champion_is_the_promoted_copy_and_marks_its_candidate(model: Path, st
     ],
 )
 def test_an_address_or_a_name_that_cannot_be_is_refused_in_one_line(
-    model: Path, store: Store, tracking_uri: str | None, name: str, says: str
+    model: Path, store: LocalStore, tracking_uri: str | None, name: str, says: str
 ) -> None:
     with pytest.raises(RegistryError) as refusal:
         register(model, name=name, tracking_uri=tracking_uri or store.tracking_uri)
@@ -160,7 +160,7 @@ def test_an_address_or_a_name_that_cannot_be_is_refused_in_one_line(
     assert "\n" not in str(refusal.value)
 
 
-def test_a_deleted_experiment_is_refused(model: Path, store: Store) -> None:
+def test_a_deleted_experiment_is_refused(model: Path, store: LocalStore) -> None:
     _register(model, store)
     client = connect(store.tracking_uri)
     experiment = client.get_experiment_by_name("tiny")

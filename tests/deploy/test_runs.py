@@ -5,10 +5,10 @@ import pytest
 from deploy.errors import RegistryError
 from deploy.registry import register
 from deploy.runs import Recorded, annotate, log_series, record
-from deploy.tracking import Store, connect
+from deploy.tracking import LocalStore, connect
 
 
-def _refuse(store: Store, decision: Path) -> Recorded:
+def _refuse(store: LocalStore, decision: Path) -> Recorded:
     return record(
         "tiny",
         tracking_uri=store.tracking_uri,
@@ -21,7 +21,7 @@ def _refuse(store: Store, decision: Path) -> Recorded:
     )
 
 
-def test_a_refused_decision_is_recorded_once(store: Store, tmp_path: Path) -> None:
+def test_a_refused_decision_is_recorded_once(store: LocalStore, tmp_path: Path) -> None:
     decision = tmp_path / "decision.json"
     decision.write_text("{}")
     first, again = _refuse(store, decision), _refuse(store, decision)
@@ -35,7 +35,7 @@ def test_a_refused_decision_is_recorded_once(store: Store, tmp_path: Path) -> No
     assert [file.path for file in client.list_artifacts(first.run_id)] == ["decision.json"]
 
 
-def test_what_comes_of_a_decision_is_added_to_its_run(store: Store, tmp_path: Path) -> None:
+def test_what_comes_of_a_decision_is_added_to_its_run(store: LocalStore, tmp_path: Path) -> None:
     decision = tmp_path / "decision.json"
     decision.write_text("{}")
     first = _refuse(store, decision)
@@ -57,7 +57,7 @@ def test_what_comes_of_a_decision_is_added_to_its_run(store: Store, tmp_path: Pa
     assert [metric.value for metric in client.get_metric_history(first.run_id, "steps_saved")] == [425.0]
 
 
-def test_a_decision_cut_short_is_completed_by_the_next_call(store: Store, tmp_path: Path) -> None:
+def test_a_decision_cut_short_is_completed_by_the_next_call(store: LocalStore, tmp_path: Path) -> None:
     missing = tmp_path / "decision.json"
     with pytest.raises(OSError, match=r"decision\.json"):
         _refuse(store, missing)
@@ -68,7 +68,9 @@ def test_a_decision_cut_short_is_completed_by_the_next_call(store: Store, tmp_pa
     assert client.get_run(recorded.run_id).info.status == "FINISHED"
 
 
-def test_a_registered_model_belongs_to_the_decision_it_comes_from(model: Path, store: Store, tmp_path: Path) -> None:
+def test_a_registered_model_belongs_to_the_decision_it_comes_from(
+    model: Path, store: LocalStore, tmp_path: Path
+) -> None:
     decision = tmp_path / "decision.json"
     decision.write_text("{}")
     recorded = _refuse(store, decision)
@@ -83,7 +85,7 @@ def test_a_registered_model_belongs_to_the_decision_it_comes_from(model: Path, s
     assert [(metric.key, metric.value) for metric in logged.metrics or []] == [("accuracy", 0.25)]
 
 
-def test_a_candidate_is_a_run_below_its_decision(store: Store) -> None:
+def test_a_candidate_is_a_run_below_its_decision(store: LocalStore) -> None:
     decision = record("tiny", tracking_uri=store.tracking_uri, key="tiny 0123", title="window 75")
     key = "tiny 0123 relex-pinned:damping=0.3,rank=2 @ 200"
     below = record(
@@ -99,7 +101,7 @@ def test_a_candidate_is_a_run_below_its_decision(store: Store) -> None:
     assert len(run.data.params["steps"]) == 6000
 
 
-def test_a_curve_has_the_training_step_as_its_step_and_grows_without_repeating(store: Store) -> None:
+def test_a_curve_has_the_training_step_as_its_step_and_grows_without_repeating(store: LocalStore) -> None:
     points = {10: 0.1, 20: 0.2, 25: 0.4}
     log_series("tiny", points, tracking_uri=store.tracking_uri, series="real", metric="accuracy")
     more = {**points, 40: 0.3, 75: 0.6}
@@ -108,12 +110,12 @@ def test_a_curve_has_the_training_step_as_its_step_and_grows_without_repeating(s
     assert sorted((metric.step, metric.value) for metric in history) == sorted(more.items())
 
 
-def test_a_curve_of_thousands_of_points_is_kept_whole(store: Store) -> None:
+def test_a_curve_of_thousands_of_points_is_kept_whole(store: LocalStore) -> None:
     points = {step: step / 7 for step in range(2501)}
     run = log_series("tiny", points, tracking_uri=store.tracking_uri, series="long", metric="accuracy")
     assert len(connect(store.tracking_uri).get_metric_history(run.run_id, "accuracy")) == len(points)
 
 
-def test_a_key_that_cannot_be_searched_for_is_refused(store: Store) -> None:
+def test_a_key_that_cannot_be_searched_for_is_refused(store: LocalStore) -> None:
     with pytest.raises(RegistryError, match="is no key for a run"):
         record("tiny", tracking_uri=store.tracking_uri, key="it's", title="")

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from deploy import champions, registry
-from deploy.champions import Judgement
+from deploy.champions import Clearance
 from deploy.tracking import prepare
 
 VOCABULARY = {token: number for number, token in enumerate(["<pad>", "<eos>", *"0123456789"])}
@@ -63,7 +63,7 @@ def write_model(path: Path, *, says: str) -> Path:
 def promote(home: Path, *, says: str) -> None:
     uri = prepare(home / "mlflow").tracking_uri
     made = registry.register(write_model(home / says, says=says), name="digits", tracking_uri=uri)
-    passed = Judgement(passed=True, reason="", metrics={})
+    passed = Clearance(passed=True, reason="", metrics={})
     champions.promote(
         "digits", made.version, tracking_uri=uri, by="ada", judge=lambda candidate, champion: passed, downloads=home
     )

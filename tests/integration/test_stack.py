@@ -16,7 +16,7 @@ import pytest
 from deploy.errors import StackError
 from deploy.local import daemon, stack
 from deploy.local.server import MLFLOW, is_outdated, launch, still_starting
-from deploy.local.stack import Service, Stack
+from deploy.local.stack import Daemon, Stack
 from deploy.registry import models
 from deploy.runs import record
 from evaluation.benchmarks.benchmark import write_benchmark
@@ -180,7 +180,7 @@ def test_a_server_of_another_version_is_outdated(quiet: Path) -> None:
     found = daemon.start(quiet, "mlflow", argv, environment=dict(os.environ), url=url)
     with httpx.Client(trust_env=False) as client:
         assert not is_outdated(
-            client, Service("mlflow", None, "http://127.0.0.1:9", "running", quiet, ("mlflow",)), MLFLOW
+            client, Daemon("mlflow", None, "http://127.0.0.1:9", "running", quiet, ("mlflow",)), MLFLOW
         )
         _wait(lambda: is_outdated(client, found, MLFLOW))
 

@@ -20,10 +20,10 @@ import psutil
 import pytest
 
 from deploy import champions, registry
-from deploy.champions import Judgement
+from deploy.champions import Clearance
 from deploy.errors import CandidateError, NoSuchVersionError, ServingError
 from deploy.serving import engine
-from deploy.serving.service import News, Service, serving
+from deploy.serving.service import Notice, Service, serving
 from deploy.tracking import prepare
 from tests.helpers.predictions import write_prediction
 
@@ -39,7 +39,7 @@ class Home:
     """A home with a registry, the address somebody serves at, and what was told."""
 
     path: Path
-    news: list[News] = field(default_factory=list)
+    notices: list[Notice] = field(default_factory=list)
     url: str = ""
 
     @property
@@ -59,15 +59,15 @@ class Home:
             version,
             tracking_uri=self.uri,
             by="ada",
-            judge=lambda candidate, champion: Judgement(passed=True, reason="", metrics={}),
+            judge=lambda candidate, champion: Clearance(passed=True, reason="", metrics={}),
             downloads=self.path,
         )
 
     @asynccontextmanager
     async def serve(self, *, command: str = ANSWERING, poll_seconds: float = 0.1) -> AsyncIterator[httpx.AsyncClient]:
         service = Service("digits", self.path, command, port=0, poll_seconds=poll_seconds)
-        async with serving(service, tracking_uri=lambda: self.uri, tell=self.news.append):
-            self.url = self.news[0].text.rpartition(" ")[2].removesuffix("/v1")
+        async with serving(service, tracking_uri=lambda: self.uri, on_notice=self.notices.append):
+            self.url = self.notices[0].text.rpartition(" ")[2].removesuffix("/v1")
             async with httpx.AsyncClient(base_url=self.url, trust_env=False, timeout=120) as client:
                 yield client
 
@@ -178,8 +178,8 @@ def test_the_alias_moves_and_no_request_fails(home: Home) -> None:
             assert await weights(client) == "weights 2"
 
     asyncio.run(scenario())
-    assert [(one.kind, one.version) for one in home.news] == [("answers", 1), ("answers", 2)]
-    assert re.search("version 1 ends after the requests it has: [1-4]$", home.news[1].text)
+    assert [(one.kind, one.version) for one in home.notices] == [("answers", 1), ("answers", 2)]
+    assert re.search("version 1 ends after the requests it has: [1-4]$", home.notices[1].text)
     assert mine(home.path) == set()
 
 
@@ -193,14 +193,14 @@ def test_a_damaged_version_changes_nothing_until_it_is_put_right(home: Home) -> 
         async with home.serve() as client:
             file.write_bytes(whole[:-1] + b"X")
             alias(home, 2)
-            await until(lambda: len(home.news) == 2)
+            await until(lambda: len(home.notices) == 2)
             assert await weights(client) == "weights 1"
             file.write_bytes(whole)
-            await until(lambda: len(home.news) == 3)
+            await until(lambda: len(home.notices) == 3)
             assert await weights(client) == "weights 2"
 
     asyncio.run(scenario())
-    _, refused, served = home.news
+    _, refused, served = home.notices
     assert "cannot be served, version 1 goes on answering" in refused.text
     assert "SHA-256" in refused.text
     assert "\n" not in refused.text
@@ -213,14 +213,14 @@ def test_an_engine_that_does_not_come_up_changes_nothing(home: Home) -> None:
     async def scenario() -> None:
         async with home.serve() as client:
             await asyncio.to_thread(home.promote, 9)
-            await until(lambda: len(home.news) == 2)
+            await until(lambda: len(home.notices) == 2)
             assert await weights(client) == "weights 1"
             # It is tried again, and nothing new is said about it.
             await until(lambda: home.log(2).read_text().count("no memory") > 2)
-            assert len(home.news) == 2
+            assert len(home.notices) == 2
 
     asyncio.run(scenario())
-    assert "the engine ended with status 1: no memory for weights 9" in home.news[1].text
+    assert "the engine ended with status 1: no memory for weights 9" in home.notices[1].text
 
 
 def test_an_engine_that_dies_is_started_again_from_whole_files(home: Home) -> None:
@@ -233,16 +233,16 @@ def test_an_engine_that_dies_is_started_again_from_whole_files(home: Home) -> No
             left = died.children()
             file.write_bytes(whole.swapcase())
             died.kill()
-            await until(lambda: len(home.news) == 3)
+            await until(lambda: len(home.notices) == 3)
             answer = await client.post(CHAT, content=b"{}")
             assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
             file.write_bytes(whole)
-            await until(lambda: len(home.news) == 4)
+            await until(lambda: len(home.notices) == 4)
             assert await weights(client) == "weights 1"
             assert not any(process.is_running() for process in left)
 
     asyncio.run(scenario())
-    _, ended, damaged, served = home.news
+    _, ended, damaged, served = home.notices
     assert "the engine of digits version 1 (step 240) ended and is started again" in ended.text
     assert "cannot be served, nothing answers" in damaged.text
     assert served.text == "digits version 1 (step 240) answers now"
@@ -251,7 +251,7 @@ def test_an_engine_that_dies_is_started_again_from_whole_files(home: Home) -> No
 def test_what_cannot_be_served_is_refused_before_anything_listens(home: Home) -> None:
     async def refused(command: str = ANSWERING, port: int = 0) -> None:
         service = Service("digits", home.path, command, port=port)
-        async with serving(service, tracking_uri=lambda: home.uri, tell=home.news.append):
+        async with serving(service, tracking_uri=lambda: home.uri, on_notice=home.notices.append):
             pass
 
     with pytest.raises(NoSuchVersionError, match="digits has no champion to serve"):
@@ -267,7 +267,7 @@ def test_what_cannot_be_served_is_refused_before_anything_listens(home: Home) ->
     (served / "model.safetensors").write_bytes(content.swapcase())
     with pytest.raises(CandidateError, match="SHA-256"):
         asyncio.run(refused())
-    assert home.news == []
+    assert home.notices == []
     assert mine(home.path) == set()
 
 
