@@ -8,7 +8,6 @@ gate/                  what it was judged by, problem by problem; each file is n
 
 import errno
 import json
-import os
 import platform
 import shutil
 import tempfile
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from deploy.candidate import MANIFEST, Candidate, FileRecord, listed_files, sha256_of
 from deploy.errors import CandidateError, DigestConflictError
+from deploy.files import flush, unfinished_path, write_file
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -120,9 +120,9 @@ def _place(source: Path, target: Path, record: FileRecord) -> None:
 
 
 def _copy(source: Path, target: Path) -> None:
-    unfinished = target.with_name(f".{target.name}.partial")
+    unfinished = unfinished_path(target)
     shutil.copyfile(source, unfinished)
-    _flush(unfinished)
+    flush(unfinished)
     unfinished.replace(target)
 
 
@@ -134,23 +134,8 @@ def _write_descriptions(candidate: Candidate, directory: Path, *, model_id: str,
 
 def _write(path: Path, text: str) -> None:
     # What was registered stays as it was.
-    if path.exists():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.partial")
-    unfinished.write_text(text)
-    _flush(unfinished)
-    unfinished.replace(path)
-    # The registry row that is written next outlives a power cut, so must the names it points at.
-    _flush(path.parent)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    if not path.exists():
+        write_file(path, text)
 
 
 def _mlmodel(candidate: Candidate, *, model_id: str, created_ms: int) -> str:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import psutil
 
 from deploy.errors import StackError
+from deploy.files import write_file
 
 # Clock corrections move a creation time by less, and no system hands the same pid out again sooner.
 _SAME_PROCESS_SECONDS = 2.0
@@ -160,8 +161,4 @@ def _read(home: Path, name: str) -> dict[str, Any] | None:
 
 
 def _write(home: Path, name: str, record: Mapping[str, Any]) -> None:
-    path = home / "services" / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".partial")
-    unfinished.write_text(json.dumps(record))
-    unfinished.replace(path)
+    write_file(home / "services" / f"{name}.json", json.dumps(record))

@@ -1,26 +1,23 @@
 """A server of the local stack: how the Prefect and the MLflow server are started, and when each of them answers."""
 
 import os
-import socket
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import httpx
-import psutil
 
 from deploy.errors import StackError
 from deploy.local import daemon
 from deploy.local.access import Access, mlflow_environment, prefect_environment, read_access
 from deploy.local.daemon import Daemon
+from deploy.local.port import HOST, free_port, is_free, listens
 from deploy.tracking import prepare
 
 # Told to every process of the stack.
 NO_TELEMETRY = {"DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
 
-_HOST = "127.0.0.1"
 _REFUSALS = (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN)
 
 
@@ -49,13 +46,13 @@ def launch(home: Path, server: Server) -> Daemon:
     daemon.stop(home, [server.name])
     # Pages people have open and processes that still run find it again.
     preferred = server.port if former is None else _port(former)
-    port = preferred if _is_free(preferred) else _free_port()
+    port = preferred if is_free(preferred) else free_port()
     return daemon.start(
         home,
         server.name,
         _argv(home, server, port, access),
         environment=_environment(home, server, port, access),
-        url=f"http://{_HOST}:{port}",
+        url=f"http://{HOST}:{port}",
     )
 
 
@@ -111,7 +108,7 @@ def still_starting(home: Path, started: Daemon, server: Server, *, seconds: floa
     if now is not None and now.state == "running" and seconds < limit:
         return started
     daemon.stop(home, [server.name])
-    if seconds < limit and not _is_free(_port(started)):
+    if seconds < limit and not is_free(_port(started)):
         return launch(home, server)
     ending = "ended" if seconds < limit else f"did not answer within {limit:.0f} s"
     raise StackError(f"{server.name} {ending}: {daemon.last_log_line(started.log)}. Its log is {started.log}.")
@@ -119,7 +116,7 @@ def still_starting(home: Path, started: Daemon, server: Server, *, seconds: floa
 
 def _argv(home: Path, server: Server, port: int, access: Access | None) -> list[str]:
     argv = [sys.executable, "-m", server.name, "server"]
-    address = ["--host", _HOST, "--port", str(port)]
+    address = ["--host", HOST, "--port", str(port)]
     if server == PREFECT:
         return [*argv, "start", *address]
     store = prepare(home / "mlflow")
@@ -137,7 +134,7 @@ def _environment(home: Path, server: Server, port: int, access: Access | None) -
         **NO_TELEMETRY,
         "PREFECT_HOME": str(home / "prefect"),
         # Its pages would ask port 4200, whatever the port that it was given.
-        "PREFECT_SERVER_UI_API_URL": f"http://{_HOST}:{port}/api",
+        "PREFECT_SERVER_UI_API_URL": f"http://{HOST}:{port}/api",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         **(
             prefect_environment(access)
@@ -149,31 +146,3 @@ def _environment(home: Path, server: Server, port: int, access: Access | None) -
 
 def _port(started: Daemon) -> int:
     return int(str(started.url).rsplit(":", 1)[1])
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((_HOST, port))
-        except OSError:
-            return False
-        return True
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((_HOST, 0))
-        return int(probe.getsockname()[1])
-
-
-def listens(group: Sequence[psutil.Process], *, port: int) -> bool:
-    """Whether one of the processes listens on a port: what answers there may be a stranger."""
-    for process in group:
-        try:
-            connections = process.net_connections("tcp")
-        except psutil.Error:
-            continue
-        if any(one.status == psutil.CONN_LISTEN and one.laddr.port == port for one in connections):
-            return True
-    return False

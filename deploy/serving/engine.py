@@ -8,7 +8,6 @@ import importlib.util
 import os
 import shlex
 import shutil
-import socket
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -20,9 +19,9 @@ import psutil
 
 from deploy.errors import ServingError
 from deploy.local.daemon import last_log_line
-from deploy.local.server import NO_TELEMETRY, listens
+from deploy.local.port import HOST, listens
+from deploy.local.server import NO_TELEMETRY
 
-_HOST = "127.0.0.1"
 # A large model is read from a network disk and compiled for; one that cannot be loaded ends by itself.
 _START_SECONDS = 1800.0
 _LOOK_SECONDS = 0.2
@@ -63,12 +62,12 @@ def command(model: Path, *, name: str, port: int, given: str | None, options: Se
                 f"--engine {given!r} does not say where {missing[0]} goes."
                 " Write it like 'my-server {model} --host {host} --port {port}'."
             )
-        filled = {"{model}": str(model), "{name}": name, "{host}": _HOST, "{port}": str(port)}
+        filled = {"{model}": str(model), "{name}": name, "{host}": HOST, "{port}": str(port)}
         words = shlex.split(given)
         for field, value in filled.items():
             words = [word.replace(field, value) for word in words]
         return Command((*words, *options), Path.cwd())
-    address = ("--host", _HOST, "--port", str(port))
+    address = ("--host", HOST, "--port", str(port))
     if vllm := shutil.which("vllm"):
         return Command((vllm, "serve", str(model), "--served-model-name", name, *address, *options), model)
     if importlib.util.find_spec("openai") is None:
@@ -102,7 +101,7 @@ async def running(program: Command, *, port: int, log: Path) -> AsyncIterator[En
             # An interrupt at the terminal reaches us, and we let running requests end first.
             start_new_session=True,
         )
-    engine = Engine(f"http://{_HOST}:{port}", process, log)
+    engine = Engine(f"http://{HOST}:{port}", process, log)
     try:
         try:
             async with asyncio.timeout(_START_SECONDS):
@@ -116,13 +115,6 @@ async def running(program: Command, *, port: int, log: Path) -> AsyncIterator[En
         assert process.stdin is not None
         process.stdin.close()
         await process.wait()
-
-
-def free_port() -> int:
-    """Return a port of the loopback interface that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind((_HOST, 0))
-        return int(probe.getsockname()[1])
 
 
 async def _until_it_answers(engine: Engine, port: int) -> None:

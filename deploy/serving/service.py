@@ -20,6 +20,7 @@ import uvicorn
 
 from deploy import registry
 from deploy.errors import DeployError, NoSuchVersionError, ServingError
+from deploy.local.port import free_port
 from deploy.registry import RegisteredModelVersion
 from deploy.serving import engine
 from deploy.serving.engine import Engine
@@ -225,7 +226,7 @@ async def _start(service: Service, tracking_uri: Callable[[], str], row: Registe
     directory = await asyncio.to_thread(
         lambda: registry.verified(row, tracking_uri=tracking_uri(), downloads=service.home / "models")
     )
-    port = engine.free_port()
+    port = free_port()
     program = engine.command(
         directory.resolve(),
         name=service.name,

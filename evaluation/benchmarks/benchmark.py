@@ -1,6 +1,5 @@
 """Benchmark: an lm-eval task in one YAML file, named by the content of everything that defines it."""
 
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from evaluation.benchmarks.fetched import CHAT, fetched_yaml, shipped_benchmarks
 from evaluation.benchmarks.task_yaml import SHIPPED, find_task, read_yaml
 from evaluation.digest import digest_file, digest_value
 from evaluation.errors import BenchmarkError
+from evaluation.files import write_file
 from evaluation.problems import files, lines, verify_data
 from evaluation.verdict.report import Setting
 
@@ -174,6 +174,4 @@ def _write_once(path: Path, text: str) -> None:
         if path.read_text(encoding="utf-8") != text:
             raise BenchmarkError(f"{path} exists and holds another benchmark: choose another name or delete it.")
         return
-    hidden = path.with_name(f".{path.name}.{os.getpid()}")
-    hidden.write_text(text, encoding="utf-8")
-    hidden.replace(path)
+    write_file(path, text)

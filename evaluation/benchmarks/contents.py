@@ -5,7 +5,6 @@ A process of its own, `python -m evaluation.benchmarks.contents`, loads the benc
 
 import dataclasses
 import json
-import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any, Self
 
 from evaluation.child import Send, serve
 from evaluation.digest import digest_value
+from evaluation.files import write_file
 
 # Shorter texts of a document say little by themselves: an answer, a source, a level.
 SHORTEST_TEXT = 24
@@ -40,9 +40,7 @@ class Contents:
 
     def write(self, path: Path) -> None:
         """Write the contents so that `path` is complete or absent."""
-        hidden = path.with_name(f".{path.name}.{os.getpid()}")
-        hidden.write_text(json.dumps(dataclasses.asdict(self)), encoding="utf-8")
-        hidden.replace(path)
+        write_file(path, json.dumps(dataclasses.asdict(self)))
 
     @classmethod
     def read(cls, path: Path) -> Self:

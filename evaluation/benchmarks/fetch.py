@@ -21,12 +21,12 @@ from evaluation.benchmarks.fetched import (
     fetched_benchmarks,
     own_yaml,
     read_manifest,
-    replace,
     verify,
 )
 from evaluation.benchmarks.recipe import Rows, prepare, recipe_of
 from evaluation.benchmarks.task_yaml import find_task, read_yaml
 from evaluation.errors import BenchmarkError
+from evaluation.files import write_file
 from evaluation.problems import lines
 
 
@@ -68,8 +68,8 @@ def fetch(name: str, *, include: Sequence[Path] = ()) -> Manifest:
                 f"{_digests(known)}: to take the data set as it is now, delete the manifest and fetch again."
             )
         for split, text in texts.items():
-            replace(directory / splits[split].file, text)
-        replace(directory / "manifest.json", manifest.to_json())
+            write_file(directory / splits[split].file, text)
+        write_file(directory / "manifest.json", manifest.to_json())
     return manifest
 
 

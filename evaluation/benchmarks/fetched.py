@@ -21,6 +21,7 @@ import yaml
 
 from evaluation.benchmarks.task_yaml import SHIPPED, find_task, read_yaml
 from evaluation.errors import BenchmarkError
+from evaluation.files import write_file
 from evaluation.problems import verify_data
 
 VARIABLE = "RELEX_BENCHMARKS"
@@ -130,7 +131,7 @@ def fetched_yaml(benchmark: str) -> Path | None:
     )
     path = data_directory() / name / f"{benchmark}.yaml"
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
-        replace(path, text)
+        write_file(path, text)
     return path
 
 
@@ -140,10 +141,3 @@ def own_yaml(name: str, known: str) -> Path | None:
     if shipped.is_file():
         return shipped
     return Path(known) if Path(known).is_file() else find_task(name)
-
-
-def replace(path: Path, text: str) -> None:
-    """Write a file that is complete or as it was."""
-    hidden = path.with_name(f".{path.name}.{os.getpid()}")
-    hidden.write_text(text, encoding="utf-8")
-    hidden.replace(path)

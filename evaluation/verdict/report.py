@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Self, TypeAlias
 
 from evaluation.errors import ReportError
+from evaluation.files import write_file
 
 Setting: TypeAlias = str | int | float | bool | None
 
@@ -75,12 +75,7 @@ class Report:
 
     def write(self, path: Path) -> None:
         """Write the report so that `path` is complete or absent, even after a power cut."""
-        hidden = path.with_name(f".{path.name}.{os.getpid()}")
-        with hidden.open("w", encoding="utf-8") as file:
-            file.write(self.to_json())
-            file.flush()
-            os.fsync(file.fileno())
-        hidden.replace(path)
+        write_file(path, self.to_json())
 
     @classmethod
     def read(cls, path: Path) -> Self:
