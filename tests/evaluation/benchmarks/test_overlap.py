@@ -61,7 +61,7 @@ def test_problems_of_two_benchmarks_are_compared_by_content_in_a_child_and_kept(
     script = f"""
 import sys
 from pathlib import Path
-from evaluation.overlap import overlap
+from evaluation.benchmarks.overlap import overlap
 print(overlap({str(dressed)!r}, {str(plain)!r}, cache=Path({str(cache)!r})).shared)
 assert not {{"lm_eval", "torch", "datasets"}} & {{*sys.modules}}
 """
