@@ -1,8 +1,8 @@
-"""How the command line shows things: tables, lines and progress bars."""
+"""How things are shown: tables on a terminal and on a page, lines, progress bars."""
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Self
@@ -55,6 +55,13 @@ class JsonLines:
             self._last = text
             sys.stdout.write(json.dumps({"progress": progress, "text": text}) + "\n")
             sys.stdout.flush()
+
+
+def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return a table as the lines of Markdown."""
+    # A bar inside a cell would end it.
+    lines = [" | ".join(cell.replace("|", r"\|") for cell in row) for row in (headings, *rows)]
+    return [f"| {lines[0]} |", "|---" * len(headings) + "|", *(f"| {line} |" for line in lines[1:])]
 
 
 def plain_table(*headings: str, title: str | None = None) -> Table:

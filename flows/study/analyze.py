@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.answers.logprobs import Response, read_responses, token_logprobs
+from flows.console import markdown_table
 from relex import plots
 from relex.analysis import Analysis, Moments, Part, analyze_run, series_moments
 from relex.extrapolation import Request, Tell, extrapolate
@@ -97,9 +98,7 @@ def page(done: Analyzed) -> str:
         lines.append(f"- {described('token log-probabilities', done.tokens)}")
     lines += [
         "",
-        f"| {' | '.join(HEADINGS)} |",
-        "|---" * len(HEADINGS) + "|",
-        *(f"| {' | '.join(cells(part))} |" for part in (*found.modules, found.whole)),
+        *markdown_table(HEADINGS, map(cells, (*found.modules, found.whole))),
         "",
         *(line for name in done.figures for line in (f"![{name}]({name})", "")),
     ]

@@ -217,10 +217,10 @@ def _real(both: Trajectory, count: int, inside: Sequence[int], writer: _Writer) 
 
 def difference(candidate: Report, reference: Report) -> tuple[float, float, float]:
     """Return the paired difference of two reports and the ends of its interval at CONFIDENCE, as the gate has them."""
-    one_sided = (1.0 + CONFIDENCE) / 2.0
-    above = gate(candidate, reference, margin=_MARGIN, confidence=one_sided)
-    below = gate(reference, candidate, margin=_MARGIN, confidence=one_sided)
-    return above.difference, above.lower_bound, -below.lower_bound
+    paired = gate(candidate, reference, margin=_MARGIN, confidence=CONFIDENCE)
+    assert paired.interval_low is not None
+    assert paired.interval_high is not None
+    return paired.difference, paired.interval_low, paired.interval_high
 
 
 def _parts(count: int) -> list[int]:

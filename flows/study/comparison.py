@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from flows.console import markdown_table
 from relex import plots
 from relex.distance import Distance
 
@@ -119,13 +120,10 @@ def cells(row: Row) -> list[str]:
 
 def page(found: Comparison, figures: Sequence[str]) -> str:
     """Return the comparison as Markdown."""
-    names = headings(found)
-    rows = [f"| {' | '.join(cells(row))} |" for row in found.rows]
     lines = [f"# {found.run}", "", found.summary, "", *(f"- Warning: {text}" for text in found.warnings)]
     lines += [f"- {item.benchmark}: {item.n} problems" for item in found.scored]
-    # A bar inside a cell would end it.
-    lines += ["", f"| {' | '.join(name.replace('|', chr(92) + '|') for name in names)} |", "|---" * len(names) + "|"]
-    lines += [*rows, "", _MEANINGS, "", *(f"![accuracy by training step]({name})\n" for name in figures)]
+    lines += ["", *markdown_table(headings(found), map(cells, found.rows)), "", _MEANINGS, ""]
+    lines += [f"![accuracy by training step]({name})\n" for name in figures]
     return "\n".join(lines)
 
 

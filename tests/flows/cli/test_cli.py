@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flows.cli.main import main
+from flows.console import markdown_table
 from relex.predictors import METHODS
 from tests.helpers.straight_run import WriteCheckpoint, make_old
 
@@ -213,6 +214,11 @@ def test_the_help_groups_commands_and_imports_nothing_heavy() -> None:
         "Registered models",
     ]
     assert not {"torch", "mlflow", "prefect", "lm_eval", "numpy"} & set(shown.splitlines()[-1].split())
+
+
+def test_a_bar_in_a_cell_does_not_end_it() -> None:
+    lines = markdown_table(("model", "Σ|c|"), [("a|b", "1.0"), ("c", "")])
+    assert lines == ["| model | Σ\\|c\\| |", "|---|---|", "| a\\|b | 1.0 |", "| c |  |"]
 
 
 def test_the_module_is_the_command() -> None:
