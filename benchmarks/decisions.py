@@ -33,7 +33,8 @@ from flows.decide.procedure import Stages, decide
 from flows.decide.score import reports, score
 from flows.settings import Settings, load_settings
 from flows.state.decision import Decision, Model, Score
-from flows.state.windows import decided, decision_path, read_decisions, window_key, write_json
+from flows.state.records import write_json
+from flows.state.windows import decided, decision_path, read_decisions, window_key
 from flows.stop.plan import doubt
 from flows.watch.due import REACH
 from relex.backtest.backtest import Recommendation, backtest

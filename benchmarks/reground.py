@@ -30,7 +30,7 @@ from evaluation.benchmarks.benchmark import write_benchmark
 from flows.demo.task import DIGITS, problems
 from flows.reground.loop import reground
 from flows.reground.settings import load_reground_settings
-from flows.state.windows import write_json
+from flows.state.records import write_json
 
 SAVE_STEPS = 8
 PROBLEMS = {"selection": 500, "report": 1000}

@@ -1,37 +1,25 @@
-"""The process that answers for one training run: serves its deployments and runs their flow runs.
+"""What is deployed for one training run, and the command that serves it.
 
 python -m flows.deployments CONFIG --tracking-uri URI
 """
 
 import argparse
 import asyncio
-from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from uuid import UUID
 
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import (
-    FlowRunFilter,
-    FlowRunFilterDeploymentId,
-    FlowRunFilterState,
-    FlowRunFilterStateType,
-)
-from prefect.client.schemas.objects import StateType
-from prefect.deployments.flow_runs import arun_deployment
 from prefect.deployments.runner import RunnerDeployment
 from prefect.events.schemas.deployment_triggers import DeploymentEventTrigger
-from prefect.runner import Runner
 from prefect.schedules import Interval
-from prefect.states import Crashed
 from prefect.types.entrypoint import EntrypointType
 
 from flows.decide.flow import extrapolate
-from flows.drift.flow import drift_deployment
+from flows.drift.flow import drift
+from flows.runner import serve
 from flows.settings import Settings, load_settings
-from flows.state.ledger import WINDOW_READY, resource
-from flows.stop.flow import stop_deployment
-from flows.watch.watcher import RUN_SECONDS, SCHEDULE_SECONDS, watch
+from flows.state.events import TARGET_REACHED, WINDOW_READY, resource
+from flows.stop.flow import stop_flow
+from flows.watch.flow import RUN_SECONDS, SCHEDULE_SECONDS, watch
 
 
 def deployments(
@@ -76,6 +64,39 @@ def deployments(
     ]
 
 
+def drift_deployment(config: Path, settings: Settings, *, tracking_uri: str) -> RunnerDeployment:
+    """Return the deployment of the flow, which starts on the event of a target that was reached."""
+    made = drift.to_deployment(
+        name=settings.training_run,
+        description="Compares what was predicted with what the run reaches.",
+        parameters={"config": str(config.absolute()), "tracking_uri": tracking_uri},
+        triggers=[
+            DeploymentEventTrigger(
+                name=f"{settings.training_run}: target reached",
+                match={"prefect.resource.id": resource(settings)},
+                expect={TARGET_REACHED},
+                threshold=1,
+                parameters={"step": "{{ event.payload.step }}"},
+            )
+        ],
+        entrypoint_type=EntrypointType.MODULE_PATH,
+    )
+    assert isinstance(made, RunnerDeployment)  # outside an event loop nothing is left to await
+    return made
+
+
+def stop_deployment(config: Path, settings: Settings, *, tracking_uri: str) -> RunnerDeployment:
+    """Return the deployment that asks; `offer` starts its runs."""
+    deployment = stop_flow.to_deployment(
+        name=settings.training_run,
+        description="Asks whether the training is to be stopped, and does as is answered.",
+        parameters={"config": str(config.absolute()), "tracking_uri": tracking_uri},
+        entrypoint_type=EntrypointType.MODULE_PATH,
+    )
+    assert isinstance(deployment, RunnerDeployment)  # outside an event loop nothing is left to await
+    return deployment
+
+
 def _until(settings: Settings) -> str:
     if settings.window != "auto":
         return f"once step {settings.window} is there"
@@ -86,40 +107,6 @@ def _on(settings: Settings) -> str:
     if settings.targets == "auto":
         return "on steps that the backtest proposes"
     return f"on steps {', '.join(map(str, settings.targets))}"
-
-
-async def clear(deployment: UUID) -> None:
-    """Settle what an earlier process left of a deployment: it is served by one process, and that one is gone.
-
-    Runs that never ended would be shown as running for ever; a schedule's late runs would all start now, with the
-    parameters of then.
-    """
-    async with get_client() as client:
-        for run in await client.read_flow_runs(
-            flow_run_filter=FlowRunFilter(
-                deployment_id=FlowRunFilterDeploymentId(any_=[deployment]),
-                state=FlowRunFilterState(
-                    type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING, StateType.SCHEDULED])
-                ),
-            )
-        ):
-            if run.state_type is StateType.SCHEDULED:
-                if run.auto_scheduled:
-                    await client.delete_flow_run(run.id)
-            else:
-                await client.set_flow_run_state(run.id, Crashed(message="its process is gone"), force=True)
-
-
-async def serve(served: Sequence[RunnerDeployment]) -> None:
-    """Register the deployments, start the first watcher at once, and serve.
-
-    Left to its schedule, the watcher would start up to a period later.
-    """
-    runner = Runner(name="relex", pause_on_shutdown=False)
-    for deployment in served:
-        await clear(await runner.aadd_deployment(deployment))
-    await arun_deployment(f"{served[0].flow_name}/{served[0].name}", timeout=0, as_subflow=False)
-    await runner.start()
 
 
 def main() -> None:
@@ -136,7 +123,7 @@ def main() -> None:
         run_seconds=options.run_seconds,
         schedule_seconds=options.schedule_seconds,
     )
-    asyncio.run(serve(served))
+    asyncio.run(serve(served, name="relex", at_once=served[0]))
 
 
 if __name__ == "__main__":

@@ -21,19 +21,19 @@ from evaluation.answers.harness import Progress
 from evaluation.benchmarks.overlap import refuse_overlap
 from evaluation.verdict.gate import Gate, gate
 from flows.decide.gate_results import gate_results_path, write_gate_results
-from flows.decide.page import page
+from flows.decide.page import draw, page, show
 from flows.decide.predict import Predicted, predict
 from flows.decide.procedure import Stages, decide
-from flows.decide.record import record
+from flows.decide.record import metrics, record
 from flows.decide.score import reports, score
 from flows.decide.workers import spreading
-from flows.progress import ProgressArtifact, draw, metrics, show
+from flows.progress import ProgressArtifact
 from flows.settings import Settings, load_settings
 from flows.state.decision import Decision, Model, Score
 from flows.state.ledger import read_ledger
-from flows.state.windows import claim, decided, decision_path, window_directory, write_json
+from flows.state.records import write_json
+from flows.state.windows import attempt, claim, decided, decision_path, window_directory
 from flows.stop.flow import offer
-from flows.watch.due import attempt
 from relex.errors import CheckpointDamagedError, DuplicateError, NonFiniteError, TargetError
 from relex.files.block_cache import BlockCache
 from relex.output.download import local_model

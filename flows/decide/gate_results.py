@@ -15,7 +15,7 @@ from evaluation.verdict.report import Report
 from flows.errors import PromotionError
 from flows.settings import Settings
 from flows.state.decision import Model
-from flows.state.windows import write_json
+from flows.state.records import write_json
 
 FORMAT = 1
 

@@ -1,9 +1,14 @@
-"""The page of a decision: what was compared, every number with its interval, what was refused and why."""
+"""The page of a decision: what was compared, every number with its interval, what was refused and why; its figure."""
 
+import base64
 from collections.abc import Sequence
+from pathlib import Path
+
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from evaluation.verdict.gate import Gate
-from flows.state.decision import Backtested, Decision, Score
+from flows.state.decision import Backtested, Decision, Model, Score
+from relex import plots
 
 
 def page(decision: Decision, *, figure: str = "") -> str:
@@ -34,6 +39,48 @@ def page(decision: Decision, *, figure: str = "") -> str:
     if figure:
         lines += ["", f"![accuracy by training step]({figure})"]
     return "\n".join(lines) + "\n"
+
+
+def draw(decision: Decision, path: Path, *, later: Sequence[Score] = ()) -> Path | None:
+    """Draw accuracy by training step on the first report benchmark to `path`; None when there is no such benchmark.
+
+    `later` is what the run really reached after the decision.
+    """
+    if not decision.report:
+        return None
+    benchmark = decision.report[0].benchmark
+    scores = [score for score in decision.report if score.benchmark == benchmark]
+    winner = decision.winner if decision.verdict == "registered" else None
+    plots.accuracy_by_step(
+        path,
+        title=f"{decision.training_run}: {decision.verdict}",
+        benchmark=f"{benchmark}, {scores[0].n} problems that decided nothing",
+        window=(decision.steps[0], decision.steps[-1]),
+        real=[_point(score) for score in scores if score.model.role in ("base", "observed")],
+        predicted=[_point(score, winner) for score in scores if score.model.role == "candidate"],
+        later=[_point(score) for score in later],
+    )
+    return path
+
+
+def _point(score: Score, winner: Model | None = None) -> plots.Point:
+    return plots.Point(
+        score.model.step, score.accuracy, score.standard_error, score.model.method, chosen=score.model == winner
+    )
+
+
+def show(decision: Decision, figure: Path | None) -> None:
+    """Put the decision where the Prefect UI shows it: a table and a page with the figure."""
+    rows = [
+        {"model": score.model.title, "benchmark": score.benchmark, "accuracy": f"{score.accuracy:.4f}", "n": score.n}
+        for score in (*decision.selection, *decision.report)
+    ]
+    if rows:
+        create_table_artifact(rows, key=f"scores-{decision.training_run}", description=decision.reason)
+    uri = f"data:image/png;base64,{base64.b64encode(figure.read_bytes()).decode()}" if figure is not None else ""
+    create_markdown_artifact(
+        page(decision, figure=uri), key=f"decision-{decision.training_run}", description=decision.reason
+    )
 
 
 def _backtested(found: Backtested) -> list[str]:

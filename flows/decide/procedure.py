@@ -10,9 +10,9 @@ from typing import Protocol
 
 from evaluation.verdict.gate import Gate
 from flows.decide.predict import Predicted
-from flows.decide.search import search
+from flows.decide.search import choose, search
 from flows.settings import Settings
-from flows.state.decision import Decision, Model, Score, choose
+from flows.state.decision import Decision, Model, Score
 
 
 class ScoreStage(Protocol):

@@ -5,10 +5,12 @@ from pathlib import Path
 
 from deploy import runs
 from deploy.runs import Recorded
-from flows.progress import curves, metrics
 from flows.settings import Settings
-from flows.state.decision import Decision, Score
+from flows.state.decision import Decision, Score, gate_metrics
 from flows.state.windows import window_directory
+
+# The curve of what really was, in MLflow.
+OBSERVED = "observed"
 
 
 def record(settings: Settings, decision: Decision, *, tracking_uri: str) -> Recorded:
@@ -53,6 +55,26 @@ def record(settings: Settings, decision: Decision, *, tracking_uri: str) -> Reco
             metric="report_accuracy",
         )
     return recorded
+
+
+def metrics(decision: Decision) -> dict[str, float]:
+    """Return the numbers that decided."""
+    found = {}
+    for score in decision.selection:
+        if score.model == decision.winner:
+            found["selection_accuracy"] = score.accuracy
+    return found | gate_metrics(decision.gates)
+
+
+def curves(decision: Decision) -> dict[str, dict[int, float]]:
+    """Return accuracy on the first report benchmark by training step: the observed curve, and one for each method."""
+    found: dict[str, dict[int, float]] = {}
+    for score in decision.report:
+        if score.benchmark == decision.report[0].benchmark:
+            method = score.model.method
+            name = f"{method} from step {decision.window}" if method else OBSERVED
+            found.setdefault(name, {})[score.model.step] = score.accuracy
+    return found
 
 
 def _parameters(settings: Settings, decision: Decision) -> dict[str, object]:

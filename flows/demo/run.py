@@ -22,14 +22,16 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from deploy.local import stack
 from evaluation.benchmarks.benchmark import write_benchmark
 from flows.console import plain_table
+from flows.decide.page import draw
+from flows.decide.record import OBSERVED
 from flows.decide.score import reports, score
 from flows.demo.errors import DemoRunError
 from flows.demo.task import DIGITS, problems
 from flows.processes import spawn_watcher
-from flows.progress import OBSERVED, draw
 from flows.settings import Settings, load_settings
 from flows.state.decision import Decision, Model, Score
-from flows.state.ledger import WINDOW_READY, read_ledger
+from flows.state.events import WINDOW_READY
+from flows.state.ledger import read_ledger
 from flows.state.windows import read_decisions
 from relex.files.location import open_directory
 from relex.layouts.steps import step_directories

@@ -1,13 +1,10 @@
 """Drift as a Prefect flow: when the run reaches a step that was predicted, compare the two, log it, warn.
 
-The watcher sends `relex.target.reached` (see `announce`) until the comparison is kept and shown; the flow compares all
-that is due, shows it, and says so last, so that it may be killed at any moment and started again.
+The watcher sends `relex.target.reached` (see flows.drift.announce) until the comparison is kept and shown; the flow
+compares all that is due, shows it, and says so last, so that it may be killed at any moment and started again.
 """
 
-import json
 import logging
-from collections.abc import Collection
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,63 +12,20 @@ from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
-from prefect.deployments.runner import RunnerDeployment
 from prefect.events import emit_event
-from prefect.events.schemas.deployment_triggers import DeploymentEventTrigger
 from prefect.states import Completed
-from prefect.types.entrypoint import EntrypointType
 
 from deploy import runs
-from flows.drift.due import look, reached
+from flows.drift.due import look
 from flows.drift.measure import compare
 from flows.drift.page import page, summary, warnings
-from flows.drift.record import Compared, comparing, is_comparing, mark_told, read_compared, told
+from flows.drift.record import Compared, comparing, mark_told, read_compared, told
 from flows.progress import ProgressArtifact
 from flows.settings import Settings, load_settings
-from flows.state.ledger import Event, Ledger, Sent, event, resource
-from flows.state.windows import write_json
+from flows.state.events import PREDICTION_DRIFTED, event
 from relex.files.block_cache import BlockCache
-from relex.store import StoredCheckpoint
-
-TARGET_REACHED = "relex.target.reached"
-PREDICTION_DRIFTED = "relex.prediction.drifted"
 
 logger = logging.getLogger(__name__)
-
-
-def announce(
-    settings: Settings, stored: Collection[StoredCheckpoint], ledger: Ledger, *, now: float
-) -> tuple[list[Event], dict[str, Sent]]:
-    """Return the events that are due at time `now`, one a target step, and what is sent once they are.
-
-    `ledger` knows what the store has. A target is announced with growing pauses until what was compared with it is
-    kept and shown; not while a process is comparing.
-    """
-    due: dict[str, dict[str, Any]] = {}
-    rows = [item.before for item in reached(settings, tuple(stored), ledger.released | ledger.checkpoints)]
-    rows += [row for row in read_compared(settings) if not told(settings, row)]
-    for row in rows:
-        name = f"{row.key} {row.target} {row.step}"
-        payload = {"training_run": settings.training_run, "key": row.key, "target": row.target, "step": row.step}
-        methods = due.setdefault(name, payload | {"methods": []})["methods"]
-        methods += [row.method] if row.method not in methods else []
-    sent = {name: found for name, found in _read_sent(settings).items() if name in due}
-    events = []
-    for name, payload in due.items():
-        before = sent.get(name, Sent(0, 0.0))
-        if not before.due(now) or is_comparing(settings):
-            continue
-        attempt = before.times + 1
-        sent[name] = Sent(attempt, now)
-        # The attempt is part of the id: a server ignores an id it has seen.
-        events.append(event(TARGET_REACHED, settings, f"{name} {attempt}", payload | {"attempt": attempt}))
-    return events, sent
-
-
-def write_sent(settings: Settings, sent: dict[str, Sent]) -> None:
-    """Keep what was sent, so that the next watcher waits as long."""
-    if sent != _read_sent(settings):
-        write_json(_sent_path(settings), {name: asdict(item) for name, item in sent.items()})
 
 
 def compare_reached(config: str) -> int:
@@ -126,27 +80,6 @@ def drift(config: str, tracking_uri: str, step: int = 0) -> State[Any]:
     return Completed(message=summary(rows))
 
 
-def drift_deployment(config: Path, settings: Settings, *, tracking_uri: str) -> RunnerDeployment:
-    """Return the deployment of the flow, which starts on the event of a target that was reached."""
-    made = drift.to_deployment(
-        name=settings.training_run,
-        description="Compares what was predicted with what the run reaches.",
-        parameters={"config": str(config.absolute()), "tracking_uri": tracking_uri},
-        triggers=[
-            DeploymentEventTrigger(
-                name=f"{settings.training_run}: target reached",
-                match={"prefect.resource.id": resource(settings)},
-                expect={TARGET_REACHED},
-                threshold=1,
-                parameters={"step": "{{ event.payload.step }}"},
-            )
-        ],
-        entrypoint_type=EntrypointType.MODULE_PATH,
-    )
-    assert isinstance(made, RunnerDeployment)  # outside an event loop nothing is left to await
-    return made
-
-
 def _warn(settings: Settings, row: Compared) -> None:
     for text in warnings([row]):
         logger.warning("%s", text)
@@ -159,12 +92,3 @@ def _payload(settings: Settings, row: Compared) -> dict[str, Any]:
     kept = ("key", "method", "target", "step", "promised", "registered")
     skill = row.drift.skill if row.drift is not None else None
     return {"training_run": settings.training_run, **{name: getattr(row, name) for name in kept}, "skill": skill}
-
-
-def _read_sent(settings: Settings) -> dict[str, Sent]:
-    path = _sent_path(settings)
-    return {name: Sent(**item) for name, item in json.loads(path.read_bytes()).items()} if path.is_file() else {}
-
-
-def _sent_path(settings: Settings) -> Path:
-    return settings.home / "drift" / "sent.json"

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from flows.settings import Settings
 from flows.state.lock import held
-from flows.state.windows import write_json
+from flows.state.records import write_json
 from relex.drift import Drift
 from relex.predictors import parse_method
 

@@ -21,7 +21,7 @@ from evaluation.verdict.gate import Gate
 from flows.errors import TrainerError
 from flows.reground.settings import RegroundSettings
 from flows.reground.trainer import TEMPLATES, fill, run_trainer
-from flows.state.windows import write_json
+from flows.state.records import write_json
 from relex.errors import CheckpointDamagedError, DuplicateError, NonFiniteError
 from relex.extrapolation import Request, Tell, extrapolate
 from relex.files.location import open_directory

@@ -9,7 +9,7 @@ from evaluation.verdict.gate import Gate, gate
 from evaluation.verdict.report import Report
 from flows.reground.cycle import Cycle, Jumped, Plan, Trained, read_record
 from flows.reground.settings import RegroundSettings
-from flows.state.windows import write_json
+from flows.state.records import write_json
 from relex.extrapolation import Tell
 
 

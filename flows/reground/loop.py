@@ -13,7 +13,7 @@ from flows.reground.cycle import Cycle, Jumped, Plan, Trained, jump, read_record
 from flows.reground.judge import judge, score
 from flows.reground.settings import Reference, RegroundSettings
 from flows.state.lock import held
-from flows.state.windows import write_json
+from flows.state.records import write_json
 from relex.extrapolation import Tell
 from relex.output.download import local_model
 

@@ -1,8 +1,4 @@
-"""What the watcher has announced, and what is due.
-
-`tick` compares the store with the ledger and says which events are due. A full window is announced again, with growing
-pauses, until it is claimed: a server delivers events at best effort, and whoever comes second finds the window claimed
-or decided.
+"""What the watcher has announced of a run, and which of its checkpoints belong to the newest segment.
 
 A run that is resumed at an earlier step starts a new segment, and one window never holds steps of two. A step belongs
 to an earlier segment when a lower step was written after it. (Not to be told is an old step that a resumed run passes
@@ -12,31 +8,13 @@ without writing it again, as with other save steps: everything about it is as if
 import contextlib
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
-from uuid import NAMESPACE_URL, UUID, uuid5
+from dataclasses import asdict, dataclass, field
 
 from flows.settings import Settings
-from flows.state.windows import claimed, decided, window_key, write_json
+from flows.state.events import Sent
+from flows.state.records import write_json
 from relex.files.directory import Directory, Kind
-from relex.layouts.weights import Weights
-from relex.store import State, StoredCheckpoint
-
-CHECKPOINT_READY = "relex.checkpoint.ready"
-WINDOW_READY = "relex.window.ready"
-
-_RESEND_SECONDS = 30.0
-_RESEND_SECONDS_AT_MOST = 300.0
-
-
-@dataclass(frozen=True)
-class Event:
-    """One event to send; the id is the same whenever the same thing is announced."""
-
-    name: str
-    id: UUID
-    resource: str
-    payload: dict[str, Any]
+from relex.store import StoredCheckpoint
 
 
 @dataclass(frozen=True)
@@ -48,83 +26,12 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Sent:
-    """How often something was announced, and when last (seconds since the epoch)."""
-
-    times: int
-    last: float
-
-    def due(self, now: float) -> bool:
-        """Whether it is announced again at time `now`: the pauses grow."""
-        wait = min(_RESEND_SECONDS * 2 ** max(self.times - 1, 0), _RESEND_SECONDS_AT_MOST)
-        return self.times == 0 or now - self.last >= wait
-
-
-@dataclass(frozen=True)
 class Ledger:
     """Announced checkpoints by step, announced windows by key, and the decided window whose pins were released."""
 
     checkpoints: dict[str, Seen] = field(default_factory=dict)
     windows: dict[str, Sent] = field(default_factory=dict)
     released: dict[str, Seen] = field(default_factory=dict)
-
-
-def resource(settings: Settings) -> str:
-    """Return the Prefect resource of a training run."""
-    return f"relex.training-run.{settings.training_run}"
-
-
-def tick(
-    settings: Settings,
-    base: Weights,
-    stored: tuple[StoredCheckpoint, ...],
-    ledger: Ledger,
-    *,
-    now: float,
-    end: int | None,
-) -> tuple[list[Event], Ledger]:
-    """Return the events that are due at time `now`, and the ledger as it is once they are sent.
-
-    `end` is the last step of the window that is to be decided, if one is (see arming).
-    """
-    checkpoints = known(stored, ledger, now=now)
-    events = [
-        event(
-            CHECKPOINT_READY,
-            settings,
-            f"{item.step} {item.weights.identity}",
-            {"training_run": settings.training_run, "step": item.step, "path": str(item.directory)},
-        )
-        for item in stored
-        if item.weights is not None and ledger.checkpoints.get(str(item.step)) != checkpoints[str(item.step)]
-    ]
-    # What another run or segment left in the ledger is forgotten; what this one has lost is not.
-    gone = set(lost(settings, stored, ledger)) - left_behind(stored, checkpoints)
-    windows = dict(ledger.windows)
-    steps = [] if end is None else due(segment(stored, checkpoints), end)
-    if steps and not gone:
-        key = window_key(settings, base, [item for item in stored if item.step in steps])
-        sent = windows.get(key, Sent(0, 0.0))
-        if sent.due(now) and not decided(settings, key) and not claimed(settings, key):
-            windows[key] = Sent(sent.times + 1, now)
-            payload = {"training_run": settings.training_run, "key": key, "steps": steps, "attempt": sent.times + 1}
-            # The attempt is part of the id: a server ignores an id it has seen.
-            events.append(event(WINDOW_READY, settings, f"{key} {sent.times + 1}", payload))
-    there = {item.step for item in stored}
-    checkpoints = {step: seen for step, seen in checkpoints.items() if int(step) in there | gone}
-    return events, replace(ledger, checkpoints=checkpoints, windows=windows)
-
-
-def due(stored: Collection[StoredCheckpoint], end: int) -> list[int]:
-    """Return the steps of the window up to `end` once it is full, else nothing; `stored` is one segment.
-
-    Full: a ready checkpoint at or after the window's end, at least two up to it, and none up to it that is not ready.
-    """
-    inside = [item for item in stored if item.step <= end]
-    reached = any(item.step >= end and item.state is State.READY for item in stored)
-    if not reached or len(inside) < 2 or any(item.state is not State.READY for item in inside):
-        return []
-    return [item.step for item in inside]
 
 
 def known(stored: Collection[StoredCheckpoint], ledger: Ledger, *, now: float) -> dict[str, Seen]:
@@ -138,7 +45,7 @@ def known(stored: Collection[StoredCheckpoint], ledger: Ledger, *, now: float) -
         before = found.get(str(item.step))
         if item.weights is None or (before is not None and before.identity == item.weights.identity):
             continue
-        written = _written(item, default=int(now * 1e9))
+        written = written_at(item, default=int(now * 1e9))
         if before is not None and before.written != written:
             # What was seen to change is newer than all that was there before, whatever its clock says.
             written = max(written, latest + 1)
@@ -172,24 +79,6 @@ def segment(stored: Collection[StoredCheckpoint], checkpoints: Mapping[str, Seen
     return tuple(item for item in stored if item.step not in behind)
 
 
-def lost(settings: Settings, stored: Collection[StoredCheckpoint], ledger: Ledger) -> list[int]:
-    """Return the steps of the window that were announced and have been removed while the run went on.
-
-    They were pruned by the trainer: the window would silently be another one. A run that was started anew in the same
-    directory has none of the announced files and loses nothing.
-    """
-    there = {item.step for item in stored}
-    kept = []
-    for item in stored:
-        seen = ledger.checkpoints.get(str(item.step))
-        # A copy of what was announced was written when that was.
-        same = seen is not None and item.weights is not None and item.weights.identity == seen.identity
-        if same or (seen is not None and _written(item, default=-1) == seen.written):
-            kept.append(item.step)
-    announced = [int(step) for step in ledger.checkpoints if int(step) <= settings.end]
-    return sorted(step for step in announced if step not in there and step < max(kept, default=0))
-
-
 def read_ledger(settings: Settings) -> Ledger:
     """Read the ledger; an absent one is empty."""
     path = settings.home / "ledger.json"
@@ -208,7 +97,8 @@ def write_ledger(settings: Settings, ledger: Ledger) -> None:
     write_json(settings.home / "ledger.json", asdict(ledger))
 
 
-def _written(item: StoredCheckpoint, *, default: int) -> int:
+def written_at(item: StoredCheckpoint, *, default: int) -> int:
+    """Return when the files of a ready checkpoint on a disk were written (ns since the epoch), elsewhere `default`."""
     if item.weights is None or item.directory.kind is not Kind.DISK:
         return default
     return max(file.mtime_ns for file in item.weights.files)
@@ -217,9 +107,3 @@ def _written(item: StoredCheckpoint, *, default: int) -> int:
 def _times(directory: Directory) -> list[int]:
     inner = [time for name in directory.children() for time in _times(directory.enter(name))]
     return [file.mtime_ns for file in directory.files().values()] + inner
-
-
-def event(name: str, settings: Settings, what: str, payload: dict[str, Any]) -> Event:
-    """Return the event that tells `what`; its id is the same whenever that is told."""
-    where = resource(settings)
-    return Event(name, uuid5(NAMESPACE_URL, f"{where} {settings.home} {name} {what}"), where, payload)

@@ -4,12 +4,10 @@ Everything is a small file in the training run's state directory; the decision i
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 from flows.settings import Settings
 from flows.state.decision import Decision
@@ -69,6 +67,15 @@ def decisions_of(settings: Settings, base: Weights, checkpoints: Mapping[int, st
     ]
 
 
+def attempt(settings: Settings, base: Weights, checkpoints: Mapping[int, str]) -> tuple[int, int]:
+    """Return the how-manieth window of this run these checkpoints (identity by step) are at the gate, of how many."""
+    if settings.window != "auto":
+        return 1, 1
+    last = max(checkpoints)
+    earlier = [item for item in decisions_of(settings, base, checkpoints) if item.gates and item.window < last]
+    return len(earlier) + 1, settings.attempts
+
+
 @contextmanager
 def claim(settings: Settings, key: str) -> Iterator[bool]:
     """Hold the window while working on it; yields False when another process does."""
@@ -90,15 +97,3 @@ def claimed(settings: Settings, key: str) -> bool:
 
 def _claim_path(settings: Settings, key: str) -> Path:
     return window_directory(settings, key) / "claim.lock"
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON that is complete or absent, also after a power cut."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    hidden = path.with_name(f".{path.name}.tmp")
-    with hidden.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    hidden.replace(path)

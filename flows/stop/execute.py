@@ -21,7 +21,7 @@ from flows.errors import StopError
 from flows.settings import Settings
 from flows.state.decision import Decision
 from flows.state.lock import held
-from flows.state.windows import write_json
+from flows.state.records import write_json
 from flows.stop.plan import Order, Saving, saving
 
 logger = logging.getLogger(__name__)

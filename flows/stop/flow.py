@@ -11,19 +11,18 @@ from typing import Any, Literal
 from prefect import flow
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.deployments.flow_runs import run_deployment
-from prefect.deployments.runner import RunnerDeployment
 from prefect.exceptions import ObjectNotFound
 from prefect.flow_runs import suspend_flow_run
 from prefect.input import RunInput
 from prefect.states import Completed, Failed
-from prefect.types.entrypoint import EntrypointType
 from prefect.utilities.urls import url_for
 from pydantic import Field
 
 from flows.errors import StopError
 from flows.settings import Settings, load_settings
 from flows.state.decision import Decision
-from flows.state.windows import window_directory, write_json
+from flows.state.records import write_json
+from flows.state.windows import window_directory
 from flows.stop.execute import Stop, decline, log_stop, read_stop, stop_training, told
 from flows.stop.plan import Order, Saving, configured, doubt, finished, is_current, order, refusal, saving
 
@@ -116,18 +115,6 @@ def stop_flow(config: str, key: str, tracking_uri: str) -> State[Any]:
         return Failed(message=str(error))
     log_stop(settings, done, tracking_uri=tracking_uri)
     return (Completed if done.state == "stopped" else Failed)(message=told(Path(config), done))
-
-
-def stop_deployment(config: Path, settings: Settings, *, tracking_uri: str) -> RunnerDeployment:
-    """Return the deployment that asks; `offer` starts its runs."""
-    deployment = stop_flow.to_deployment(
-        name=settings.training_run,
-        description="Asks whether the training is to be stopped, and does as is answered.",
-        parameters={"config": str(config.absolute()), "tracking_uri": tracking_uri},
-        entrypoint_type=EntrypointType.MODULE_PATH,
-    )
-    assert isinstance(deployment, RunnerDeployment)  # outside an event loop nothing is left to await
-    return deployment
 
 
 def question(decision: Decision, due: Order, counted: Saving) -> str:

@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass
 from flows.decide.predict import backtest_window
 from flows.settings import Settings
 from flows.state.ledger import Seen
-from flows.state.windows import decided, decisions_of, key_up_to, write_json
+from flows.state.records import write_json
+from flows.state.windows import decided, decisions_of, key_up_to
 from relex.backtest.convergence import GROWTH
 from relex.backtest.skill import HORIZONS
 from relex.errors import RelexError, UnreachableError
@@ -93,15 +94,6 @@ def arm(
         look = _look(settings, base, ready, key_up_to(settings, base, identities, last), final=final, tell=tell)
         write_json(settings.home / "look.json", asdict(look))
     return Armed(look.step if look.due else None, f"backtest at step {look.step}: {look.reason}")
-
-
-def attempt(settings: Settings, base: Weights, checkpoints: Mapping[int, str]) -> tuple[int, int]:
-    """Return the how-manieth window of this run these checkpoints (identity by step) are at the gate, of how many."""
-    if settings.window != "auto":
-        return 1, 1
-    last = max(checkpoints)
-    earlier = [item for item in decisions_of(settings, base, checkpoints) if item.gates and item.window < last]
-    return len(earlier) + 1, settings.attempts
 
 
 def _ready(newest: Sequence[StoredCheckpoint], end: int) -> list[StoredCheckpoint]:

@@ -16,8 +16,8 @@ from prefect.events.filters import EventFilter, EventIDFilter
 from prefect.settings import get_current_settings
 
 from flows.settings import Settings
-from flows.state.ledger import Event
-from flows.state.windows import write_json
+from flows.state.events import Event
+from flows.state.records import write_json
 
 logger = logging.getLogger(__name__)
 

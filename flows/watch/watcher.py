@@ -1,8 +1,8 @@
 """The watcher of one training run: looks at the store, announces what is due.
 
-`watch` runs a while and ends, so that the server keeps a live, short list of runs; a schedule starts the next one. What
-was announced is in the ledger, so a watcher that is killed and started again announces nothing twice. Where the window
-is pinned, a thread of the watcher pins; the next watcher waits until this one ends, so that no step falls between two.
+What was announced is in the ledger, so a watcher that is killed and started again announces nothing twice. Where the
+window is pinned, a thread of the watcher pins; the next watcher waits until this one ends, so that no step falls
+between two.
 """
 
 import logging
@@ -10,34 +10,18 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
-from prefect import flow
-from prefect.artifacts import create_progress_artifact, update_progress_artifact
-from prefect.client.schemas.objects import State as RunState
 from prefect.events import emit_event
-from prefect.states import Completed
 
-from flows.drift.flow import announce, write_sent
+from flows.drift.announce import announce, write_sent
 from flows.errors import WatchError
-from flows.settings import Settings, load_settings
-from flows.state.ledger import (
-    CHECKPOINT_READY,
-    Ledger,
-    Seen,
-    due,
-    known,
-    left_behind,
-    lost,
-    read_ledger,
-    segment,
-    tick,
-    write_ledger,
-)
+from flows.settings import Settings
+from flows.state.events import CHECKPOINT_READY
+from flows.state.ledger import Ledger, Seen, known, left_behind, read_ledger, segment, write_ledger
 from flows.state.lock import held
 from flows.state.windows import decided, key_of
 from flows.watch import outbox
+from flows.watch.announce import full_window, lost, tick
 from flows.watch.due import Armed, arm
 from flows.watch.pins import Pins
 from relex.errors import AbsentError, UnreachableError
@@ -48,11 +32,6 @@ from relex.sanity import holes
 from relex.store import State, StoredCheckpoint, open_base, scan
 
 logger = logging.getLogger(__name__)
-
-# Longer than the schedule's period: the next watcher is there and waits when this one ends.
-RUN_SECONDS = 620.0
-SCHEDULE_SECONDS = 600.0
-_HANDOVER_SECONDS = 40.0
 
 Look = Callable[[float, str], None]
 """Called after every look at the store, with how full the window is in per cent and one line for a reader."""
@@ -156,7 +135,7 @@ def _with_release(armed: Armed, newest: Sequence[StoredCheckpoint], ledger: Ledg
     """Return the ledger that lets the pins go once nothing more will be decided, else the ledger as it is."""
     if not armed.closed or armed.end is None or ledger.released:
         return ledger
-    inside = {str(step): ledger.checkpoints[str(step)] for step in due(newest, armed.end)}
+    inside = {str(step): ledger.checkpoints[str(step)] for step in full_window(newest, armed.end)}
     if not inside:
         return ledger
     later = {step: seen for step, seen in ledger.checkpoints.items() if int(step) > armed.end}
@@ -181,26 +160,6 @@ def _after_release(settings: Settings, pins: Pins, base: Weights, ledger: Ledger
     # Before anything is pinned: what is pinned while it says released, the next watcher deletes.
     write_ledger(settings, ledger)
     return ledger
-
-
-@flow(name="watch", retries=0, validate_parameters=False)
-def watch(config: str, seconds: float = RUN_SECONDS) -> RunState[Any]:
-    """Watch the training run described in the file `config`; progress is an artifact of the flow run."""
-    settings = load_settings(Path(config))
-    artifact: Any = create_progress_artifact(0.0, key=f"window-{settings.training_run}", description="looking")
-    shown = ""
-
-    def show(progress: float, text: str) -> None:
-        nonlocal shown
-        if text != shown:
-            shown = text
-            update_progress_artifact(artifact, progress, description=text)
-
-    try:
-        watch_store(settings, seconds=seconds, on_look=show, patience=_HANDOVER_SECONDS)
-    except WatchError as error:
-        return Completed(message=str(error))
-    return Completed(message=shown)
 
 
 def describe(
@@ -238,7 +197,7 @@ def describe(
             f"; steps {_listed(vanished)} were removed before they were whole: no decision on this window. Raise"
             f" {setting} to 2 or more; if they are not wanted, delete them in {settings.pins}"
         )
-    elif armed.end is not None and due(newest, armed.end):
+    elif armed.end is not None and full_window(newest, armed.end):
         text += "; window full, decided" if armed.closed else "; window full"
     elif left:
         text += (

@@ -8,7 +8,8 @@ import yaml
 
 from flows.settings import Settings, load_settings
 from flows.state.decision import Backtested, Decision, Model
-from flows.state.windows import decision_path, window_key, write_json
+from flows.state.records import write_json
+from flows.state.windows import decision_path, window_key
 from relex.store import open_base, scan
 
 # A line of its own for each time it runs.

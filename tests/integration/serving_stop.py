@@ -7,9 +7,9 @@ from pathlib import Path
 from prefect.deployments.runner import RunnerDeployment
 from prefect.runner import Runner
 
-from flows.deployments import clear
+from flows.deployments import stop_deployment
+from flows.runner import clear
 from flows.settings import load_settings
-from flows.stop.flow import stop_deployment
 
 
 async def serve(deployment: RunnerDeployment) -> None:

@@ -30,7 +30,7 @@ from deploy.local import daemon, stack
 from deploy.local.stack import Stack
 from evaluation.benchmarks.benchmark import write_benchmark
 from flows.settings import Settings, load_settings
-from flows.state.ledger import CHECKPOINT_READY, WINDOW_READY, resource
+from flows.state.events import CHECKPOINT_READY, WINDOW_READY, resource
 from flows.state.windows import read_decisions
 from tests.integration.test_pipeline import wait_for
 

@@ -10,7 +10,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from deploy.local.stack import Stack
 from flows.settings import Settings
-from flows.state.ledger import CHECKPOINT_READY, Event, event
+from flows.state.events import CHECKPOINT_READY, Event, event
 from flows.watch import outbox
 
 

@@ -169,11 +169,11 @@ def decide_now(config: Path, servers: Stack, environment: dict[str, str]) -> str
     """Run the flow on the window that is due, twice, in a process of its own; return what it logged."""
     code = (
         "import sys, time; from pathlib import Path\n"
-        "from flows.decide.flow import extrapolate; from flows.state.ledger import due\n"
+        "from flows.decide.flow import extrapolate; from flows.watch.announce import full_window\n"
         "from flows.state.windows import window_key\n"
         "from flows.settings import load_settings; from relex.store import open_base, scan\n"
         "s = load_settings(Path(sys.argv[1])); base = open_base(s.base)\n"
-        "stored = scan(s.checkpoints, base, now=time.time()); steps = due(stored, s.end)\n"
+        "stored = scan(s.checkpoints, base, now=time.time()); steps = full_window(stored, s.end)\n"
         "key = window_key(s, base, [item for item in stored if item.step in steps])\n"
         "extrapolate(config=sys.argv[1], steps=steps, key=key, tracking_uri=sys.argv[2])\n"
         "extrapolate(config=sys.argv[1], steps=steps, key=key, tracking_uri=sys.argv[2])\n"

@@ -25,8 +25,9 @@ from deploy.local.server import PREFECT, answers, launch, still_starting
 from deploy.local.stack import Stack
 from deploy.runs import record
 from deploy.tracking import connect, prepare
+from flows.deployments import stop_deployment
 from flows.stop.execute import Stop, read_stop
-from flows.stop.flow import CONTINUE, STOP, offer, stop_deployment, stop_flow
+from flows.stop.flow import CONTINUE, STOP, offer, stop_flow
 from flows.stop.status import confirm, outlook
 from tests.helpers.stopped import COMMAND, configure, decided, runs
 from tests.helpers.straight_run import WriteCheckpoint

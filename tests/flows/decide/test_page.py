@@ -3,7 +3,8 @@ from dataclasses import replace
 
 from evaluation.verdict.gate import Gate
 from flows.decide.page import page
-from flows.state.decision import Decision, Model, Score, choose
+from flows.decide.search import choose
+from flows.state.decision import Decision, Model, Score
 
 OBSERVED = Model("observed", 48, "/models/observed/step-48")
 

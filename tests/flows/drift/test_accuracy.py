@@ -16,7 +16,8 @@ from flows.drift.page import page
 from flows.drift.record import read_compared
 from flows.settings import Settings, load_settings
 from flows.state.decision import Decision, Model, Score
-from flows.state.windows import decision_path, window_directory, write_json
+from flows.state.records import write_json
+from flows.state.windows import decision_path, window_directory
 from relex.extrapolation import Request, extrapolate
 from relex.predictors import parse_method
 from relex.trajectory import open_run

@@ -18,14 +18,16 @@ from safetensors.torch import save_file
 from flows.cli.main import main
 from flows.decide.predict import predict
 from flows.drift import measure
+from flows.drift.announce import announce, write_sent
 from flows.drift.due import Reached, Waiting, look
-from flows.drift.flow import TARGET_REACHED, announce, write_sent
 from flows.drift.page import page, summary, warnings
 from flows.drift.record import Compared, comparing, mark_told, read_compared, told
 from flows.settings import Settings
 from flows.state.decision import Decision, Score
+from flows.state.events import TARGET_REACHED
 from flows.state.ledger import Ledger, known, read_ledger, write_ledger
-from flows.state.windows import decision_path, window_key, write_json
+from flows.state.records import write_json
+from flows.state.windows import decision_path, window_key
 from relex.store import StoredCheckpoint, open_base, scan
 
 WINDOW = (10, 25, 40)

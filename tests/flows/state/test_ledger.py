@@ -10,18 +10,11 @@ from pathlib import Path
 import pytest
 
 from flows.settings import Settings
-from flows.state.ledger import (
-    CHECKPOINT_READY,
-    WINDOW_READY,
-    Event,
-    Ledger,
-    due,
-    left_behind,
-    read_ledger,
-    tick,
-    write_ledger,
-)
-from flows.state.windows import claim, claimed, decision_path, window_key, write_json
+from flows.state.events import CHECKPOINT_READY, WINDOW_READY, Event
+from flows.state.ledger import Ledger, left_behind, read_ledger, write_ledger
+from flows.state.records import write_json
+from flows.state.windows import claim, claimed, decision_path, window_key
+from flows.watch.announce import full_window, tick
 from flows.watch.due import Armed
 from flows.watch.watcher import describe
 from relex.layouts.weights import Weights
@@ -138,9 +131,9 @@ def test_a_window_with_a_checkpoint_that_is_not_ready_is_not_due(
     half = write_checkpoint(25)
     (half / "model.safetensors").write_bytes((half / "model.safetensors").read_bytes()[:50])
     now = time.time()
-    assert due(store(settings, now)[1], settings.end) == []
+    assert full_window(store(settings, now)[1], settings.end) == []
     make_old(half)
-    assert due(store(settings, now)[1], settings.end) == []
+    assert full_window(store(settings, now)[1], settings.end) == []
 
 
 def test_a_window_ends_with_the_first_checkpoint_at_or_after_it(
@@ -149,9 +142,9 @@ def test_a_window_ends_with_the_first_checkpoint_at_or_after_it(
     for step in (0, 10, 25):
         write_checkpoint(step)
     now = time.time()
-    assert due(store(settings, now)[1], settings.end) == []
+    assert full_window(store(settings, now)[1], settings.end) == []
     write_checkpoint(60)
-    assert due(store(settings, now)[1], settings.end) == [10, 25]
+    assert full_window(store(settings, now)[1], settings.end) == [10, 25]
 
 
 def test_a_window_whose_checkpoints_were_pruned_is_not_announced(

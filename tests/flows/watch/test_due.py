@@ -14,8 +14,9 @@ from evaluation.verdict.gate import Gate
 from flows.settings import Settings, load_settings
 from flows.state.decision import Decision
 from flows.state.ledger import Ledger, known, left_behind, segment
-from flows.state.windows import decision_path, key_of, write_json
-from flows.watch.due import Armed, arm, attempt
+from flows.state.records import write_json
+from flows.state.windows import attempt, decision_path, key_of
+from flows.watch.due import Armed, arm
 from relex.layouts.weights import Weights
 from relex.store import open_base, scan
 

@@ -21,7 +21,8 @@ from flows.errors import ConfigError, PinError
 from flows.settings import Settings, load_settings
 from flows.state.decision import Decision
 from flows.state.ledger import read_ledger
-from flows.state.windows import decision_path, write_json
+from flows.state.records import write_json
+from flows.state.windows import decision_path
 from flows.watch.pins import Pins
 from flows.watch.watcher import _look, watch_store
 from relex.store import State, open_base, scan

@@ -18,7 +18,9 @@ import yaml
 from safetensors.torch import load_file, save
 
 from flows.settings import Settings, load_settings
-from flows.state.ledger import WINDOW_READY, left_behind, read_ledger, tick, write_ledger
+from flows.state.events import WINDOW_READY
+from flows.state.ledger import left_behind, read_ledger, write_ledger
+from flows.watch.announce import tick
 from flows.watch.pins import Pins
 from relex.store import StoredCheckpoint, open_base, scan
 

@@ -1,0 +1,59 @@
+"""Targets that the run has reached, announced until what was compared with them is kept and shown."""
+
+import json
+from collections.abc import Collection
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from flows.drift.due import reached
+from flows.drift.record import is_comparing, read_compared, told
+from flows.settings import Settings
+from flows.state.events import TARGET_REACHED, Event, Sent, event
+from flows.state.ledger import Ledger
+from flows.state.records import write_json
+from relex.store import StoredCheckpoint
+
+
+def announce(
+    settings: Settings, stored: Collection[StoredCheckpoint], ledger: Ledger, *, now: float
+) -> tuple[list[Event], dict[str, Sent]]:
+    """Return the events that are due at time `now`, one a target step, and what is sent once they are.
+
+    `ledger` knows what the store has. A target is announced with growing pauses until what was compared with it is
+    kept and shown; not while a process is comparing.
+    """
+    due: dict[str, dict[str, Any]] = {}
+    rows = [item.before for item in reached(settings, tuple(stored), ledger.released | ledger.checkpoints)]
+    rows += [row for row in read_compared(settings) if not told(settings, row)]
+    for row in rows:
+        name = f"{row.key} {row.target} {row.step}"
+        payload = {"training_run": settings.training_run, "key": row.key, "target": row.target, "step": row.step}
+        methods = due.setdefault(name, payload | {"methods": []})["methods"]
+        methods += [row.method] if row.method not in methods else []
+    sent = {name: found for name, found in _read_sent(settings).items() if name in due}
+    events = []
+    for name, payload in due.items():
+        before = sent.get(name, Sent(0, 0.0))
+        if not before.due(now) or is_comparing(settings):
+            continue
+        attempt = before.times + 1
+        sent[name] = Sent(attempt, now)
+        # The attempt is part of the id: a server ignores an id it has seen.
+        events.append(event(TARGET_REACHED, settings, f"{name} {attempt}", payload | {"attempt": attempt}))
+    return events, sent
+
+
+def write_sent(settings: Settings, sent: dict[str, Sent]) -> None:
+    """Keep what was sent, so that the next watcher waits as long."""
+    if sent != _read_sent(settings):
+        write_json(_sent_path(settings), {name: asdict(item) for name, item in sent.items()})
+
+
+def _read_sent(settings: Settings) -> dict[str, Sent]:
+    path = _sent_path(settings)
+    return {name: Sent(**item) for name, item in json.loads(path.read_bytes()).items()} if path.is_file() else {}
+
+
+def _sent_path(settings: Settings) -> Path:
+    return settings.home / "drift" / "sent.json"

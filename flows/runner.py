@@ -1,0 +1,52 @@
+"""The process that serves deployments: it registers them, and runs their flow runs until it is stopped."""
+
+from collections.abc import Sequence
+from uuid import UUID
+
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterDeploymentId,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import StateType
+from prefect.deployments.flow_runs import arun_deployment
+from prefect.deployments.runner import RunnerDeployment
+from prefect.runner import Runner
+from prefect.states import Crashed
+
+
+async def serve(served: Sequence[RunnerDeployment], *, name: str, at_once: RunnerDeployment | None = None) -> None:
+    """Register the deployments, start a run of the one that is to begin at once, and serve.
+
+    Left to its schedule, it would start up to a period later.
+    """
+    runner = Runner(name=name, pause_on_shutdown=False)
+    for deployment in served:
+        await clear(await runner.aadd_deployment(deployment))
+    if at_once is not None:
+        await arun_deployment(f"{at_once.flow_name}/{at_once.name}", timeout=0, as_subflow=False)
+    await runner.start()
+
+
+async def clear(deployment: UUID) -> None:
+    """Settle what an earlier process left of a deployment: it is served by one process, and that one is gone.
+
+    Runs that never ended would be shown as running for ever; a schedule's late runs would all start now, with the
+    parameters of then.
+    """
+    async with get_client() as client:
+        for run in await client.read_flow_runs(
+            flow_run_filter=FlowRunFilter(
+                deployment_id=FlowRunFilterDeploymentId(any_=[deployment]),
+                state=FlowRunFilterState(
+                    type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING, StateType.SCHEDULED])
+                ),
+            )
+        ):
+            if run.state_type is StateType.SCHEDULED:
+                if run.auto_scheduled:
+                    await client.delete_flow_run(run.id)
+            else:
+                await client.set_flow_run_state(run.id, Crashed(message="its process is gone"), force=True)

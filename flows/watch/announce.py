@@ -1,0 +1,87 @@
+"""What is to be announced of a run: checkpoints that are ready, and the window that is due, until it is decided.
+
+`tick` compares the store with the ledger and says which events are due. A full window is announced again, with growing
+pauses, until it is claimed: a server delivers events at best effort, and whoever comes second finds the window claimed
+or decided.
+"""
+
+from collections.abc import Collection
+from dataclasses import replace
+
+from flows.settings import Settings
+from flows.state.events import CHECKPOINT_READY, WINDOW_READY, Event, Sent, event
+from flows.state.ledger import Ledger, known, left_behind, segment, written_at
+from flows.state.windows import claimed, decided, window_key
+from relex.layouts.weights import Weights
+from relex.store import State, StoredCheckpoint
+
+
+def tick(
+    settings: Settings,
+    base: Weights,
+    stored: tuple[StoredCheckpoint, ...],
+    ledger: Ledger,
+    *,
+    now: float,
+    end: int | None,
+) -> tuple[list[Event], Ledger]:
+    """Return the events that are due at time `now`, and the ledger as it is once they are sent.
+
+    `end` is the last step of the window that is to be decided, if one is (see flows.watch.due).
+    """
+    checkpoints = known(stored, ledger, now=now)
+    events = [
+        event(
+            CHECKPOINT_READY,
+            settings,
+            f"{item.step} {item.weights.identity}",
+            {"training_run": settings.training_run, "step": item.step, "path": str(item.directory)},
+        )
+        for item in stored
+        if item.weights is not None and ledger.checkpoints.get(str(item.step)) != checkpoints[str(item.step)]
+    ]
+    # What another run or segment left in the ledger is forgotten; what this one has lost is not.
+    gone = set(lost(settings, stored, ledger)) - left_behind(stored, checkpoints)
+    windows = dict(ledger.windows)
+    steps = [] if end is None else full_window(segment(stored, checkpoints), end)
+    if steps and not gone:
+        key = window_key(settings, base, [item for item in stored if item.step in steps])
+        sent = windows.get(key, Sent(0, 0.0))
+        if sent.due(now) and not decided(settings, key) and not claimed(settings, key):
+            windows[key] = Sent(sent.times + 1, now)
+            payload = {"training_run": settings.training_run, "key": key, "steps": steps, "attempt": sent.times + 1}
+            # The attempt is part of the id: a server ignores an id it has seen.
+            events.append(event(WINDOW_READY, settings, f"{key} {sent.times + 1}", payload))
+    there = {item.step for item in stored}
+    checkpoints = {step: seen for step, seen in checkpoints.items() if int(step) in there | gone}
+    return events, replace(ledger, checkpoints=checkpoints, windows=windows)
+
+
+def full_window(stored: Collection[StoredCheckpoint], end: int) -> list[int]:
+    """Return the steps of the window up to `end` once it is full, else nothing; `stored` is one segment.
+
+    Full: a ready checkpoint at or after the window's end, at least two up to it, and none up to it that is not ready.
+    """
+    inside = [item for item in stored if item.step <= end]
+    reached = any(item.step >= end and item.state is State.READY for item in stored)
+    if not reached or len(inside) < 2 or any(item.state is not State.READY for item in inside):
+        return []
+    return [item.step for item in inside]
+
+
+def lost(settings: Settings, stored: Collection[StoredCheckpoint], ledger: Ledger) -> list[int]:
+    """Return the steps of the window that were announced and have been removed while the run went on.
+
+    They were pruned by the trainer: the window would silently be another one. A run that was started anew in the same
+    directory has none of the announced files and loses nothing.
+    """
+    there = {item.step for item in stored}
+    kept = []
+    for item in stored:
+        seen = ledger.checkpoints.get(str(item.step))
+        # A copy of what was announced was written when that was.
+        same = seen is not None and item.weights is not None and item.weights.identity == seen.identity
+        if same or (seen is not None and written_at(item, default=-1) == seen.written):
+            kept.append(item.step)
+    announced = [int(step) for step in ledger.checkpoints if int(step) <= settings.end]
+    return sorted(step for step in announced if step not in there and step < max(kept, default=0))
