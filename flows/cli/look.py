@@ -163,22 +163,19 @@ def analyze(
     Example: relex analyze runs/qwen --base models/qwen-base --out analysis
     """
     from flows.study.analyze import analyze as analyze_run
+    from flows.study.resources import Resources
 
     with reading.session() as (bars, blocks):
         analyzed = analyze_run(
             run,
             base,
+            Resources(reading.memory, reading.threads, reading.kept, blocks, bars),
             out=directory,
             window=reading.window,
             seed=seed,
             responses=responses,
             device=device,
             dtype=dtype,
-            memory=reading.memory,
-            threads=reading.threads,
-            cache=reading.kept,
-            blocks=blocks,
-            tell=bars,
         )
     if as_json:
         print_json(analyzed.to_json())

@@ -182,6 +182,7 @@ def compare(
     """
     from flows.study.compare import Plan, Scoring
     from flows.study.compare import compare as compare_methods
+    from flows.study.resources import Resources
     from relex.predictors import parse_method
 
     methods = {parsed.spec: parsed for parsed in map(parse_method, method or ["relex"])}
@@ -195,12 +196,8 @@ def compare(
             base,
             plan,
             scoring,
+            Resources(reading.memory, reading.threads, reading.kept, blocks, bars),
             out=directory,
-            memory=reading.memory,
-            threads=reading.threads,
-            cache=reading.kept,
-            blocks=blocks,
-            tell=bars,
         )
     if as_json:
         print_json(comparison.to_json())

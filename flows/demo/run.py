@@ -200,9 +200,9 @@ def score_later(settings: Settings, pool: ThreadPoolExecutor, progress: Progress
 
     def score_step(step: int) -> Score:
         model = Model("observed", step, str(step_directories(open_directory(settings.checkpoints))[step]))
-        found = score(model, reports(settings, model, settings.report)[0])
+        measured = score(model, reports(settings, model, settings.report)[0])
         progress.advance(bar)
-        return found
+        return measured
 
     return list(pool.map(score_step, reached))
 
@@ -226,13 +226,13 @@ def show(out: Console, done: Demonstration) -> None:
     title = f"{later[0].benchmark}: {later[0].n} problems"
     table = plain_table("model", "step", "accuracy", "± s.e.", "", title=title)
     rows = [*decision.report, *later]
-    for item in sorted(rows, key=lambda row: (row.model.step, row.model.role == "candidate")):
-        real = item.model.role != "candidate"
-        name = "base" if item.model.role == "base" else "real run" if real else f"predicted: {item.model.method}"
-        mark = "last observed" if real and item.model.step == decision.steps[-1] else ""
-        if decision.registered and item.model == decision.winner:
+    for scored in sorted(rows, key=lambda row: (row.model.step, row.model.role == "candidate")):
+        real = scored.model.role != "candidate"
+        name = "base" if scored.model.role == "base" else "real run" if real else f"predicted: {scored.model.method}"
+        mark = "last observed" if real and scored.model.step == decision.steps[-1] else ""
+        if decision.registered and scored.model == decision.winner:
             mark = "registered"
-        table.add_row(name, str(item.model.step), f"{item.accuracy:.3f}", f"{item.standard_error:.3f}", mark)
+        table.add_row(name, str(scored.model.step), f"{scored.accuracy:.3f}", f"{scored.standard_error:.3f}", mark)
     out.print(table)
     registered = f" as {decision.registered}" if decision.registered else ""
     out.print(f"[bold]{decision.verdict}[/bold]{registered}. {decision.reason}", highlight=False)
@@ -265,5 +265,5 @@ def check(process: subprocess.Popen[bytes], log: Path) -> None:
 
 def percent(log: Path) -> int:
     """Return how far the last `done/total` written to `log` is."""
-    found = re.findall(rb"(\d+)/(\d+)", log.read_bytes()[-2000:])
-    return 100 * int(found[-1][0]) // int(found[-1][1]) if found else 0
+    written = re.findall(rb"(\d+)/(\d+)", log.read_bytes()[-2000:])
+    return 100 * int(written[-1][0]) // int(written[-1][1]) if written else 0

@@ -9,10 +9,10 @@ from typing import Any
 
 from evaluation.answers.logprobs import Response, read_responses, token_logprobs
 from flows.console import markdown_table
+from flows.study.resources import Resources
 from relex import plots
 from relex.analysis import Analysis, Moments, Part, analyze_run, series_moments
-from relex.extrapolation import Request, Tell, extrapolate
-from relex.files.block_cache import BlockCache
+from relex.extrapolation import Request, extrapolate
 from relex.predictors import parse_method
 from relex.trajectory import Trajectory, open_run, open_trajectory
 
@@ -21,7 +21,7 @@ HEADINGS = ("module", "tensors", "share of ‖Δ‖²", "rank-1 energy", "R² of
 
 @dataclass(frozen=True)
 class Analyzed:
-    """What was found. `tokens` is R² of the log-probability of each token of fixed responses, if there are any."""
+    """What an analysis shows; `tokens` is R² of the log-probability of each token of fixed responses, if any."""
 
     analysis: Analysis
     tokens: Moments | None
@@ -35,6 +35,7 @@ class Analyzed:
 def analyze(
     run: str,
     base: str,
+    resources: Resources,
     *,
     out: Path,
     window: int | None = None,
@@ -42,40 +43,33 @@ def analyze(
     responses: Path | None = None,
     device: str = "cpu",
     dtype: str = "auto",
-    memory: int,
-    threads: int,
-    cache: Path,
-    blocks: BlockCache | None = None,
-    tell: Tell | None = None,
 ) -> Analyzed:
     """Analyze the checkpoints up to `window` (None: all) and write analysis.json, analysis.md and figures to `out`.
 
     Raises RelexError, and EvaluationError for the responses.
     """
     fixed = read_responses(responses) if responses is not None else []
-    found = analyze_run(
+    analysis = analyze_run(
         run,
         base,
-        grams=cache / "grams",
-        memory=memory,
-        threads=threads,
+        grams=resources.grams,
+        memory=resources.memory,
+        threads=resources.threads,
         window=window,
         seed=seed,
-        blocks=blocks,
-        tell=tell,
+        blocks=resources.blocks,
+        tell=resources.tell,
     )
     tokens = None
     if fixed:
-        trajectory = open_run(run, base, window=window, blocks=blocks)
-        tokens = _tokens(
-            trajectory, fixed, device=device, dtype=dtype, memory=memory, threads=threads, cache=cache, tell=tell
-        )
+        trajectory = open_run(run, base, window=window, blocks=resources.blocks)
+        tokens = _tokens(trajectory, fixed, resources, device=device, dtype=dtype)
     out.mkdir(parents=True, exist_ok=True)
-    plots.layer_heatmaps(out / "layers.png", found)
-    plots.coordinate_curves(out / "coordinates.png", found)
-    both = {"weights": found.whole.weights} | ({"token log-probabilities": tokens} if tokens is not None else {})
+    plots.layer_heatmaps(out / "layers.png", analysis)
+    plots.coordinate_curves(out / "coordinates.png", analysis)
+    both = {"weights": analysis.whole.weights} | ({"token log-probabilities": tokens} if tokens is not None else {})
     plots.r_squared_histograms(out / "r-squared.png", both)
-    done = Analyzed(found, tokens, ("layers.png", "coordinates.png", "r-squared.png"))
+    done = Analyzed(analysis, tokens, ("layers.png", "coordinates.png", "r-squared.png"))
     out.joinpath("analysis.json").write_text(json.dumps(done.to_json(), indent=1) + "\n", encoding="utf-8")
     out.joinpath("analysis.md").write_text(page(done), encoding="utf-8")
     return done
@@ -83,22 +77,23 @@ def analyze(
 
 def page(done: Analyzed) -> str:
     """Return the analysis as Markdown."""
-    found = done.analysis
+    analysis = done.analysis
     lines = [
-        f"# {found.run}",
+        f"# {analysis.run}",
         "",
-        f"{len(found.steps)} checkpoints, steps {found.steps[0]} to {found.steps[-1]}, against {found.base}.",
+        f"{len(analysis.steps)} checkpoints, steps {analysis.steps[0]} to {analysis.steps[-1]},"
+        f" against {analysis.base}.",
         "",
-        *(f"- Warning: {text}" for text in found.warnings),
-        f"- Energy of the leading {len(found.energies)} directions:"
-        f" {', '.join(f'{share:.4f}' for share in found.energies)} of the whole model.",
-        f"- {described('weights', found.whole.weights)}",
+        *(f"- Warning: {text}" for text in analysis.warnings),
+        f"- Energy of the leading {len(analysis.energies)} directions:"
+        f" {', '.join(f'{share:.4f}' for share in analysis.energies)} of the whole model.",
+        f"- {described('weights', analysis.whole.weights)}",
     ]
     if done.tokens is not None:
         lines.append(f"- {described('token log-probabilities', done.tokens)}")
     lines += [
         "",
-        *markdown_table(HEADINGS, map(cells, (*found.modules, found.whole))),
+        *markdown_table(HEADINGS, map(cells, (*analysis.modules, analysis.whole))),
         "",
         *(line for name in done.figures for line in (f"![{name}]({name})", "")),
     ]
@@ -117,38 +112,35 @@ def cells(part: Part) -> list[str]:
     ]
 
 
-def described(what: str, item: Moments) -> str:
+def described(what: str, moments: Moments) -> str:
     """Return R² of many values on the step in a sentence."""
-    kept = f"{item.kept} of {item.drawn} {what} change enough to tell"
-    if item.quartiles is None:
+    kept = f"{moments.kept} of {moments.drawn} {what} change enough to tell"
+    if moments.quartiles is None:
         return f"{kept}."
-    low, median, high = item.quartiles
+    low, median, high = moments.quartiles
     return f"{kept}: R² on the step has median {median:.3f}, quartiles {low:.3f} and {high:.3f}."
 
 
 def _tokens(
     trajectory: Trajectory,
     responses: Sequence[Response],
+    resources: Resources,
     *,
     device: str,
     dtype: str,
-    memory: int,
-    threads: int,
-    cache: Path,
-    tell: Tell | None,
 ) -> Moments:
     """Score the responses with every checkpoint, copied one at a time: as a model directory, whatever its layout."""
     by_step: list[list[float]] = []
-    cache.mkdir(parents=True, exist_ok=True)
+    resources.cache.mkdir(parents=True, exist_ok=True)
     for number, checkpoint in enumerate(trajectory.checkpoints):
-        if tell is not None:
-            tell("log-probabilities", number, len(trajectory.checkpoints))
+        if resources.tell is not None:
+            resources.tell("log-probabilities", number, len(trajectory.checkpoints))
         # A trajectory has two checkpoints at least: the first is its first update, the others are the latest of theirs.
         part = open_trajectory(trajectory.base, trajectory.checkpoints[: max(2, number + 1)])
         method = parse_method("hold" if number > 0 else "first-update:alpha=1")
-        with tempfile.TemporaryDirectory(dir=cache, prefix="checkpoint-") as scratch:
+        with tempfile.TemporaryDirectory(dir=resources.cache, prefix="checkpoint-") as scratch:
             request = Request(method, checkpoint.step, Path(scratch) / f"step-{checkpoint.step}")
-            extrapolate(part, [request], grams=cache / "grams", memory=memory, threads=threads)
+            extrapolate(part, [request], grams=resources.grams, memory=resources.memory, threads=resources.threads)
             scored = token_logprobs(request.directory, responses, device=device, dtype=dtype)
         by_step.append([value for row in scored for value in row])
     return series_moments(list(zip(*by_step, strict=True)), trajectory.steps)

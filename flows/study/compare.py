@@ -12,6 +12,7 @@ from evaluation.answers.harness import evaluate
 from evaluation.verdict.gate import gate
 from evaluation.verdict.report import Report
 from flows.study.comparison import Accuracy, Comparison, Role, Row, draw, page
+from flows.study.resources import Resources
 from relex.distance import Distance, along, distance, is_combination
 from relex.errors import TargetError
 from relex.extrapolation import Request, Tell, extrapolate, telling
@@ -74,20 +75,18 @@ class _Writer:
     """Writes models below `home`, all that are asked for at once in one pass."""
 
     home: Path
-    grams: Path
-    memory: int
-    threads: int
+    resources: Resources
 
     def write(
         self, trajectory: Trajectory, planned: Sequence[_Planned], tell: Tell | None = None
     ) -> list[tuple[Path, Forecast]]:
-        requests = [item.request(self.home) for item in planned]
+        requests = [wanted.request(self.home) for wanted in planned]
         forecasts = extrapolate(
             trajectory,
             requests,
-            grams=self.grams,
-            memory=self.memory,
-            threads=self.threads,
+            grams=self.resources.grams,
+            memory=self.resources.memory,
+            threads=self.resources.threads,
             command=sys.argv,
             tell=tell,
         )
@@ -118,13 +117,9 @@ def compare(
     base: str,
     plan: Plan,
     scoring: Scoring,
+    resources: Resources,
     *,
     out: Path,
-    memory: int,
-    threads: int,
-    cache: Path,
-    blocks: BlockCache | None = None,
-    tell: Tell | None = None,
 ) -> Comparison:
     """Predict, measure and score everything planned, and what it is compared with; what was done before is kept.
 
@@ -132,32 +127,38 @@ def compare(
     Models lie under `out`/models; compare.json, compare.md and compare.png are written to `out`. Raises RelexError and
     EvaluationError.
     """
-    both, count, missing = _open(run, base, plan, blocks)
+    both, count, missing = _open(run, base, plan, resources.blocks)
     last = both.steps[count - 1]
-    writer = _Writer(out / "models" / f"window-{last}", cache / "grams", memory, threads)
+    writer = _Writer(out / "models" / f"window-{last}", resources)
     # One Gram for all: the window's is a part of it, and every distance follows from it.
-    gram = cached(both, writer.grams, memory=memory, threads=threads, on_progress=telling(tell, "reading"))
+    gram = cached(
+        both,
+        resources.grams,
+        memory=resources.memory,
+        threads=resources.threads,
+        on_progress=telling(resources.tell, "reading"),
+    )
     inside = _parts(count) if plan.reconstruct else []
     models = _real(both, count, inside, writer)
 
     planned = [_Planned("predicted", method.spec, method, step) for method in plan.methods for step in plan.targets]
     planned += _reconstructions(plan.methods, [both.steps[place] for place in inside])
-    watch = _Stopwatch(tell)
+    watch = _Stopwatch(resources.tell)
     written = writer.write(open_trajectory(both.base, both.checkpoints[:count]), planned, watch)
     write_seconds = time.perf_counter() - max(watch.began.values()) if watch.wrote else None
-    for number, (item, (directory, made)) in enumerate(zip(planned, written, strict=True)):
+    for number, (wanted, (directory, made)) in enumerate(zip(planned, written, strict=True)):
         row = Row(
-            item.role,
-            item.name,
-            item.step,
+            wanted.role,
+            wanted.name,
+            wanted.step,
             str(directory),
-            distance=_distance(both, gram, made, item.step, writer),
+            distance=_distance(both, gram, made, wanted.step, resources),
             amplification=made.amplification if is_combination(made) else None,
             fit_seconds=watch.began[number + 1] - watch.began[number],
         )
         models.append((row, directory))
 
-    model = local_model(base, cache / "base")
+    model = local_model(base, resources.cache / "base")
     final = next(Path(row.model) for row, _ in models if row.role == "observed")
     for target in plan.targets if plan.logits else ():
         pair = LogitsExtrapolation(model, final, target / last)
@@ -165,18 +166,18 @@ def compare(
     models.append((Row("base", "base", 0, str(model)), model))
     models.sort(key=lambda pair: (pair[0].step, pair[0].role not in ("real", "observed")))
 
-    rows = _score(models, scoring, cache / "evaluations", tell)
+    rows = _score(models, scoring, resources)
     warnings = (*written[0][1].warnings, *missing)
-    found = Comparison(run, base, both.steps[:count], tuple(rows), write_seconds, warnings)
-    out.joinpath("compare.json").write_text(json.dumps(found.to_json(), indent=1) + "\n", encoding="utf-8")
-    out.joinpath("compare.md").write_text(page(found, draw(found, out)), encoding="utf-8")
-    return found
+    comparison = Comparison(run, base, both.steps[:count], tuple(rows), write_seconds, warnings)
+    out.joinpath("compare.json").write_text(json.dumps(comparison.to_json(), indent=1) + "\n", encoding="utf-8")
+    out.joinpath("compare.md").write_text(page(comparison, draw(comparison, out)), encoding="utf-8")
+    return comparison
 
 
-def _distance(both: Trajectory, gram: Gram, made: Forecast, step: int, writer: "_Writer") -> Distance | None:
+def _distance(both: Trajectory, gram: Gram, made: Forecast, step: int, resources: Resources) -> Distance | None:
     if step not in both.steps:
         return None
-    added = along(both, made, step, memory=writer.memory, threads=writer.threads)
+    added = along(both, made, step, memory=resources.memory, threads=resources.threads)
     return distance(gram, made, step, added=added)
 
 
@@ -192,9 +193,9 @@ def _open(run: str, base: str, plan: Plan, blocks: BlockCache | None) -> tuple[T
                 f"target step {target} is not beyond the window, which ends at step {last}. Give a later target or a"
                 " shorter window; observed steps are rebuilt by --reconstruct."
             )
-    reached = [item for item in stored if item.step in plan.targets]
-    later = [Checkpoint(item.step, item.weights) for item in reached if item.weights is not None]
-    missing = [f"step {item.step} is {item.state} and left out: {item.reason}" for item in reached if not item.weights]
+    reached = [each for each in stored if each.step in plan.targets]
+    later = [Checkpoint(each.step, each.weights) for each in reached if each.weights is not None]
+    missing = [f"step {each.step} is {each.state} and left out: {each.reason}" for each in reached if not each.weights]
     return open_trajectory(opened, (*seen, *later)), len(seen), missing
 
 
@@ -207,11 +208,11 @@ def _real(both: Trajectory, count: int, inside: Sequence[int], writer: _Writer) 
     hold = parse_method("hold")
     for place in sorted({*inside, *range(count - 1, len(both.checkpoints))}):
         step = both.steps[place]
-        item = _Planned("real", "real run", hold, step)
+        wanted = _Planned("real", "real run", hold, step)
         if place == count - 1:
-            item = _Planned("observed", "last observed", hold, step)
-        ((directory, _),) = writer.write(open_trajectory(both.base, both.checkpoints[: place + 1]), [item])
-        models.append((Row(item.role, item.name, step, str(directory)), directory))
+            wanted = _Planned("observed", "last observed", hold, step)
+        ((directory, _),) = writer.write(open_trajectory(both.base, both.checkpoints[: place + 1]), [wanted])
+        models.append((Row(wanted.role, wanted.name, step, str(directory)), directory))
     return models
 
 
@@ -240,7 +241,8 @@ def _reconstructions(methods: Sequence[Method], steps: Sequence[int]) -> list[_P
     ]
 
 
-def _score(models: _Models, scoring: Scoring, cache: Path, tell: Tell | None) -> list[Row]:
+def _score(models: _Models, scoring: Scoring, resources: Resources) -> list[Row]:
+    tell = resources.tell
     reports: list[list[Report]] = []
     for number, (_, model) in enumerate(models):
         if tell is not None:
@@ -248,7 +250,7 @@ def _score(models: _Models, scoring: Scoring, cache: Path, tell: Tell | None) ->
         evaluated = evaluate(
             model,
             scoring.benchmarks,
-            cache=cache,
+            cache=resources.cache / "evaluations",
             device=scoring.device,
             dtype=scoring.dtype,
             batch_size=scoring.batch_size,
@@ -257,10 +259,10 @@ def _score(models: _Models, scoring: Scoring, cache: Path, tell: Tell | None) ->
         reports.append([each.report for each in evaluated])
     if tell is not None:
         tell("scoring", len(models), len(models))
-    references = next(found for (row, _), found in zip(models, reports, strict=True) if row.role == "observed")
+    references = next(scored for (row, _), scored in zip(models, reports, strict=True) if row.role == "observed")
     return [
-        replace(row, accuracies=tuple(map(_accuracy, found, references)))
-        for (row, _), found in zip(models, reports, strict=True)
+        replace(row, accuracies=tuple(map(_accuracy, scored, references)))
+        for (row, _), scored in zip(models, reports, strict=True)
     ]
 
 

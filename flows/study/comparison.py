@@ -1,4 +1,4 @@
-"""What a comparison of methods found: every model with its accuracy, its distance and its cost, and the page of it."""
+"""What a comparison of methods shows: every model with its accuracy, its distance and its cost, and the page of it."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -85,12 +85,12 @@ class Comparison:
         return asdict(self)
 
 
-def headings(found: Comparison) -> list[str]:
+def headings(comparison: Comparison) -> list[str]:
     """Return the headings of the table; two for each benchmark."""
-    several = len(found.scored) > 1
+    several = len(comparison.scored) > 1
     scores = [
-        f"{what}{f' {item.benchmark}' if several else ''}"
-        for item in found.scored
+        f"{what}{f' {score.benchmark}' if several else ''}"
+        for score in comparison.scored
         for what in ("accuracy", "vs last observed")
     ]
     return ["model", "step", *scores, "error", "cosine", "norm", "skill", "Σ|c|", "fit s"]
@@ -100,10 +100,10 @@ def cells(row: Row) -> list[str]:
     """Return what the table shows of one model."""
     scores = [
         text
-        for item in row.accuracies
+        for score in row.accuracies
         for text in (
-            f"{item.accuracy:.3f}",
-            "" if item.difference is None else f"{item.difference:+.3f} [{item.low:+.3f}, {item.high:+.3f}]",
+            f"{score.accuracy:.3f}",
+            "" if score.difference is None else f"{score.difference:+.3f} [{score.low:+.3f}, {score.high:+.3f}]",
         )
     ]
     near = row.distance
@@ -118,29 +118,29 @@ def cells(row: Row) -> list[str]:
     return [row.name, str(row.step), *scores, *numbers]
 
 
-def page(found: Comparison, figures: Sequence[str]) -> str:
+def page(comparison: Comparison, figures: Sequence[str]) -> str:
     """Return the comparison as Markdown."""
-    lines = [f"# {found.run}", "", found.summary, "", *(f"- Warning: {text}" for text in found.warnings)]
-    lines += [f"- {item.benchmark}: {item.n} problems" for item in found.scored]
-    lines += ["", *markdown_table(headings(found), map(cells, found.rows)), "", _MEANINGS, ""]
+    lines = [f"# {comparison.run}", "", comparison.summary, "", *(f"- Warning: {text}" for text in comparison.warnings)]
+    lines += [f"- {score.benchmark}: {score.n} problems" for score in comparison.scored]
+    lines += ["", *markdown_table(headings(comparison), map(cells, comparison.rows)), "", _MEANINGS, ""]
     lines += [f"![accuracy by training step]({name})\n" for name in figures]
     return "\n".join(lines)
 
 
-def draw(found: Comparison, out: Path) -> list[str]:
+def draw(comparison: Comparison, out: Path) -> list[str]:
     """Draw accuracy by step, a figure each benchmark, into `out`; return their names, compare.png first."""
     figures = []
-    for number, scored in enumerate(found.scored):
+    for number, scored in enumerate(comparison.scored):
         points = {
             row: plots.Point(row.step, row.accuracies[number].accuracy, row.accuracies[number].standard_error, row.name)
-            for row in found.rows
+            for row in comparison.rows
         }
         figures.append("compare.png" if number == 0 else f"compare-{scored.benchmark}.png")
         plots.accuracy_by_step(
             out / figures[-1],
-            title=found.run,
+            title=comparison.run,
             benchmark=f"{scored.benchmark}, {scored.n} problems",
-            window=(found.steps[0], found.steps[-1]),
+            window=(comparison.steps[0], comparison.steps[-1]),
             real=[point for row, point in points.items() if row.role in ("base", "observed")],
             predicted=[point for row, point in points.items() if row.role in ("predicted", "logits", "reconstructed")],
             later=[point for row, point in points.items() if row.role == "real"],

@@ -49,26 +49,25 @@ def compare_pair(
     ]
 
 
-def show_versus(console: Console, found: Sequence[Versus], *, problems: int) -> None:
+def show_versus(console: Console, pairs: Sequence[Versus], *, problems: int) -> None:
     """Print the paired comparisons, their verdicts, and at most `problems` problems of each that differ."""
     table = plain_table("benchmark", "n", "candidate", "reference", "wins", "losses", "difference", "interval")
     table.padding = 0
-    for each in found:
-        item = each.gate
-        assert item.interval_low is not None
-        assert item.interval_high is not None
+    for result in (each.gate for each in pairs):
+        assert result.interval_low is not None
+        assert result.interval_high is not None
         table.add_row(
-            item.benchmark,
-            str(item.n),
-            f"{item.candidate_accuracy:.4f}",
-            f"{item.reference_accuracy:.4f}",
-            str(item.wins),
-            str(item.losses),
-            f"{item.difference:+.4f}",
-            f"{item.interval_low:+.4f} {item.interval_high:+.4f}",
+            result.benchmark,
+            str(result.n),
+            f"{result.candidate_accuracy:.4f}",
+            f"{result.reference_accuracy:.4f}",
+            str(result.wins),
+            str(result.losses),
+            f"{result.difference:+.4f}",
+            f"{result.interval_low:+.4f} {result.interval_high:+.4f}",
         )
     console.print(table)
-    for each in found:
+    for each in pairs:
         print_line(console, each.gate.sentence)
         for difference in each.differences[:problems]:
             better = "candidate" if difference.candidate_score > difference.reference_score else "reference"
