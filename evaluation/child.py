@@ -33,8 +33,8 @@ ENVIRONMENT = {
 
 
 @dataclass(frozen=True)
-class Errand:
-    """What one child is told, the line, and where its output goes."""
+class ChildJob:
+    """What one child reads, one line, and where its output goes."""
 
     line: bytes
     log_path: Path
@@ -45,26 +45,26 @@ def run_child(module: str, line: bytes, *, log_path: Path, on_event: Callable[[M
 
     Raises what the child refused, an EvaluationError.
     """
-    return run_children(module, [Errand(line, log_path)], on_event=lambda _, event: on_event(event))[0]
+    return run_children(module, [ChildJob(line, log_path)], on_event=lambda _, event: on_event(event))[0]
 
 
 def run_children(
-    module: str, errands: Sequence[Errand], *, on_event: Callable[[int, Mapping[str, Any]], None]
+    module: str, jobs: Sequence[ChildJob], *, on_event: Callable[[int, Mapping[str, Any]], None]
 ) -> list[int]:
-    """Run one `python -m module` an errand, all at once, and return their exit statuses.
+    """Run one `python -m module` a job, all at once, and return their exit statuses.
 
-    `on_event` gets the number of the errand with each event. One that dies lets the others finish; one that refuses
+    `on_event` gets the number of the job with each event. One that dies lets the others finish; one that refuses
     ends them all, and what it refused is raised, an EvaluationError.
     """
     with ExitStack() as stack, DefaultSelector() as events:
-        children = [stack.enter_context(_start(module, errand)) for errand in errands]
-        for number, (child, errand) in enumerate(zip(children, errands, strict=True)):
+        children = [stack.enter_context(_start(module, job)) for job in jobs]
+        for number, (child, job) in enumerate(zip(children, jobs, strict=True)):
             assert child.stdin is not None
             assert child.stdout is not None
             events.register(child.stdout.fileno(), EVENT_READ, (number, bytearray()))
-            # It is already dead, which its status tells.
+            # It is already dead, which its status says.
             with suppress(BrokenPipeError):
-                child.stdin.write(errand.line)
+                child.stdin.write(job.line)
                 child.stdin.flush()
         while events.get_map():
             for key, _ in events.select():
@@ -83,9 +83,9 @@ def run_children(
 
 
 @contextmanager
-def _start(module: str, errand: Errand) -> Iterator[subprocess.Popen[bytes]]:
+def _start(module: str, job: ChildJob) -> Iterator[subprocess.Popen[bytes]]:
     with (
-        errand.log_path.open("wb") as log,
+        job.log_path.open("wb") as log,
         # A session of its own: an interrupt at the terminal reaches the parent, which ends the child in its own time.
         subprocess.Popen(
             [sys.executable, "-m", module],
@@ -102,7 +102,7 @@ def _start(module: str, errand: Errand) -> Iterator[subprocess.Popen[bytes]]:
             child.kill()
 
 
-def serve(work: Callable[[bytes, Send], None]) -> None:
+def run_as_child(work: Callable[[bytes, Send], None]) -> None:
     """Do the work of a child on the line its parent wrote; exit 1 after naming the reason for what it refuses."""
     send = _channel()
     die_with_parent()
@@ -115,10 +115,10 @@ def serve(work: Callable[[bytes, Send], None]) -> None:
         sys.exit(1)
 
 
-def last_words(log_path: Path) -> str:
+def last_log_line(log_path: Path) -> str:
     """Return the last line that a child which failed wrote to its log."""
     lines = log_path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return lines[-1].strip() if lines else "it said nothing"
+    return lines[-1].strip() if lines else "it wrote nothing"
 
 
 def _channel() -> Send:

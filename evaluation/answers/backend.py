@@ -42,14 +42,14 @@ class Backend:
         if self.name == "hf":
             return {}
         try:
-            found = version("vllm")
+            installed = version("vllm")
         except PackageNotFoundError:
             raise BackendError("backend is vllm and vLLM is not installed: pip install vllm, or pass hf.") from None
         return {
             "backend": self.name,
             "tensor_parallel_size": self.tensor_parallel_size,
             "max_model_len": self.max_model_len,
-            "vllm version": found,
+            "vllm version": installed,
         }
 
 
@@ -62,8 +62,8 @@ def parse_backend(text: str) -> Backend:
     if name not in PARAMETERS:
         raise BackendError(f"backend is {name} and must be one of {', '.join(PARAMETERS)}.")
     values: dict[str, object] = {"name": name}
-    for item in given.split(",") if given else []:
-        key, _, value = item.partition("=")
+    for parameter in given.split(",") if given else []:
+        key, _, value = parameter.partition("=")
         if key not in PARAMETERS[name]:
             raise BackendError(f"backend {name} has no parameter {key}: it has {', '.join(PARAMETERS[name])}.")
         values[key] = _value(text, key, value)

@@ -114,12 +114,12 @@ class EngineLM(JournalledLM):
 
         parameters = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1, detokenize=False)
         rows = [[*context, *continuation] for _, context, continuation in requests]
-        found = []
+        likelihoods = []
         for row, (_, context, _), output in zip(rows, requests, self._run(rows, [parameters] * len(rows)), strict=True):
             # Of the likeliest token and the one that is there; the first token follows nothing and has none.
             given = [output.prompt_logprobs[position][row[position]] for position in range(len(context), len(row))]
-            found.append((sum(each.logprob for each in given), all(each.rank == 1 for each in given)))
-        return found
+            likelihoods.append((sum(each.logprob for each in given), all(each.rank == 1 for each in given)))
+        return likelihoods
 
     def _run(self, prompts: Sequence[list[int]], parameters: Sequence[Any]) -> list[Any]:
         # What an earlier chunk left there would change how this one is computed.

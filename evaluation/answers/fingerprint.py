@@ -87,7 +87,7 @@ def _fingerprint_pair(pair: LogitsExtrapolation) -> Fingerprint:
     # A float, since JSON tells 1 from 1.0.
     model = LogitsExtrapolation(pair.start.absolute(), pair.end.absolute(), float(pair.alpha))
     digest = digest_value({"start": start.digest, "end": end.digest, "alpha": model.alpha})
-    # Two dtypes are none that models run in: evaluate refuses them with both names until it is told one.
+    # Two dtypes are none that models run in: evaluate refuses them with both names until it is given one.
     dtype = end.dtype if end.dtype == start.dtype else f"{end.dtype} and {start.dtype}"
     return Fingerprint(model=model, digest=digest, dtype=dtype)
 

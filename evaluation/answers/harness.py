@@ -11,9 +11,9 @@ from typing import Any
 from evaluation.answers.backend import BATCH_SIZES, Backend, parse_backend
 from evaluation.answers.devices import NO_WEIGHTS, device_kind, worker_devices
 from evaluation.answers.fingerprint import Fingerprint, LogitsExtrapolation, fingerprint
-from evaluation.answers.job import Assignment, Job, Part
+from evaluation.answers.job import Assignment, Job, WorkerPart
 from evaluation.benchmarks.benchmark import Benchmark, resolve_benchmark
-from evaluation.child import Errand, last_words, run_children
+from evaluation.child import ChildJob, last_log_line, run_children
 from evaluation.errors import BackendError, BenchmarkError, DeviceError, ModelError, WorkerError
 from evaluation.verdict.report import Evaluated, Report, Setting
 
@@ -184,27 +184,27 @@ def _assignment(subject: Fingerprint, benchmark: Benchmark, settings: Mapping[st
 
 def _run_workers(job: Job, on_progress: Callable[[Progress], None] | None) -> None:
     devices = worker_devices(job.device, job.backend)
-    jobs = [replace(job, device=each, part=Part(number, len(devices))) for number, each in enumerate(devices)]
+    jobs = [replace(job, device=each, part=WorkerPart(number, len(devices))) for number, each in enumerate(devices)]
     _run(jobs, _Workers(on_progress))
     if len(jobs) > 1:
         # What all of them wrote is scored by one more, which needs no weights.
         _run([replace(job, device=NO_WEIGHTS)], lambda _, __: None)
 
 
-def _run(jobs: Sequence[Job], tell: Callable[[int, Mapping[str, Any]], None]) -> None:
+def _run(jobs: Sequence[Job], on_event: Callable[[int, Mapping[str, Any]], None]) -> None:
     directory = jobs[0].assignments[0].directory
-    errands = [
-        Errand(job.to_line(), directory / (f"worker-{job.part.index}.log" if job.part.index else "worker.log"))
+    children = [
+        ChildJob(job.to_line(), directory / (f"worker-{job.part.index}.log" if job.part.index else "worker.log"))
         for job in jobs
     ]
-    codes = run_children("evaluation.answers.worker", errands, on_event=tell)
-    for job, errand, code in zip(jobs, errands, codes, strict=True):
+    codes = run_children("evaluation.answers.worker", children, on_event=on_event)
+    for job, child, code in zip(jobs, children, codes, strict=True):
         if code != 0:
-            raise WorkerError(_obituary(job, code, errand.log_path))
+            raise WorkerError(_failure(job, code, child.log_path))
 
 
 class _Workers:
-    """What workers tell, added up: the last of each on each benchmark."""
+    """The progress of several workers, added up: the last of each on each benchmark."""
 
     def __init__(self, on_progress: Callable[[Progress], None] | None) -> None:
         self._on_progress = on_progress
@@ -220,12 +220,12 @@ class _Workers:
                 "" if event["evaluations"] == 1 else "s",
             )
         elif self._on_progress is not None:
-            told = Progress(**{name: value for name, value in event.items() if name != "event"})
-            of_all = self._last.setdefault(told.benchmark, {})
-            of_all[number] = told
+            progress = Progress(**{name: value for name, value in event.items() if name != "event"})
+            of_all = self._last.setdefault(progress.benchmark, {})
+            of_all[number] = progress
             self._on_progress(
                 replace(
-                    told,
+                    progress,
                     done=sum(each.done for each in of_all.values()),
                     generated=sum(each.generated for each in of_all.values()),
                     tokens=sum(each.tokens for each in of_all.values()),
@@ -234,7 +234,7 @@ class _Workers:
             )
 
 
-def _obituary(job: Job, code: int, log_path: Path) -> str:
+def _failure(job: Job, code: int, log_path: Path) -> str:
     names = ", ".join(assignment.benchmark for assignment in job.assignments)
     if code < 0:
         return (
@@ -242,6 +242,6 @@ def _obituary(job: Job, code: int, log_path: Path) -> str:
             "finished answers are kept, evaluate again to go on. If memory ran out, pass a smaller batch size."
         )
     return (
-        f"the process scoring {job.model} on {names} failed with exit code {code}: {last_words(log_path)} "
+        f"the process scoring {job.model} on {names} failed with exit code {code}: {last_log_line(log_path)} "
         f"(more in {log_path})"
     )

@@ -14,7 +14,7 @@ from evaluation.verdict.report import Setting
 
 
 @dataclass(frozen=True)
-class Part:
+class WorkerPart:
     """One worker's share of the chunks of every benchmark: those whose number leaves `index` when divided by `of`."""
 
     index: int
@@ -25,7 +25,7 @@ class Part:
         return chunk % self.of == self.index
 
 
-WHOLE = Part(0, 1)
+WHOLE = WorkerPart(0, 1)
 
 
 class AnsweredPart(Exception):  # nothing went wrong
@@ -55,17 +55,17 @@ class Assignment:
     @property
     def report_path(self) -> Path:
         """Return the path of the report, which is complete or absent."""
-        return self.directory / f"report{self._part}.json"
+        return self.directory / f"report{self._limit_suffix}.json"
 
     @property
     def results_path(self) -> Path:
         """Return the path of lm-eval's own results, complete or absent."""
-        return self.directory / f"results{self._part}.json"
+        return self.directory / f"results{self._limit_suffix}.json"
 
     @property
     def samples_path(self) -> Path:
         """Return the path of lm-eval's own samples, complete or absent."""
-        return self.directory / f"samples{self._part}.jsonl"
+        return self.directory / f"samples{self._limit_suffix}.jsonl"
 
     @property
     def complete(self) -> bool:
@@ -73,24 +73,24 @@ class Assignment:
         return all(path.exists() for path in (self.report_path, self.results_path, self.samples_path))
 
     @property
-    def _part(self) -> str:
+    def _limit_suffix(self) -> str:
         limit = self.settings.get("limit")
         return "" if limit is None else f"-first-{limit}"
 
-    def journal_path(self, part: Part) -> Path:
+    def journal_path(self, part: WorkerPart) -> Path:
         """Return the path of the journal that the worker with this part writes."""
         return self.directory / f"journal{_suffix(part)}.jsonl"
 
-    def other_journals(self, part: Part) -> list[Path]:
+    def other_journals(self, part: WorkerPart) -> list[Path]:
         """Return the paths of the journals that workers with other parts have written so far, or write now."""
         return sorted({*self.directory.glob("journal*.jsonl")} - {self.journal_path(part)})
 
-    def lock_path(self, part: Part) -> Path:
+    def lock_path(self, part: WorkerPart) -> Path:
         """Return the path of the lock that the worker with this part holds while it writes."""
         return self.directory / f"lock{_suffix(part)}"
 
 
-def _suffix(part: Part) -> str:
+def _suffix(part: WorkerPart) -> str:
     return f"-{part.index}" if part.index else ""
 
 
@@ -109,7 +109,7 @@ class Job:
     limit: int | None
     assignments: tuple[Assignment, ...]
     backend: Backend = HF
-    part: Part = WHOLE
+    part: WorkerPart = WHOLE
     evaluations: int | None = None
 
     def to_line(self) -> bytes:
@@ -127,6 +127,6 @@ class Job:
             else LogitsExtrapolation(Path(model["start"]), Path(model["end"]), model["alpha"]),
             assignments=tuple(Assignment(**each) for each in fields.pop("assignments")),
             backend=Backend(**fields.pop("backend")),
-            part=Part(**fields.pop("part")),
+            part=WorkerPart(**fields.pop("part")),
             **fields,
         )

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from evaluation.answers.devices import NO_WEIGHTS
-from evaluation.answers.job import WHOLE, AnsweredPart, Part
+from evaluation.answers.job import WHOLE, AnsweredPart, WorkerPart
 from evaluation.answers.journal import Journal
 from evaluation.digest import digest_value
 from evaluation.errors import BenchmarkError, ModelError, WorkerError
@@ -61,7 +61,7 @@ class JournalledLM(HFLM):  # type: ignore[misc]  # lm_eval carries no types
         self.truncated: list[bool] = []
         self.spent = Spent()
 
-    def keep(self, journal: Journal, on_chunk: Callable[[int, int], None], part: Part = WHOLE) -> None:
+    def keep(self, journal: Journal, on_chunk: Callable[[int, int], None], part: WorkerPart = WHOLE) -> None:
         """Answer from and into `journal` from now on, calling `on_chunk(done, total)` in requests after each chunk.
 
         With a part of several, only its chunks are answered, and AnsweredPart is raised when they are.

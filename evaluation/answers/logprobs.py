@@ -23,7 +23,7 @@ def read_responses(path: Path) -> list[Response]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise BenchmarkError(f"responses {path} cannot be read ({error}): pass a JSONL file.") from error
-    found = []
+    responses = []
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
@@ -32,10 +32,10 @@ def read_responses(path: Path) -> list[Response]:
             pair = None
         if pair is None or not all(isinstance(text, str) and text for text in pair):
             raise BenchmarkError(f"{path}: line {number} is no object with the texts prompt and response: correct it.")
-        found.append(Response(*pair))
-    if not found:
+        responses.append(Response(*pair))
+    if not responses:
         raise BenchmarkError(f"responses {path} is empty: write at least one line with a prompt and a response.")
-    return found
+    return responses
 
 
 def token_logprobs(
@@ -61,10 +61,10 @@ def token_logprobs(
     network, tokenizer = load(model, chosen)
     network.to(device).eval()
     longest = getattr(network.config, "max_position_embeddings", None)
-    found = []
-    for number, item in enumerate(responses, start=1):
-        prompt: list[int] = tokenizer(item.prompt)["input_ids"]
-        response: list[int] = tokenizer(item.response, add_special_tokens=False)["input_ids"]
+    logprobs = []
+    for number, pair in enumerate(responses, start=1):
+        prompt: list[int] = tokenizer(pair.prompt)["input_ids"]
+        response: list[int] = tokenizer(pair.response, add_special_tokens=False)["input_ids"]
         if longest is not None and len(prompt) + len(response) > longest:
             raise BenchmarkError(
                 f"response {number} has {len(prompt) + len(response)} tokens with its prompt and the model holds"
@@ -74,5 +74,5 @@ def token_logprobs(
             # The last token's successor is nobody's question.
             logits = network(torch.tensor([[*prompt, *response[:-1]]], device=device)).logits[0, len(prompt) - 1 :]
         chances = torch.log_softmax(logits.float(), dim=-1)
-        found.append(chances[torch.arange(len(response)), torch.tensor(response, device=device)].tolist())
-    return found
+        logprobs.append(chances[torch.arange(len(response)), torch.tensor(response, device=device)].tolist())
+    return logprobs

@@ -21,7 +21,7 @@ from evaluation.answers.fingerprint import LogitsExtrapolation
 from evaluation.answers.job import AnsweredPart, Assignment, Job
 from evaluation.answers.journal import Journal
 from evaluation.benchmarks.loading import load_any_task
-from evaluation.child import Send, serve
+from evaluation.child import Send, run_as_child
 from evaluation.errors import BenchmarkError, DeviceError, ModelError
 from evaluation.problems import problem_id
 from evaluation.verdict.report import Report
@@ -34,7 +34,7 @@ FEWSHOT_SEED = 1234
 
 def main() -> None:
     """Do the job on standard input."""
-    serve(lambda line, send: run(Job.from_line(line), send))
+    run_as_child(lambda line, send: run(Job.from_line(line), send))
 
 
 def run(job: Job, send: Send) -> None:
@@ -148,11 +148,11 @@ def _load_lm(job: Job) -> "JournalledLM":
 def _refuse_absent_device(device: str) -> None:
     import torch
 
-    found = torch.cuda.device_count()
+    count = torch.cuda.device_count()
     for name in device.split(","):
-        if cuda_index(name) >= found:
+        if cuda_index(name) >= count:
             raise DeviceError(
-                f"device {name} was asked for and this machine has {found} CUDA devices: pass device cpu."
+                f"device {name} was asked for and this machine has {count} CUDA devices: pass device cpu."
             )
 
 

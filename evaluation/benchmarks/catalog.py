@@ -16,7 +16,7 @@ from evaluation.verdict.report import Setting
 
 
 @dataclass(frozen=True)
-class Entry:
+class CatalogEntry:
     """One benchmark; `commit` and `directory` are empty unless it has been fetched, `problems` is None if unknown.
 
     `left_out` is the number of rows of the data set that have no answer to grade by.
@@ -32,28 +32,28 @@ class Entry:
     left_out: int = 0
 
 
-def catalog() -> list[Entry]:
+def catalog() -> list[CatalogEntry]:
     """Return the shipped benchmarks, then the others that have been fetched, by name."""
     shipped = shipped_benchmarks()
     return [entry(name) for name in (*shipped, *(name for name in fetched_benchmarks() if name not in shipped))]
 
 
-def entry(name: str) -> Entry:
+def entry(name: str) -> CatalogEntry:
     """Return what is known of a benchmark that is shipped or fetched."""
     manifest = read_manifest(name)
     task = own_yaml(name, "" if manifest is None else manifest.task)
     config = {} if task is None else read_yaml(task)
     metadata = config.get("metadata") or {}
-    told = {
+    common = {
         "name": name,
         "measures": metadata.get("measures", f"lm-eval task, {_metric(config)}"),
         "settings": generation_settings(config),
     }
     if manifest is None:
-        return Entry(**told, problems=metadata["problems"], hub=metadata["recipe"]["hub"])
+        return CatalogEntry(**common, problems=metadata["problems"], hub=metadata["recipe"]["hub"])
     asked = next((config[key] for key in ("test_split", "validation_split") if config.get(key)), "test")
-    return Entry(
-        **told,
+    return CatalogEntry(
+        **common,
         problems=manifest.splits[asked].problems if asked in manifest.splits else None,
         hub=manifest.recipe["hub"],
         commit=manifest.commit,

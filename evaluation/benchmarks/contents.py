@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from evaluation.child import Send, serve
+from evaluation.child import Send, run_as_child
 from evaluation.digest import digest_value
 from evaluation.files import write_file
 
@@ -115,4 +115,4 @@ def _without(document: Mapping[str, object], target: object) -> dict[str, object
 
 
 if __name__ == "__main__":
-    serve(_describe_all)
+    run_as_child(_describe_all)

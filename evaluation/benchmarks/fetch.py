@@ -15,7 +15,7 @@ import httpx
 from filelock import FileLock
 
 from evaluation.benchmarks.fetched import (
-    Manifest,
+    DataManifest,
     Split,
     data_directory,
     fetched_benchmarks,
@@ -30,7 +30,7 @@ from evaluation.files import write_file
 from evaluation.problems import lines
 
 
-def fetch(name: str, *, include: Sequence[Path] = ()) -> Manifest:
+def fetch(name: str, *, include: Sequence[Path] = ()) -> DataManifest:
     """Return the manifest of a benchmark whose data is there, fetching it unless it is.
 
     A benchmark is shipped, or a task of lm-eval, or one in the directories of `include`. What was fetched before is
@@ -61,7 +61,7 @@ def fetch(name: str, *, include: Sequence[Path] = ()) -> Manifest:
             split: Split(f"{split}.jsonl", hashlib.sha256(text.encode()).hexdigest(), len(loaded[split]))
             for split, text in texts.items()
         }
-        manifest = Manifest(str(task), recipe, commit, splits, left_out)
+        manifest = DataManifest(str(task), recipe, commit, splits, left_out)
         if known is not None and known.splits != splits:
             raise BenchmarkError(
                 f"{recipe['hub']} at commit {commit} gives {_digests(manifest)} and {directory / 'manifest.json'} says "
@@ -73,7 +73,7 @@ def fetch(name: str, *, include: Sequence[Path] = ()) -> Manifest:
     return manifest
 
 
-def _is_there(name: str, manifest: Manifest) -> bool:
+def _is_there(name: str, manifest: DataManifest) -> bool:
     try:
         verify(name, manifest)
     except BenchmarkError:
@@ -120,7 +120,7 @@ def _text(name: str, problems: Rows) -> str:
         raise BenchmarkError(f"{name} is no text alone, {error}: it cannot be kept as JSON.") from error
 
 
-def _digests(manifest: Manifest) -> str:
+def _digests(manifest: DataManifest) -> str:
     return ", ".join(f"{entry.file} sha256 {entry.sha256}" for entry in manifest.splits.values())
 
 

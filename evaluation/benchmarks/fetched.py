@@ -39,7 +39,7 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Manifest:
+class DataManifest:
     """What a benchmark's data is: from which commit of which data set, read how, and the files that came of it.
 
     `task` is the YAML of the task itself; `left_out` names each row of the data set that has no answer to grade by.
@@ -79,18 +79,18 @@ def fetched_benchmarks() -> list[str]:
     return sorted(path.parent.name for path in data_directory().glob("*/manifest.json"))
 
 
-def read_manifest(name: str) -> Manifest | None:
+def read_manifest(name: str) -> DataManifest | None:
     """Return the manifest of a fetched benchmark, None when it has not been fetched; BenchmarkError when damaged."""
     path = data_directory() / name / "manifest.json"
     try:
-        return Manifest.from_json(path.read_text(encoding="utf-8"))
+        return DataManifest.from_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, KeyError) as error:
         raise BenchmarkError(f"{path} is damaged: delete it and run relex benchmarks fetch {name}") from error
 
 
-def verify(name: str, manifest: Manifest) -> None:
+def verify(name: str, manifest: DataManifest) -> None:
     """Refuse with BenchmarkError files that are missing or other than the manifest says."""
     for split in manifest.splits.values():
         verify_data(data_directory() / name / split.file, split.sha256)

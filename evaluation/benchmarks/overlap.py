@@ -7,7 +7,7 @@ from pathlib import Path
 
 from evaluation.benchmarks.benchmark import Benchmark, resolve_benchmark
 from evaluation.benchmarks.contents import Contents
-from evaluation.child import last_words, run_child
+from evaluation.child import last_log_line, run_child
 from evaluation.digest import digest_value
 from evaluation.errors import BenchmarkError, OverlapError
 
@@ -62,14 +62,14 @@ def overlap(first: str | Path, second: str | Path, *, cache: Path) -> Overlap:
 
 def refuse_overlap(selection: str | Path, gate: str | Path, *, cache: Path) -> Overlap:
     """Return the overlap of two benchmarks that share no problem; OverlapError naming how many when they do."""
-    found = overlap(selection, gate, cache=cache)
-    if found.shared:
+    result = overlap(selection, gate, cache=cache)
+    if result.shared:
         raise OverlapError(
-            f"{len(found.shared)} of the {found.second_n} problems of gate {found.second} are among the {found.first_n}"
-            f" of selection {found.first} too, such as {found.shared[0]!r}: what chooses a candidate cannot judge it,"
-            " remove them from one of the two or choose another selection benchmark."
+            f"{len(result.shared)} of the {result.second_n} problems of gate {result.second} are among the"
+            f" {result.first_n} of selection {result.first} too, such as {result.shared[0]!r}: what chooses a candidate"
+            " cannot judge it, remove them from one of the two or choose another selection benchmark."
         )
-    return found
+    return result
 
 
 def _repeated(contents: Contents) -> tuple[str, ...]:
@@ -99,6 +99,7 @@ def _contents(benchmarks: list[Benchmark], directory: Path) -> list[Contents]:
         if code != 0:
             names = ", ".join(each.name for each in missing.values())
             raise BenchmarkError(
-                f"the process reading {names} failed with exit code {code}: {last_words(log_path)} (more in {log_path})"
+                f"the process reading {names} failed with exit code {code}: {last_log_line(log_path)}"
+                f" (more in {log_path})"
             )
     return [Contents.read(path) for path in paths]

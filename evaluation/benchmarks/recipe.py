@@ -45,15 +45,15 @@ def prepare(recipe: Mapping[str, Any], rows: Mapping[str, Rows]) -> tuple[dict[s
     data set calls them. Refuses with BenchmarkError a data set without the columns or splits.
     """
     wanted = recipe.get("splits", recipe.get("split"))
-    found = [split for split in wanted if split in rows]
-    if not found or ("splits" in recipe and found != wanted):
+    present = [split for split in wanted if split in rows]
+    if not present or ("splits" in recipe and present != wanted):
         raise BenchmarkError(
             f"{recipe['hub']} has splits {', '.join(rows) or 'none'} of those that are read, {', '.join(wanted)}: "
             "it is another data set now, correct the task."
         )
     if "splits" in recipe:
         return {split: rows[split] for split in wanted}, ()
-    split, table = found[0], rows[found[0]]
+    split, table = present[0], rows[present[0]]
     column = _column(recipe, recipe["problem"], table)
     gold = _column(recipe, [recipe.get("boxed_in") or recipe["answer"]], table)
     problems: list[Mapping[str, str]] = []
@@ -71,11 +71,11 @@ def prepare(recipe: Mapping[str, Any], rows: Mapping[str, Rows]) -> tuple[dict[s
 
 
 def _column(recipe: Mapping[str, Any], names: Sequence[str], table: Rows) -> str:
-    found = [name for name in names if table and name in table[0]]
-    if not found:
+    present = [name for name in names if table and name in table[0]]
+    if not present:
         has = ", ".join(table[0]) if table else "no rows"
         raise BenchmarkError(f"{recipe['hub']} has {has} and {' or '.join(names)} is needed: its schema has changed.")
-    return found[0]
+    return present[0]
 
 
 def _answer(value: object) -> str:

@@ -28,8 +28,8 @@ def find_task(name: str, *, include: Sequence[Path] = ()) -> Path | None:
     line = re.compile(rb"^task:[ \t]*[\"']?" + re.escape(name.encode()) + rb"[\"']?[ \t]*(?:#.*)?\r?$", re.MULTILINE)
     for directory in (*include, *(Path(place) / "tasks" for place in places)):
         # A file of the same name first, else the first in order: a name is given once.
-        found = sorted(directory.rglob("*.yaml"), key=lambda path: (path.stem != name, path))
-        for path in found:
+        files = sorted(directory.rglob("*.yaml"), key=lambda path: (path.stem != name, path))
+        for path in files:
             if line.search(path.read_bytes()):
                 return path.absolute()
     return None

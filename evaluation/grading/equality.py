@@ -29,7 +29,7 @@ READY = b"ready\n"
 ROUNDING, PRECISION = 12, 50
 
 
-class Judge:
+class Comparer:
     """The process, started when first asked and again after it was ended."""
 
     def __init__(self) -> None:
@@ -77,9 +77,9 @@ class Judge:
 
 
 @cache
-def judge() -> Judge:
-    """Return the judge that this process keeps until it ends."""
-    kept = Judge()
+def comparer() -> Comparer:
+    """Return the comparer that this process keeps until it ends."""
+    kept = Comparer()
     atexit.register(kept.close)
     return kept
 

@@ -48,31 +48,31 @@ def plain(answer: str) -> str:
     answer = re.sub(r"^[A-Za-z]\s*\\in(?![A-Za-z])\s*", "", answer)
     answer = _NUMBER_AS_TEXT.sub(r"\1", answer)
     answer = answer.removesuffix(".").rstrip()
-    answer = _GROUPED.sub(lambda found: "".join(re.findall(r"\d", found[0])), answer)
+    answer = _GROUPED.sub(lambda grouped: "".join(re.findall(r"\d", grouped[0])), answer)
     return _MIXED.sub(r"\1\\frac{\2}{\3}", answer)
 
 
 def words(answer: str) -> list[str]:
     r"""Return the words in `\text{…}` and the like, lower case and singular, with signs of units among them."""
-    found: list[str] = []
+    said: list[str] = []
     for text, power in _TEXT.findall(answer):
         parts = [_singular(part) for part in re.split(r"[\s,.()\\/]+", text.lower())]
         parts = [part for part in parts if part not in CONNECTIVES]
         if power and parts:
             parts[-1] += f"^{power}"
-        found += parts
+        said += parts
     rest = _TEXT.sub(" ", answer)
     for sign, name in _SIGNS:
-        found += [name] * len(sign.findall(rest))
-    return found
+        said += [name] * len(sign.findall(rest))
+    return said
 
 
 def as_text(answer: str) -> str | None:
     r"""Return the letters of an answer that is one `\text{…}`, in lower case; None when it is anything else."""
-    found = _TEXT.fullmatch(answer)
-    if found is None or re.search(r"\d", found[1]):
+    text = _TEXT.fullmatch(answer)
+    if text is None or re.search(r"\d", text[1]):
         return None
-    return _letters(found[1])
+    return _letters(text[1])
 
 
 def same_text(answer: str, gold: str) -> bool | None:

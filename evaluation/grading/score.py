@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from evaluation.grading import notation
-from evaluation.grading.equality import judge
+from evaluation.grading.equality import comparer
 
 LONGEST_ANSWER = 500
 # A loop: at least so many characters at the end that are one passage, at least so many times over. Read are the last
@@ -98,7 +98,7 @@ def equal_math(answer: str, gold: str) -> bool:
             return same
     if not re.search(r"\w", answer) or not notation.comparable(answer, gold):
         return False
-    return all(judge().equal(side, gold) for side in notation.sides(answer, gold))
+    return all(comparer().equal(side, gold) for side in notation.sides(answer, gold))
 
 
 def _repeats(results: Sequence[str | Sequence[str]]) -> Sequence[str]:

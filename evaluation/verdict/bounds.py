@@ -96,10 +96,10 @@ def mean_interval(scores: Sequence[float], *, confidence: float = 0.95) -> tuple
             return math.nan, math.nan
         unseen = _unseen(len(score_N), confidence=(1 + confidence) / 2)
         return (1 - unseen) * score, (1 - unseen) * score + unseen
-    found = stats.bootstrap(
+    interval = stats.bootstrap(
         (score_N,), np.mean, confidence_level=confidence, n_resamples=RESAMPLES, rng=np.random.default_rng(0)
-    )
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+    ).confidence_interval
+    return float(interval.low), float(interval.high)
 
 
 def _unseen(n: int, *, confidence: float) -> float:

@@ -29,7 +29,7 @@ def find_differences(candidate: Evaluated, reference: Evaluated) -> list[Differe
     Raises ComparisonError for samples of other problems; the reports say whether two evaluations can be compared.
     """
     metric = candidate.report.metric
-    found = []
+    differences = []
     for ours, theirs in zip(_samples(candidate.samples), _samples(reference.samples), strict=True):
         if ours["doc_hash"] != theirs["doc_hash"]:
             raise ComparisonError(
@@ -37,7 +37,7 @@ def find_differences(candidate: Evaluated, reference: Evaluated) -> list[Differe
                 " score both again."
             )
         if abs(ours[metric] - theirs[metric]) > 1e-9:
-            found.append(
+            differences.append(
                 Difference(
                     problem=ours["doc_id"],
                     prompt=str(ours["arguments"]["gen_args_0"]["arg_0"]),
@@ -48,7 +48,7 @@ def find_differences(candidate: Evaluated, reference: Evaluated) -> list[Differe
                     reference_answers=tuple(_flat(theirs["resps"])),
                 )
             )
-    return found
+    return differences
 
 
 def _samples(path: Path) -> Iterator[dict[str, Any]]:

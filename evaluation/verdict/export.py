@@ -18,7 +18,7 @@ from evaluation.verdict.samples import read_samples
 
 
 @dataclass(frozen=True)
-class Row:
+class MetricRow:
     """One line of lm-eval's table: a metric of a task after a filter.
 
     `interval` is the 95 % interval of a mean over problems, as in Report.interval; None for any other aggregate.
@@ -35,7 +35,7 @@ class Row:
     interval: tuple[float, float] | None
 
 
-def read_rows(evaluated: Evaluated) -> list[Row]:
+def read_rows(evaluated: Evaluated) -> list[MetricRow]:
     """Return the table of one evaluation, the metric that decides first."""
     results = _read(evaluated.results)
     scores: dict[tuple[str, str], list[float]] = defaultdict(list)
@@ -44,16 +44,16 @@ def read_rows(evaluated: Evaluated) -> list[Row]:
             if isinstance(sample[metric], (int, float)):
                 scores[metric, sample["filter"]].append(float(sample[metric]))
     rows = []
-    for task, found in results["results"].items():
-        for name, value in found.items():
+    for task, metrics in results["results"].items():
+        for name, value in metrics.items():
             metric, _, chosen = name.partition(",")
             if not chosen or metric.endswith("_stderr") or not isinstance(value, (int, float)):
                 continue
-            stderr = found.get(f"{metric}_stderr,{chosen}")
+            stderr = metrics.get(f"{metric}_stderr,{chosen}")
             each = scores[metric, chosen]
             is_mean = each and math.isclose(math.fsum(each) / len(each), value, abs_tol=1e-9)
             rows.append(
-                Row(
+                MetricRow(
                     task=task,
                     version=str(results["versions"].get(task, "")),
                     filter=chosen,

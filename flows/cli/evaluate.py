@@ -13,7 +13,7 @@ from flows.cli.options import Benchmarks, Cache, Json, Limit, cache_directory, e
 from flows.console import Bars, plain_table, print_line, print_warnings
 
 if TYPE_CHECKING:
-    from evaluation.benchmarks.catalog import Entry
+    from evaluation.benchmarks.catalog import CatalogEntry
     from evaluation.verdict.report import Evaluated, Setting
 
 _HEADING = "Score models"
@@ -224,14 +224,14 @@ def fetch_benchmarks(
     _show_benchmarks([entry(each) for each in names], as_json=as_json)
 
 
-def _show_benchmarks(entries: "list[Entry]", *, as_json: bool) -> None:
+def _show_benchmarks(entries: "list[CatalogEntry]", *, as_json: bool) -> None:
     if as_json:
         print_json([asdict(entry) for entry in entries])
     else:
         show_benchmarks(out, entries)
 
 
-def show_benchmarks(console: Console, entries: Sequence["Entry"]) -> None:
+def show_benchmarks(console: Console, entries: Sequence["CatalogEntry"]) -> None:
     """Print what each benchmark measures and how, and where its problems lie."""
     table = plain_table("benchmark", "problems", "measures", "samples; tokens", "fetched")
     for entry in entries:

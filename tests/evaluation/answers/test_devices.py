@@ -20,7 +20,7 @@ from filelock import FileLock
 from evaluation.answers.backend import Backend
 from evaluation.answers.devices import mask, occupied, worker_devices
 from evaluation.answers.harness import Progress, evaluate
-from evaluation.answers.job import Part
+from evaluation.answers.job import WorkerPart
 from evaluation.errors import DeviceError, WorkerError
 from tests.evaluation.conftest import workers
 
@@ -81,7 +81,7 @@ def test_a_report_of_several_workers_is_that_of_one_and_a_killed_one_costs_its_c
 @pytest.mark.parametrize("of", [1, 2, 3, 7])
 def test_every_chunk_has_one_worker(of: int) -> None:
     for chunk in range(20):
-        assert [Part(index, of).holds(chunk) for index in range(of)].count(True) == 1
+        assert [WorkerPart(index, of).holds(chunk) for index in range(of)].count(True) == 1
 
 
 def test_devices_are_dealt_out_to_workers_as_many_as_an_engine_spans() -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from evaluation.errors import WorkerError
 from evaluation.grading import equality
-from evaluation.grading.equality import Judge, judge
+from evaluation.grading.equality import Comparer, comparer
 from evaluation.grading.score import ends_in_loop, equal_math, last_boxed, pass_at, score_boxed_math, score_exact_match
 
 # Right answers, labelled by hand: (what a model puts in the box, what the data set has).
@@ -260,15 +260,15 @@ def impatient() -> Iterator[None]:
     """Let answers have half a second of computing instead of five: the suite has no more time than its reader."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(equality, "SECONDS", 0.5)
-        judge().close()
+        comparer().close()
         yield
-    judge().close()
+    comparer().close()
 
 
 @pytest.mark.parametrize("answer", HOSTILE, ids=lambda answer: ascii(answer)[:24])
 @pytest.mark.usefixtures("impatient")
 def test_a_hostile_answer_is_wrong_within_the_limit(answer: str) -> None:
-    judge().equal("1", "1")
+    comparer().equal("1", "1")
     started = time.monotonic()
     assert not equal_math(answer, "7")
     # The limit is of computing, and the machine may have other work.
@@ -303,7 +303,7 @@ def test_what_a_model_writes_is_never_executed(answer: str, tmp_path_factory: py
 
 
 def test_an_answer_that_cannot_be_computed_costs_its_process_and_the_next_has_another() -> None:
-    one = Judge()
+    one = Comparer()
     assert one.equal("3+4", "7")
     assert one._process is not None
     first = one._process
@@ -317,8 +317,8 @@ def test_an_answer_that_cannot_be_computed_costs_its_process_and_the_next_has_an
 
 def test_the_comparing_process_ends_with_the_one_that_asks() -> None:
     script = (
-        "from evaluation.grading.equality import judge\n"
-        "judge().equal('1', '1'); print(judge()._process.pid, flush=True)"
+        "from evaluation.grading.equality import comparer\n"
+        "comparer().equal('1', '1'); print(comparer()._process.pid, flush=True)"
     )
     asked = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
     process = int(asked.stdout)
@@ -332,12 +332,12 @@ def test_the_comparing_process_dies_with_a_killed_one_even_while_it_computes() -
         import json, os, signal
         from evaluation.grading import equality
         equality.SECONDS = 1000.0
-        judge = equality.Judge()
-        assert judge.equal("1", "1")
+        comparer = equality.Comparer()
+        assert comparer.equal("1", "1")
         endless = r"\\prod_{n=1}^{99999999} n"
-        judge._process.stdin.write(json.dumps([endless, "7"]).encode() + b"\\n")
-        judge._process.stdin.flush()
-        print(judge._process.pid, flush=True)
+        comparer._process.stdin.write(json.dumps([endless, "7"]).encode() + b"\\n")
+        comparer._process.stdin.flush()
+        print(comparer._process.pid, flush=True)
         signal.pause()
     """
     command = [sys.executable, "-c", textwrap.dedent(script)]
@@ -357,7 +357,7 @@ def test_the_comparing_process_dies_with_a_killed_one_even_while_it_computes() -
 
 
 def test_the_limit_holds_where_its_signal_is_ignored_and_blocked() -> None:
-    one = Judge()
+    one = Comparer()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(equality, "SECONDS", 0.2)
         before = signal.signal(signal.SIGPROF, signal.SIG_IGN)
@@ -374,7 +374,7 @@ def test_the_limit_holds_where_its_signal_is_ignored_and_blocked() -> None:
 
 
 def test_a_process_that_died_unasked_costs_no_answer() -> None:
-    one = Judge()
+    one = Comparer()
     assert one.equal("1", "1")
     assert one._process is not None
     one._process.kill()
@@ -386,7 +386,7 @@ def test_a_process_that_died_unasked_costs_no_answer() -> None:
 def test_an_installation_that_cannot_compare_says_so_and_scores_nothing_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(WorkerError, match="the process that compares answers does not start: run"):
-        Judge().equal("1", "1")
+        Comparer().equal("1", "1")
 
 
 def test_a_judge_speaks_one_line_a_question() -> None:
