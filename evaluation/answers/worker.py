@@ -20,7 +20,7 @@ from evaluation.answers.devices import MASK, NO_WEIGHTS, cuda_index, device_kind
 from evaluation.answers.fingerprint import LogitsExtrapolation
 from evaluation.answers.job import AnsweredPart, Assignment, Job
 from evaluation.answers.journal import Journal
-from evaluation.benchmarks.loading import load_any_task
+from evaluation.benchmarks.lm_eval_task import load_any_task
 from evaluation.child import Send, run_as_child
 from evaluation.errors import BenchmarkError, DeviceError, ModelError
 from evaluation.problems import problem_id
@@ -132,12 +132,12 @@ def _load_lm(job: Job) -> "JournalledLM":
     device = "cuda" if device_kind(job.device) == "cuda" else job.device
     settings: dict[str, Any] = {"device": device, "dtype": job.dtype, "batch_size": job.batch_size}
     if isinstance(job.model, LogitsExtrapolation):
-        from evaluation.answers.logits import LogitsExtrapolationLM
+        from evaluation.answers.logits_extrapolation import LogitsExtrapolationLM
 
         return LogitsExtrapolationLM(job.model, **settings)
     settings["max_length"] = job.backend.max_model_len
     if job.backend.name == "vllm" and device != NO_WEIGHTS:
-        from evaluation.answers.engine import EngineLM
+        from evaluation.answers.vllm_engine import EngineLM
 
         return EngineLM(job.model, **settings, backend=job.backend)
     from evaluation.answers.lm import JournalledLM

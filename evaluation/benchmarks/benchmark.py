@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import yaml
 
-from evaluation.benchmarks.fetched import CHAT, fetched_yaml, shipped_benchmarks
+from evaluation.benchmarks.data_directory import CHAT, fetched_yaml, shipped_benchmarks
 from evaluation.benchmarks.task_yaml import SHIPPED, find_task, read_yaml
 from evaluation.digest import digest_file, digest_value
 from evaluation.errors import BenchmarkError

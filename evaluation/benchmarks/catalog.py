@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from evaluation.benchmarks.benchmark import generation_settings
-from evaluation.benchmarks.fetched import (
+from evaluation.benchmarks.data_directory import (
     data_directory,
     fetched_benchmarks,
     own_yaml,

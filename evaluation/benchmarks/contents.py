@@ -98,7 +98,7 @@ def _shorten(title: str) -> str:
 
 
 def _describe_all(line: bytes, _: Send) -> None:
-    from evaluation.benchmarks.loading import load_any_task
+    from evaluation.benchmarks.lm_eval_task import load_any_task
 
     wanted: list[dict[str, Any]] = json.loads(line)
     for each in wanted:

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 from filelock import FileLock
 
-from evaluation.benchmarks.fetched import (
+from evaluation.benchmarks.data_directory import (
     DataManifest,
     Split,
     data_directory,

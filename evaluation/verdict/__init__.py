@@ -1,1 +1,7 @@
-"""Verdict: what the answers say, of one model and of one against another."""
+"""Verdict: what scores show, without a model.
+
+report, samples   how one model did on one benchmark, and each of its answers
+gate, bounds      whether a candidate is no worse than a reference, and the statistics of it
+differences       the problems on which two models differ
+export            an evaluation as lm-eval's own command line writes it
+"""

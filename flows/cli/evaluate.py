@@ -84,7 +84,7 @@ def evaluate(
     """
     from evaluation.answers.fingerprint import LogitsExtrapolation
     from evaluation.answers.harness import evaluate as score_model
-    from evaluation.benchmarks.fetched import CHAT
+    from evaluation.benchmarks.data_directory import CHAT
     from evaluation.verdict.export import export
     from evaluation.verdict.report import Evaluated
     from flows.study.versus import compare_pair, show_versus
@@ -214,8 +214,8 @@ def fetch_benchmarks(
     Example: relex benchmarks fetch math_select math_gate gsm8k
     """
     from evaluation.benchmarks.catalog import entry
+    from evaluation.benchmarks.data_directory import shipped_benchmarks
     from evaluation.benchmarks.fetch import fetch
-    from evaluation.benchmarks.fetched import shipped_benchmarks
 
     names = list(dict.fromkeys(name or shipped_benchmarks()))
     for each in names:

@@ -44,7 +44,7 @@ def vllm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
 
 
 def engine(model: Path, *, batch_size: int = 5, device: str = "cpu", max_length: int | None = None) -> JournalledLM:
-    from evaluation.answers.engine import EngineLM
+    from evaluation.answers.vllm_engine import EngineLM
 
     backend = Backend("vllm")
     return EngineLM(

@@ -24,7 +24,7 @@ from evaluation.answers.harness import Progress, evaluate
 from evaluation.answers.job import Assignment, Job
 from evaluation.answers.journal import Journal
 from evaluation.answers.lm import JournalledLM
-from evaluation.answers.logits import LogitsExtrapolationLM
+from evaluation.answers.logits_extrapolation import LogitsExtrapolationLM
 from evaluation.answers.worker import run as work
 from evaluation.benchmarks.benchmark import resolve_benchmark, write_benchmark
 from evaluation.errors import BenchmarkError, ModelError, WorkerError

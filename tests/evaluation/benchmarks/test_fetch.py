@@ -18,9 +18,9 @@ from evaluation.answers.journal import Journal
 from evaluation.answers.worker import load_task, score
 from evaluation.benchmarks.benchmark import resolve_benchmark
 from evaluation.benchmarks.catalog import catalog
+from evaluation.benchmarks.data_directory import VARIABLE, read_manifest
 from evaluation.benchmarks.fetch import fetch
-from evaluation.benchmarks.fetched import VARIABLE, read_manifest
-from evaluation.benchmarks.loading import load_any_task
+from evaluation.benchmarks.lm_eval_task import load_any_task
 from evaluation.benchmarks.recipe import part_of
 from evaluation.benchmarks.task_yaml import SHIPPED, find_task, read_yaml
 from evaluation.errors import BenchmarkError

@@ -1,4 +1,4 @@
-"""Logits: a language model that no directory holds, two models decoding in lock-step (arXiv 2601.04537)."""
+"""Logits extrapolation: a model that no directory holds, two models decoding in lock-step (arXiv 2601.04537)."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""Engine: a model answered for by vLLM (https://docs.vllm.ai), chunk by chunk, in this process.
+"""vLLM engine: a model answered for by vLLM (https://docs.vllm.ai), chunk by chunk, in this process.
 
 Around the engine everything is as for transformers: how a prompt becomes tokens, where an answer ends, what is
 truncated and what the journal keeps.

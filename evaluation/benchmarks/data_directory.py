@@ -1,4 +1,4 @@
-"""Fetched: the directory of benchmarks that were brought from the Hub, each with a manifest of what it is.
+"""Data directory: the benchmarks that were brought from the Hub, each with a manifest of what it is.
 
     <data>/math/manifest.json   data set, commit, how it was read, and the sha256 of every file: written last
     <data>/math/test.jsonl      the problems, a file a split

@@ -1,4 +1,4 @@
-"""Loading: an lm-eval task from its YAML, by lm-eval itself."""
+"""lm-eval task: what lm-eval itself makes of a YAML."""
 
 from typing import Any
 
