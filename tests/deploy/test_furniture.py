@@ -33,12 +33,12 @@ def compose() -> Any:
 
 def ours(compose: Any) -> dict[str, list[str]]:
     """Return the command of every service that runs our image, as words."""
-    found = {}
+    commands = {}
     for name, service in compose["services"].items():
         if service["image"] == "relex":
             command = service["command"]
-            found[name] = shlex.split(command) if isinstance(command, str) else command
-    return found
+            commands[name] = shlex.split(command) if isinstance(command, str) else command
+    return commands
 
 
 def parse(words: list[str]) -> None:
@@ -88,7 +88,7 @@ def test_what_services_refer_to_is_there(compose: Any) -> None:
     services = compose["services"]
     for service in services.values():
         assert set(service.get("depends_on", {})) <= set(services)
-        assert {item["source"] for item in service.get("configs", [])} <= set(compose["configs"])
+        assert {config["source"] for config in service.get("configs", [])} <= set(compose["configs"])
         named = {volume.split(":")[0] for volume in service.get("volumes", []) if not volume.startswith("${")}
         assert named <= set(compose["volumes"])
         if "build" in service:
@@ -107,14 +107,14 @@ def test_every_variable_of_the_servers_is_one_that_they_read(compose: Any) -> No
 
 
 def _aliases(model: Any) -> set[str]:
-    found = set()
+    names = set()
     prefix = model.model_config.get("env_prefix", "")
     for name, field in model.model_fields.items():
-        found.add(prefix + name)
-        found |= {str(alias) for alias in getattr(field.validation_alias, "choices", []) if isinstance(alias, str)}
+        names.add(prefix + name)
+        names |= {str(alias) for alias in getattr(field.validation_alias, "choices", []) if isinstance(alias, str)}
         if hasattr(field.annotation, "model_fields"):
-            found |= _aliases(field.annotation)
-    return found
+            names |= _aliases(field.annotation)
+    return names
 
 
 def test_the_users_of_mlflow_are_kept_on_its_volume(compose: Any) -> None:
@@ -161,8 +161,8 @@ def test_the_deployments_are_those_that_relex_up_serves(tmp_path: Path, monkeypa
         flow = import_object(ours["entrypoint"])
         assert (flow.name, ours["name"]) == (theirs.flow_name, theirs.name)
         assert ours["parameters"] == theirs.parameters
-        intervals = [item.schedule.interval.total_seconds() for item in theirs.schedules or []]
-        assert [item["interval"] for item in ours.get("schedules", [])] == intervals
+        intervals = [entry.schedule.interval.total_seconds() for entry in theirs.schedules or []]
+        assert [entry["interval"] for entry in ours.get("schedules", [])] == intervals
         assert len(ours.get("triggers", [])) == len(theirs.triggers)
         for one, other in zip(ours.get("triggers", []), theirs.triggers, strict=True):
             assert one["name"] == other.name

@@ -44,9 +44,9 @@ def test_a_registration_killed_at_any_step_is_completed_by_the_next_one(
         text=True,
     )
     assert ran.returncode == 0, ran.stderr
-    told = json.loads(ran.stdout)
-    assert told["steps"] > 15
-    for home in told["homes"]:
+    report = json.loads(ran.stdout)
+    assert report["steps"] > 15
+    for home in report["homes"]:
         _assert_one_of_everything(Path(home))
 
 
@@ -83,6 +83,6 @@ def test_processes_that_race_on_a_fresh_store_register_one_version(
         assert racer.stdin is not None
         racer.stdin.write("go\n")
         racer.stdin.flush()
-    told = [racer.communicate()[0] for racer in racers]
-    assert sorted(told) == ["1 False", "1 False", "1 True"]
+    answers = [racer.communicate()[0] for racer in racers]
+    assert sorted(answers) == ["1 False", "1 False", "1 True"]
     _assert_one_of_everything(home)

@@ -114,9 +114,9 @@ def edited(benchmark: Path, tmp_path: Path) -> Callable[[str, str], Path]:
 
 def workers(parent: psutil.Process) -> list[psutil.Process]:
     """Return the live scoring children of a process, among whose children may be what others have left."""
-    found = []
+    alive = []
     for child in parent.children():
         with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
             if "evaluation.answers.worker" in child.cmdline():
-                found.append(child)
-    return found
+                alive.append(child)
+    return alive

@@ -66,11 +66,11 @@ def test_two_models_are_compared_problem_by_problem(
     ]
     assert rest[-1] == "1 more problems of plus differ: --problems or --json"
 
-    (found,) = json.loads(relex(cache, *command, "--json").stdout)
-    assert (found["gate"]["verdict"], found["gate"]["margin"]) == ("not shown", 0.0)
-    assert found["gate"]["sentence"].endswith("more problems would settle it if it stays as it is.")
-    assert [each["problem"] for each in found["differences"]] == [0, 3, 6, 9]
-    assert found["differences"][1]["candidate_answers"] == [problems[3]["answer"]]
+    (comparison,) = json.loads(relex(cache, *command, "--json").stdout)
+    assert (comparison["gate"]["verdict"], comparison["gate"]["margin"]) == ("not shown", 0.0)
+    assert comparison["gate"]["sentence"].endswith("more problems would settle it if it stays as it is.")
+    assert [each["problem"] for each in comparison["differences"]] == [0, 3, 6, 9]
+    assert comparison["differences"][1]["candidate_answers"] == [problems[3]["answer"]]
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         if "wait" in query:
             until_told()
-        told = {"weights": WEIGHTS, "path": self.path, "headers": dict(self.headers.items()), "body": body}
-        self.answer(json.dumps(told).encode(), status=int(query.get("status", ["200"])[0]))
+        request = {"weights": WEIGHTS, "path": self.path, "headers": dict(self.headers.items()), "body": body}
+        self.answer(json.dumps(request).encode(), status=int(query.get("status", ["200"])[0]))
 
     def answer(self, content: bytes, *, status: int = 200) -> None:
         self.send_response(status)

@@ -36,7 +36,7 @@ CHAT = "/v1/chat/completions"
 
 @dataclass
 class Home:
-    """A home with a registry, the address somebody serves at, and what was told."""
+    """A home with a registry, the address somebody serves at, and what was said of it."""
 
     path: Path
     notices: list[Notice] = field(default_factory=list)
@@ -90,8 +90,8 @@ def home(template: Path, tmp_path: Path) -> Home:
 
 def mine(place: Path) -> set[psutil.Process]:
     """Return the live guards, engines and workers of engines that were started for a home."""
-    found = {process for process in psutil.process_iter() if str(place) in " ".join(command_of(process))}
-    return found | {child for process in found for child in process.children(recursive=True)}
+    named = {process for process in psutil.process_iter() if str(place) in " ".join(command_of(process))}
+    return named | {child for process in named for child in process.children(recursive=True)}
 
 
 def command_of(process: psutil.Process) -> list[str]:
@@ -122,10 +122,10 @@ def test_requests_and_answers_pass_unchanged(home: Home) -> None:
             answer = await client.post(
                 f"{CHAT}?a=%2F&status=418", content=b"what is 2+2", headers={"authorization": "Bearer me"}
             )
-            told = answer.json()
-            assert (answer.status_code, told["body"]) == (418, "what is 2+2")
-            assert told["path"] == f"{CHAT}?a=%2F&status=418"
-            assert told["headers"]["authorization"] == "Bearer me"
+            request = answer.json()
+            assert (answer.status_code, request["body"]) == (418, "what is 2+2")
+            assert request["path"] == f"{CHAT}?a=%2F&status=418"
+            assert request["headers"]["authorization"] == "Bearer me"
             assert answer.headers["x-engine"] == "weights 1"
             assert answer.headers["relex-version"] == "1"
             (model,) = (await client.get("/v1/models")).json()["data"]
@@ -295,22 +295,22 @@ def test_asked_to_end_it_leaves_no_process(home: Home) -> None:
 def test_vllm_is_taken_where_it_is_installed_and_transformers_elsewhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def told(given: str | None = None, options: Sequence[str] = ()) -> engine.Command:
+    def command(given: str | None = None, options: Sequence[str] = ()) -> engine.Command:
         return engine.command(
             tmp_path / "model", name="digits", port=8123, given=given, options=options, scratch=tmp_path / "scratch"
         )
 
     monkeypatch.setenv("PATH", str(tmp_path))
-    found = told()
-    assert found.argv[3:] == ("transformers.cli.transformers", *ADDRESS)
-    assert (found.directory / "digits").readlink() == tmp_path / "model"
+    default = command()
+    assert default.argv[3:] == ("transformers.cli.transformers", *ADDRESS)
+    assert (default.directory / "digits").readlink() == tmp_path / "model"
     (tmp_path / "vllm").write_text("#!/bin/sh\n")
     (tmp_path / "vllm").chmod(0o755)
-    assert told(options=["--max-model-len", "512"]).argv == (
+    assert command(options=["--max-model-len", "512"]).argv == (
         *(str(tmp_path / "vllm"), "serve", str(tmp_path / "model"), "--served-model-name", "digits"),
         *("--host", "127.0.0.1", "--port", "8123", "--max-model-len", "512"),
     )
-    own = told("""serve -m {model} --at {host}:{port} --as "{name}" --json '{"a": 1}'""")
+    own = command("""serve -m {model} --at {host}:{port} --as "{name}" --json '{"a": 1}'""")
     assert own.argv == (*f"serve -m {tmp_path / 'model'} --at 127.0.0.1:8123 --as digits --json".split(), '{"a": 1}')
 
 

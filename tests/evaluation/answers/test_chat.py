@@ -27,8 +27,8 @@ def templated(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(model: Path, benchmark: Path, directory: Path, *, batch_size: int = 4) -> Report:
     lm = JournalledLM(model, device="cpu", dtype="float32", batch_size=batch_size)
-    found = resolve_benchmark(benchmark)
-    wanted = Assignment(found.name, str(found.path), found.digest, "m", {}, "unused")
+    resolved = resolve_benchmark(benchmark)
+    wanted = Assignment(resolved.name, str(resolved.path), resolved.digest, "m", {}, "unused")
     with Journal(directory / "journal") as journal:
         lm.keep(journal, lambda done, total: None)
         return score(lm, load_task(wanted), assignment=wanted, model=str(model), limit=None, journal=journal)[0]

@@ -51,9 +51,9 @@ def test_a_report_of_several_workers_is_that_of_one_and_a_killed_one_costs_its_c
 
     def kill(progress: Progress) -> None:
         if not seen:
-            found = workers(psutil.Process())
-            assert len(found) == 2
-            max(found, key=lambda each: each.pid).send_signal(signal.SIGKILL)
+            alive = workers(psutil.Process())
+            assert len(alive) == 2
+            max(alive, key=lambda each: each.pid).send_signal(signal.SIGKILL)
         seen.append(progress)
 
     with (
@@ -214,7 +214,7 @@ def test_a_limited_evaluation_waits_says_for_what_and_ends_in_the_same_report(
             assert "the CPU has 1 evaluation at work and may have no more" in caplog.text
             assert not waiting.done()
         (report,) = waiting.result(60)
-    # However many are allowed, the evaluation is the same: it is found again.
+    # However many are allowed, the evaluation is the same: it is alive again.
     for evaluations in (None, 2):
         assert score(evaluations=evaluations) == [report]
     assert len(list((tmp_path / "cache").iterdir())) == 1

@@ -205,14 +205,14 @@ def test_a_worker_dies_with_its_parent_even_if_its_input_stays_open(long_job: Jo
             assert parent.stdin is not None
             parent.stdin.write(long_job.to_line())
             parent.stdin.flush()
-            while not (found := workers(psutil.Process(parent.pid))):
+            while not (alive := workers(psutil.Process(parent.pid))):
                 time.sleep(0.01)
             # It reads its job and then waits, since the test holds the lock.
             while unread(parent.stdin.fileno()):
                 time.sleep(0.01)
         finally:
             parent.kill()
-        assert gone(found[0])
+        assert gone(alive[0])
 
 
 def unread(pipe: int) -> int:

@@ -95,7 +95,7 @@ def alone(
     model: Path, other_model: Path, two_benchmarks: list[Path], tmp_path_factory: pytest.TempPathFactory
 ) -> list[Scored]:
     """Return what the start and the end model score by themselves."""
-    found = []
+    scored = []
     for subject in (model, other_model):
         cache = tmp_path_factory.mktemp("alone")
         benchmarks = [resolve_benchmark(path) for path in two_benchmarks]
@@ -106,8 +106,8 @@ def alone(
         for assignment in assignments:
             assignment.directory.mkdir()
         work(Job(subject, device="cpu", dtype="float32", batch_size=5, limit=None, assignments=assignments), print)
-        found.append(Scored([Report.read(each.report_path) for each in assignments], _journals(cache)))
-    return found
+        scored.append(Scored([Report.read(each.report_path) for each in assignments], _journals(cache)))
+    return scored
 
 
 @pytest.fixture(scope="session")
@@ -268,7 +268,7 @@ def test_a_batch_of_prompts_of_all_lengths_is_decoded_as_by_a_slow_loop_over_sin
     alpha: float,
     sampling: dict[str, float],
 ) -> None:
-    found = _generate(mixed(alpha).model, tokenizer, sampling)
+    generated = _generate(mixed(alpha).model, tokenizer, sampling)
     torch.manual_seed(3)
     expected = reference(
         networks,
@@ -278,8 +278,8 @@ def test_a_batch_of_prompts_of_all_lengths_is_decoded_as_by_a_slow_loop_over_sin
         top_p=sampling.get("top_p", 1.0),
         new=30,
     )
-    width = found.sequences.shape[1] - max(map(len, expected))
-    tokens = [row[: len(wanted)] for row, wanted in zip(found.sequences[:, width:].tolist(), expected, strict=True)]
+    width = generated.sequences.shape[1] - max(map(len, expected))
+    tokens = [row[: len(wanted)] for row, wanted in zip(generated.sequences[:, width:].tolist(), expected, strict=True)]
     assert tokens == expected
     assert any(row[-1] == EOS for row in expected)
     assert any(row[-1] != EOS for row in expected)

@@ -434,8 +434,8 @@ def test_the_command_fetches_lists_and_refuses(place: Path, capsys: pytest.Captu
             patch.setattr("sys.argv", ["relex", "benchmarks", *words])
             with pytest.raises(SystemExit) as end:
                 main()
-        told = capsys.readouterr()
-        return int(end.value.code or 0), told.out, told.err
+        printed = capsys.readouterr()
+        return int(end.value.code or 0), printed.out, printed.err
 
     status, out, _ = relex("fetch", "math_select", "gsm8k", "--json")
     assert status == 0

@@ -46,11 +46,11 @@ def test_problems_of_two_benchmarks_are_compared_by_content_in_a_child_and_kept(
     plain: Path, dressed: Path, directory: Path
 ) -> None:
     cache = directory / "cache"
-    found = overlap(plain, dressed, cache=cache)
-    assert (found.first, found.first_n, found.second, found.second_n) == ("plain", 3, "dressed", 4)
-    assert len(found.shared) == 1
-    assert found.shared[0].startswith("solve this with great care: a farmer counts rabbits")
-    assert (found.first_repeated, found.second_repeated, found.warnings) == ((), (), ())
+    shared = overlap(plain, dressed, cache=cache)
+    assert (shared.first, shared.first_n, shared.second, shared.second_n) == ("plain", 3, "dressed", 4)
+    assert len(shared.shared) == 1
+    assert shared.shared[0].startswith("solve this with great care: a farmer counts rabbits")
+    assert (shared.first_repeated, shared.second_repeated, shared.warnings) == ((), (), ())
     with pytest.raises(
         OverlapError,
         match=r"1 of the 4 problems of gate dressed are among the 3 of selection plain too, such as 'solve this .*: "
@@ -130,9 +130,9 @@ def test_a_problem_twice_in_one_benchmark_is_told(directory: Path) -> None:
         [{"prompt": CLOCKS, "answer": "11"}, {"prompt": TRAINS, "answer": "7"}, {"prompt": CLOCKS, "answer": "12"}],
         max_new_tokens=8,
     )
-    found = refuse_overlap(write(directory, "other", [APPLES, RABBITS]), twice, cache=cache)
-    assert found.second_repeated == (CLOCKS.casefold(),)
-    assert found.warnings == (
+    shared = refuse_overlap(write(directory, "other", [APPLES, RABBITS]), twice, cache=cache)
+    assert shared.second_repeated == (CLOCKS.casefold(),)
+    assert shared.warnings == (
         f"1 of 3 problems of twice have occurred in it before, such as {CLOCKS.casefold()!r}: they count twice.",
     )
     kept = [json.loads(path.read_text()) for path in (cache / "contents").glob("twice-*.json")]

@@ -45,20 +45,20 @@ def test_right_or_wrong_scores_keep_the_promise(
 ) -> None:
     truth, level = joint[0] - joint[1], 1 - confidence
     counts = np.random.default_rng(7).multinomial(n, joint, size=ROUNDS)
-    found = [bounds(int(wins), int(losses), n, margin, confidence) for wins, losses, _ in counts]
+    rounds = [bounds(int(wins), int(losses), n, margin, confidence) for wins, losses, _ in counts]
     # Worse by exactly the margin, or not better: passing is the error that is bounded.
-    assert np.mean([each.lower_bound > -margin + 1e-12 for each in found]) <= level + slack(level)
-    inside = [each.interval[0] - 1e-12 <= truth <= each.interval[1] + 1e-12 for each in found]
+    assert np.mean([each.lower_bound > -margin + 1e-12 for each in rounds]) <= level + slack(level)
+    inside = [each.interval[0] - 1e-12 <= truth <= each.interval[1] + 1e-12 for each in rounds]
     assert np.mean(inside) >= confidence - slack(level)
-    assert all(each.interval[0] <= each.lower_bound <= each.difference <= each.interval[1] for each in found)
+    assert all(each.interval[0] <= each.lower_bound <= each.difference <= each.interval[1] for each in rounds)
 
 
 @pytest.mark.parametrize("joint", [(0.03, 0.00, 0.97), (0.06, 0.02, 0.92), (0.0, 0.03, 0.97), (0.1, 0.3, 0.6)])
 def test_the_number_given_beside_an_exact_test_is_a_bound_too(joint: tuple[float, float, float]) -> None:
     counts = np.random.default_rng(11).multinomial(100, joint, size=ROUNDS)
-    found = [bounds(int(wins), int(losses), 100, 0.0) for wins, losses, _ in counts]
+    rounds = [bounds(int(wins), int(losses), 100, 0.0) for wins, losses, _ in counts]
     # The score bound it may not exceed is an approximation, at its worst where one model only wins.
-    assert np.mean([each.lower_bound <= joint[0] - joint[1] + 1e-12 for each in found]) >= 0.95 - 0.02 - slack(0.05)
+    assert np.mean([each.lower_bound <= joint[0] - joint[1] + 1e-12 for each in rounds]) >= 0.95 - 0.02 - slack(0.05)
 
 
 def soft(random: np.random.Generator, n: int, loss: float) -> tuple[Scores, Scores]:
@@ -83,18 +83,18 @@ def test_scores_averaged_over_repeats_keep_the_promise(
 ) -> None:
     random = np.random.default_rng(3)
     pairs = [draw(random, n, margin) for _ in range(600)]
-    found = [paired_bounds(ours.tolist(), theirs.tolist(), margin=margin, confidence=0.95) for ours, theirs in pairs]
-    assert np.mean([each.lower_bound > -margin + 1e-12 for each in found]) <= 0.05 + slack(0.05, 600)
-    assert np.mean([each.interval[0] <= -margin <= each.interval[1] for each in found]) >= 0.95 - slack(0.05, 600)
+    rounds = [paired_bounds(ours.tolist(), theirs.tolist(), margin=margin, confidence=0.95) for ours, theirs in pairs]
+    assert np.mean([each.lower_bound > -margin + 1e-12 for each in rounds]) <= 0.05 + slack(0.05, 600)
+    assert np.mean([each.interval[0] <= -margin <= each.interval[1] for each in rounds]) >= 0.95 - slack(0.05, 600)
 
 
 @pytest.mark.parametrize("n", [30, 100, 1000])
 def test_equal_scores_keep_the_promise(n: int) -> None:
     # The candidate loses a share of all problems and by luck none of those drawn: the share that has this luck with
     # probability 0.05 is ruled out no more.
-    found = bounds(0, 0, n, 0.01)
-    assert (1 + found.lower_bound) ** n == pytest.approx(0.05)
-    assert found.interval == pytest.approx((-(1 - 0.025 ** (1 / n)), 1 - 0.025 ** (1 / n)))
+    bound = bounds(0, 0, n, 0.01)
+    assert (1 + bound.lower_bound) ** n == pytest.approx(0.05)
+    assert bound.interval == pytest.approx((-(1 - 0.025 ** (1 / n)), 1 - 0.025 ** (1 / n)))
 
 
 def test_a_candidate_that_is_as_good_passes_when_the_benchmark_is_large_enough() -> None:
@@ -127,16 +127,16 @@ def test_none_of_several_candidates_passes_by_luck_more_often_than_one_may() -> 
 def test_the_problems_said_to_settle_it_do_if_differences_go_on_as_they_were(
     wins: int, losses: int, n: int, margin: float
 ) -> None:
-    found = bounds(wins, losses, n, margin)
-    assert found.lower_bound <= -margin
-    assert found.needed is not None
+    bound = bounds(wins, losses, n, margin)
+    assert bound.lower_bound <= -margin
+    assert bound.needed is not None
 
     def passes(larger: int) -> bool:
         scaled = (round(count * larger / n) for count in (wins, losses))
         return bounds(*scaled, larger, margin).lower_bound > -margin
 
-    assert passes(math.ceil(1.1 * found.needed))
-    assert not passes(round(0.8 * found.needed))
+    assert passes(math.ceil(1.1 * bound.needed))
+    assert not passes(round(0.8 * bound.needed))
 
 
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.9])
