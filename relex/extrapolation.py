@@ -19,7 +19,8 @@ from relex.output.manifest import Manifest
 from relex.output.materialise import Output, materialise
 from relex.output.shards import Spread
 from relex.output.upload import check_destination, discard_other, is_uploaded, staged, upload
-from relex.predictors import MatrixPredictor, Method
+from relex.predictors import Method
+from relex.predictors.predictor import MatrixPredictor
 from relex.streaming import Progress
 from relex.trajectory import Trajectory, open_run
 

@@ -17,7 +17,8 @@ import torch
 from relex import sanity, spectrum
 from relex.errors import TargetError
 from relex.gram import Gram
-from relex.predictors import MatrixPredictor, Method
+from relex.predictors import Method
+from relex.predictors.predictor import MatrixPredictor, Window
 from relex.rank_one import Outer
 from relex.trajectory import Trajectory
 
@@ -141,7 +142,9 @@ def forecast(
     ]
     coefficients_TK = latest_K * torch.tensor(moved_T, dtype=torch.float64)[:, None]
     if predicted:
-        coefficients_TK[predicted] = method.predictor.coefficients(gram.products[predicted], steps_K, target_step)
+        coefficients_TK[predicted] = method.predictor.coefficients(
+            Window(gram.products[predicted], steps_K), target_step
+        )
     tensors = {spec.name: TensorForecast("base" if spec.unchanged else "latest") for spec in trajectory.tensors}
     for index, name in enumerate(gram.names):
         if not moved_T[index]:

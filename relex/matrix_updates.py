@@ -14,7 +14,8 @@ from zipfile import BadZipFile
 from relex import rank_one
 from relex.errors import TargetError
 from relex.gram import Gram, keep
-from relex.predictors import MatrixPredictor, Method
+from relex.predictors import Method
+from relex.predictors.predictor import MatrixPredictor
 from relex.rank_one import Outer
 from relex.streaming import Progress
 from relex.trajectory import Trajectory

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from flows.cli.options import Base, Json, Reading, Run, grouped, out, print_json
+from flows.cli.options import EVERY_METHOD, Base, Json, ListsMethods, Reading, Run, grouped, out, print_json
 from flows.console import plain_table, print_line, print_warnings
 
 if TYPE_CHECKING:
@@ -79,9 +79,19 @@ def show_inspection(console: Console, inspection: "Inspection") -> None:
     )
 
 
-@_command()
+@_command(cls=ListsMethods)
 @grouped
-def backtest(run: Run, base: Base, reading: Reading, as_json: Json = False) -> None:
+def backtest(
+    run: Run,
+    base: Base,
+    reading: Reading,
+    *,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Method to test beside the usual ones; may be repeated, as {EVERY_METHOD}"),
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Tell from the observed steps how far the run can be trusted to extrapolate, and how best, or say hold.
 
     Example: relex backtest runs/qwen --base models/qwen-base
@@ -96,11 +106,12 @@ def backtest(run: Run, base: Base, reading: Reading, as_json: Json = False) -> N
             memory=reading.memory,
             threads=reading.threads,
             window=reading.window,
+            methods=method or (),
             blocks=blocks,
             on_progress=lambda done, total: bars("reading", done, total),
         )
     if as_json:
-        print_json(asdict(tested))
+        print_json(tested.to_json())
     else:
         show_backtest(out, tested)
 
@@ -113,7 +124,7 @@ def show_backtest(console: Console, tested: "Backtest") -> None:
     shown = [cell for cell in tested.cells if cell.way.start == start]
     horizons = sorted({cell.horizon for cell in shown})
     table = plain_table("method", *(f"{horizon:g} x" for horizon in horizons))
-    for method in dict.fromkeys(cell.way.method for cell in shown):
+    for method in tested.methods if shown else ():
         cells = {cell.horizon: cell for cell in shown if cell.way.method == method}
         # What was beaten for sure has its lower bound with it.
         table.add_row(

@@ -110,7 +110,7 @@ def backtest_window(
         threads=settings.threads,
         on_progress=telling(tell, "reading"),
     )
-    return trajectory, converge(trajectory, gram)
+    return trajectory, converge(trajectory, gram, methods=() if settings.methods == "auto" else settings.methods)
 
 
 def _told(found: Convergence) -> Backtested:

@@ -1,8 +1,9 @@
 """How far a run can be trusted to extrapolate, told from its observed steps alone.
 
-From rolling origins inside the run, every way to extrapolate (see `skill`) is read at checkpoints that were observed
-too. A way is trusted at a horizon when it beats holding the latest checkpoint for sure: the lower bound of its skill is
-above 0, and above what 97.5 % of runs without direction reach anywhere, and the latest jump is no worse than the bound.
+From rolling origins inside the run, ways to extrapolate (see `skill`; other methods where they are asked for) are read
+at checkpoints that were observed too. A way is trusted at a horizon when it beats holding the latest checkpoint for
+sure: the lower bound of its skill is above 0, and above what 97.5 % of runs without direction reach anywhere, and the
+latest jump is no worse than the bound.
 Runs without direction are this one with the signs of its increments drawn at random, block by block: under a random
 walk they are as probable as the run itself, so that on it the answer is "hold" more than 19 times in 20, however many
 ways are tried.
@@ -10,18 +11,20 @@ ways are tried.
 Shape suffixes: T = tensors that move, K = checkpoints, B = runs without direction.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from relex import sanity
 from relex.backtest.interval import bootstrap_interval, line_interval
-from relex.backtest.skill import Jumps, Way, jumps
+from relex.backtest.skill import Jumps, Way, jumps, tried
 from relex.files.block_cache import BlockCache
 from relex.gram import Gram, cached
+from relex.predictors import parse_method
 from relex.trajectory import open_run
 
 # Runs without direction, and in how many blocks at most the signs of each are drawn: neighbouring increments of an
@@ -82,30 +85,43 @@ class Recommendation:
 
 @dataclass(frozen=True)
 class Backtest:
-    """Every cell, and the recommendation.
+    """Every cell, and the recommendation. `methods` were tried; one that fits no window has no cell.
 
     `chance` is the lower bound that 2.5 % of runs without direction reach; None where there is nothing to test.
     """
 
     steps: tuple[int, ...]
     names: tuple[str, ...]
+    methods: tuple[str, ...]
     cells: tuple[Cell, ...]
     chance: float | None
     recommendation: Recommendation
 
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON types; of a way also the name of the method (`form`) and its damping."""
+        content = asdict(self)
+        for way in [content["recommendation"]["way"], *(cell["way"] for cell in content["cells"])]:
+            if way is not None:
+                method = parse_method(way["method"])
+                way |= {"form": method.name, "damping": method.parameters.get("damping", 1.0)}
+        return content
 
-def backtest(gram: Gram, *, seed: int = 0) -> Backtest:
-    """Test every way to extrapolate on the observed checkpoints; no weight is read.
 
-    `seed` draws the runs without direction. Raises DuplicateError for a checkpoint that holds what another one does.
+def backtest(gram: Gram, *, methods: Sequence[str] = (), seed: int = 0) -> Backtest:
+    """Test ways to extrapolate on the observed checkpoints; no weight is read.
+
+    `methods` are tried beside those that always are: the more there are, the more it takes to be trusted. `seed` draws
+    the runs without direction. Raises DuplicateError for a checkpoint that holds what another one does, TargetError for
+    a method that has no backtest.
     """
+    specs = tried(methods)
     sanity.refuse_duplicates(gram)
-    directed, chance = _directed(gram, seed=seed)
+    directed, chance = _directed(gram, specs, seed=seed)
     cells = tuple(
-        _cell(way, horizon, found, directed=(way, horizon) in directed)
-        for (way, horizon), found in jumps(gram.products, gram.steps).items()
+        _cell(way, horizon, made, directed=(way, horizon) in directed)
+        for (way, horizon), made in jumps(gram.products, gram.steps, specs).items()
     )
-    return Backtest(gram.steps, gram.names, cells, chance, _recommend(gram, cells, chance))
+    return Backtest(gram.steps, gram.names, specs, cells, chance, _recommend(gram, cells, chance))
 
 
 def backtest_run(
@@ -116,21 +132,24 @@ def backtest_run(
     memory: int,
     threads: int,
     window: int | None = None,
+    methods: Sequence[str] = (),
     blocks: BlockCache | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Backtest:
-    """Backtest the checkpoints of a training run at steps up to `window` (None: all).
+    """Backtest the checkpoints of a training run at steps up to `window` (None: all), with `methods` beside the usual.
 
     `blocks` is where what is read from a URL is kept meanwhile. Raises RelexError.
     """
+    tried(methods)
     trajectory = open_run(run, base, window=window, blocks=blocks)
-    return backtest(cached(trajectory, grams, memory=memory, threads=threads, on_progress=on_progress))
+    gram = cached(trajectory, grams, memory=memory, threads=threads, on_progress=on_progress)
+    return backtest(gram, methods=methods)
 
 
-def _cell(way: Way, horizon: float, found: Jumps, *, directed: bool) -> Cell:
-    whole = found.pooled()
+def _cell(way: Way, horizon: float, made: Jumps, *, directed: bool) -> Cell:
+    whole = made.pooled()
     bound = float(whole.lower_bound()[0])
-    missed_T, held_T = found.missed.sum(0), found.held.sum(0)
+    missed_T, held_T = made.missed.sum(0), made.held.sum(0)
     return Cell(
         way,
         horizon,
@@ -138,8 +157,8 @@ def _cell(way: Way, horizon: float, found: Jumps, *, directed: bool) -> Cell:
         lower_bound=bound if bound > -torch.inf else None,
         cosine=float((whole.inner / (whole.predicted * whole.real).sqrt().clamp(min=1e-300)).mean()),
         norm_ratio=float((whole.predicted / whole.real.clamp(min=1e-300)).sqrt().mean()),
-        jumps=found.independent(),
-        longest=max(target - origin for origin, target in zip(found.origins, found.targets, strict=True)),
+        jumps=made.independent(),
+        longest=max(target - origin for origin, target in zip(made.origins, made.targets, strict=True)),
         # A mean over origins does not see that the run has begun to bend.
         trusted=directed and bound > 0 and float(whole.skill()[-1]) >= bound,
         by_tensor=tuple(
@@ -149,15 +168,15 @@ def _cell(way: Way, horizon: float, found: Jumps, *, directed: bool) -> Cell:
     )
 
 
-def _directed(gram: Gram, *, seed: int) -> tuple[set[tuple[Way, float]], float | None]:
+def _directed(gram: Gram, methods: Sequence[str], *, seed: int) -> tuple[set[tuple[Way, float]], float | None]:
     """Return where the run as a whole does better than runs without direction do anywhere, and what those reach."""
     count = min(len(gram.steps), _THINNED)
     if count < _FEWEST:
         return set(), None
     rows = torch.linspace(0, len(gram.steps) - 1, count).round().long()
     whole_KK = gram.products.sum(0)[rows][:, rows]
-    found = jumps(_without_direction(whole_KK, seed=seed), [gram.steps[row] for row in rows.tolist()])
-    bounds = {key: item.lower_bound() for key, item in found.items() if item.independent() > 1}
+    drawn = jumps(_without_direction(whole_KK, seed=seed), [gram.steps[row] for row in rows.tolist()], methods)
+    bounds = {key: made.lower_bound() for key, made in drawn.items() if made.independent() > 1}
     if not bounds:
         return set(), None
     # The run itself comes first; it is one of those that were drawn.
@@ -208,8 +227,8 @@ def _norm_band(gram: Gram, start: int, target: int) -> tuple[float, float] | Non
     steps_K = torch.tensor(window.steps, dtype=torch.float64)
     latest = float(window.products[:, -1, -1].sum().sqrt())
     bands = [interval(window.products, steps_K, target) for interval in (line_interval, bootstrap_interval)]
-    found = [band for band in bands if band is not None]
-    return (min(low for low, _ in found) / latest, max(high for _, high in found) / latest) if found else None
+    known = [band for band in bands if band is not None]
+    return (min(low for low, _ in known) / latest, max(high for _, high in known) / latest) if known else None
 
 
 def _why_hold(steps: tuple[int, ...], cells: tuple[Cell, ...], chance: float | None) -> str:
@@ -220,7 +239,7 @@ def _why_hold(steps: tuple[int, ...], cells: tuple[Cell, ...], chance: float | N
             " none is early enough to jump from: save more often, or train on."
         )
     best = max(bounded, key=lambda cell: cell.lower_bound or 0.0)
-    found = f"the best, {best.way.method} at {best.horizon:g} times the observed steps, has skill {best.skill:.2f}"
+    nearest = f"the best, {best.way.method} at {best.horizon:g} times the observed steps, has skill {best.skill:.2f}"
     if (best.lower_bound or 0.0) <= 0:
-        return f"no way beats the latest checkpoint for sure: {found}, at least {best.lower_bound:.2f} (95 %)."
-    return f"{found}, and 2.5 % of runs without direction look as good (a lower bound of {chance:.2f})."
+        return f"no way beats the latest checkpoint for sure: {nearest}, at least {best.lower_bound:.2f} (95 %)."
+    return f"{nearest}, and 2.5 % of runs without direction look as good (a lower bound of {chance:.2f})."

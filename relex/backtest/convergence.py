@@ -14,6 +14,7 @@ import torch
 from relex.backtest.backtest import Backtest, Cell, backtest
 from relex.backtest.skill import HORIZONS, Way
 from relex.gram import Gram
+from relex.predictors import METHODS, parse_method
 from relex.trajectory import Trajectory
 
 # From one look to the next, in steps.
@@ -62,15 +63,23 @@ class Proposal:
     skill_at_least: float | None
 
 
-def converge(trajectory: Trajectory, gram: Gram) -> Convergence:
-    """Look at the run as it is and as it was; no weight is read. Raises DuplicateError."""
-    looks = [backtest(gram.rows(range(row + 1))) for row in _rows(gram.steps)]
+def converge(trajectory: Trajectory, gram: Gram, *, methods: Sequence[str] = ()) -> Convergence:
+    """Look at the run as it is and as it was; no weight is read. Raises DuplicateError.
+
+    Those of `methods` whose row says that they are backtested are, beside those that always are.
+    """
+    tested = [spec for spec in methods if METHODS[parse_method(spec).name].backtest == "yes"]
+    looks = [backtest(gram.rows(range(row + 1)), methods=tested) for row in _rows(gram.steps)]
     latest = looks[-1]
     trusted = [{(cell.way, cell.horizon): cell for cell in look.cells if _is_trusted(cell)} for look in looks]
     common = set.intersection(*map(set, trusted)) if len(looks) == _LOOKS else set()
     ends = tuple(look.steps[-1] for look in looks)
-    if found := common or set(trusted[-1]):
-        best = max((trusted[-1][key] for key in found), key=lambda cell: (cell.horizon, cell.lower_bound or 0.0))
+    if agreed := common or set(trusted[-1]):
+        # In the order of the cells, so that of equals it is always the same one.
+        best = max(
+            (cell for key, cell in trusted[-1].items() if key in agreed),
+            key=lambda cell: (cell.horizon, cell.lower_bound or 0.0),
+        )
         return _of("trusted" if common else "unsettled", latest, ends, best)
     why = latest.recommendation.reason
     if latest.recommendation.way is not None:
@@ -85,7 +94,7 @@ def converge(trajectory: Trajectory, gram: Gram) -> Convergence:
 
 
 def propose(
-    found: Convergence,
+    convergence: Convergence,
     *,
     methods: Sequence[str] | None,
     targets: Sequence[int] | None,
@@ -93,17 +102,19 @@ def propose(
 ) -> tuple[Proposal, ...]:
     """Return the predictions to score: of `methods` at `targets`, where None asks the backtest.
 
-    Its methods are RELEX and the trusted way (pinned to the latest checkpoint where none is), its targets multiples of
-    the observed steps up to nine, what is trusted, and `total_steps`, beyond which it does not go. None when it says
-    hold and was asked for targets.
+    Asked for methods it gives RELEX and the trusted way (pinned to the latest checkpoint where none is); asked for
+    targets, multiples of the observed steps up to nine, what is trusted, and `total_steps`, beyond which it does not
+    go. None when it says hold and was asked for targets.
     """
-    if targets is None and found.state == "hold":
+    if targets is None and convergence.state == "hold":
         return ()
     if targets is None:
-        targets = _ladder(found, total_steps)
+        targets = _ladder(convergence, total_steps)
     if methods is None:
-        methods = tuple(dict.fromkeys(("relex", "relex-pinned" if found.way is None else found.way.method)))
-    return tuple(Proposal(method, target, _bound(found, method, target)) for method in methods for target in targets)
+        methods = tuple(dict.fromkeys(("relex", "relex-pinned" if convergence.way is None else convergence.way.method)))
+    return tuple(
+        Proposal(method, target, _bound(convergence, method, target)) for method in methods for target in targets
+    )
 
 
 def _rows(steps: Sequence[int]) -> list[int]:
@@ -133,11 +144,11 @@ def _of(state: Literal["trusted", "unsettled"], latest: Backtest, ends: tuple[in
     return Convergence(state, latest, ends, cell.way, cell.horizon, target, cell.skill, cell.lower_bound, reason)
 
 
-def _ladder(found: Convergence, total_steps: int | None) -> list[int]:
-    last = found.backtest.steps[-1]
+def _ladder(convergence: Convergence, total_steps: int | None) -> list[int]:
+    last = convergence.backtest.steps[-1]
     wished = [round(last * (1.0 + horizon)) for horizon in _LADDER]
     end = min(wished[-1], total_steps or wished[-1])
-    wished = [found.target_step or end, end, *wished]
+    wished = [convergence.target_step or end, end, *wished]
     targets: list[int] = []
     for target in sorted(step for step in set(wished) if last < step <= end):
         if targets and target < _APART * targets[-1]:
@@ -148,14 +159,16 @@ def _ladder(found: Convergence, total_steps: int | None) -> list[int]:
     return targets
 
 
-def _bound(found: Convergence, method: str, target: int) -> float | None:
-    if found.state != "trusted" or found.target_step is None or target > found.target_step:
+def _bound(convergence: Convergence, method: str, target: int) -> float | None:
+    if convergence.state != "trusted" or convergence.target_step is None or target > convergence.target_step:
         return None
-    last = found.backtest.steps[-1]
+    last = convergence.backtest.steps[-1]
+    # However it is written: relex-pinned is relex-pinned:damping=1.
+    predictor = parse_method(method).predictor
     reaching = [
         cell
-        for cell in found.backtest.cells
-        if _is_trusted(cell) and cell.way.method == method and target <= cell.reach(last)
+        for cell in convergence.backtest.cells
+        if _is_trusted(cell) and parse_method(cell.way.method).predictor == predictor and target <= cell.reach(last)
     ]
     return min(reaching, key=lambda cell: cell.horizon).lower_bound if reaching else None
 

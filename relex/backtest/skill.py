@@ -1,25 +1,29 @@
-"""How well rank-1 lines foretell checkpoints that were observed too: jumps from rolling origins, from Grams alone.
+"""How well methods foretell checkpoints that were observed too: jumps from rolling origins, from Grams alone.
 
-With u the leading eigenvector of the window's Gram and U = sum_k u_k delta_k, the line rebuilt from the base is
-(mean(u) + (s* - mean(s)) uᵀg) U and the pinned one delta_K + damping (s* - s_K) (uᵀg) U, g the slope weights: all
-errors follow from G u and from entries of G. Shape suffixes: T = Grams (tensors, or whole trajectories),
-K = checkpoints, W = those of a window, O = origins.
+A method's prediction is sum_k c_k delta_k over the checkpoints of its window, so every error is a quadratic form of the
+Gram G: with t the target, |prediction|² = cᵀG c and <prediction, delta_t> = cᵀG e_t. What a method copies from the
+latest checkpoint (see Predictor.moves) counts as predicted: it is the norms, whose part is small.
+Shape suffixes: T = Grams (tensors, or whole trajectories), K = checkpoints, W = those of a window, O = origins,
+N = predictions.
 """
 
+import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
-from relex.predictors.line import slope
+from relex.errors import TargetError
+from relex.predictors import METHODS, Method, parse_method
+from relex.predictors.predictor import Window
 
 # Multiples of the origin's step: a jump by 1 doubles the steps.
 HORIZONS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
-DAMPINGS = (0.1, 0.3, 0.6, 1.0)
+# What every backtest tries. A run without direction is lucky with one of them at 2.5 %: more of them make trust harder.
+ALWAYS = ("relex", *(f"relex-pinned:damping={damping:g}" for damping in (0.1, 0.3, 0.6, 1.0)))
 # The window begins at this share of the origin's step.
 STARTS = (0.0, 0.5, 0.75)
 # Of 2 checkpoints the line is the chord: it says nothing that its ends do not.
@@ -30,21 +34,15 @@ _APART = 1.2
 CONFIDENCE = 0.95
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Way:
-    """One way to extrapolate: rebuilt from the base or pinned to the latest, with its damping, and where windows begin.
+    """One way to extrapolate: a method, by its spec, and where windows begin.
 
     `start` is a share of the origin's step; 0 begins at the first checkpoint.
     """
 
-    form: Literal["relex", "relex-pinned"]
-    damping: float
+    method: str
     start: float
-
-    @property
-    def method(self) -> str:
-        """The method's spec, as `predictors.parse_method` reads it."""
-        return self.form if self.form == "relex" else f"{self.form}:damping={self.damping:g}"
 
 
 @dataclass(frozen=True)
@@ -95,11 +93,27 @@ class Jumps:
         return skill_OT.mean(0) - float(stdtrit(count - 1, CONFIDENCE)) * error_T
 
 
-def jumps(gram_TKK: Tensor, steps: Sequence[int]) -> dict[tuple[Way, float], Jumps]:
+def tried(methods: Sequence[str]) -> tuple[str, ...]:
+    """Return ALWAYS and what `methods` add to it; raises TargetError for one that has no backtest."""
+    specs = {parse_method(spec).predictor: spec for spec in ALWAYS}
+    for spec in methods:
+        method = parse_method(spec)
+        row = METHODS[method.name]
+        if row.backtest == "no":
+            raise TargetError(
+                f"method {method.name} has no backtest: {row.why}. Choose among {', '.join(_testable())}."
+            )
+        specs.setdefault(method.predictor, method.spec)
+    return tuple(specs.values())
+
+
+def jumps(gram_TKK: Tensor, steps: Sequence[int], methods: Sequence[str] = ALWAYS) -> dict[tuple[Way, float], Jumps]:
     """Return the jumps by way and horizon that the steps allow; empty with too few of them.
 
-    The target of a jump is the first checkpoint at least the horizon away, and less than twice that.
+    The target of a jump is the first checkpoint at least the horizon away, and less than twice that. A method has no
+    jump from a window that its parameters do not fit.
     """
+    parsed = {spec: parse_method(spec) for spec in methods}
     rows: dict[tuple[Way, float], list[tuple[int, int, tuple[Tensor, ...]]]] = {}
     for origin in _origins(steps):
         targets = dict(_targets(steps, origin))
@@ -107,16 +121,22 @@ def jumps(gram_TKK: Tensor, steps: Sequence[int]) -> dict[tuple[Way, float], Jum
             first = next(row for row, step in enumerate(steps) if step >= start * steps[origin])
             if origin - first + 1 < FEWEST:
                 continue
-            for way, horizon, measured in _measure(gram_TKK, steps, range(first, origin + 1), targets, start):
-                rows.setdefault((way, horizon), []).append((steps[origin], steps[targets[horizon]], measured))
+            for (spec, horizon), errors in _measure(gram_TKK, steps, range(first, origin + 1), targets, parsed):
+                jump = steps[origin], steps[targets[horizon]], errors
+                rows.setdefault((Way(spec, start), horizon), []).append(jump)
+    place = {spec: number for number, spec in enumerate(parsed)}
     return {
         key: Jumps(
-            tuple(origin for origin, _, _ in found),
-            tuple(target for _, target, _ in found),
-            *(torch.stack(part) for part in zip(*(measured for _, _, measured in found), strict=True)),
+            tuple(origin for origin, _, _ in made),
+            tuple(target for _, target, _ in made),
+            *(torch.stack(part) for part in zip(*(errors for _, _, errors in made), strict=True)),
         )
-        for key, found in sorted(rows.items())
+        for key, made in sorted(rows.items(), key=lambda row: (place[row[0][0].method], row[0][0].start, row[0][1]))
     }
+
+
+def _testable() -> list[str]:
+    return [name for name, row in METHODS.items() if row.backtest != "no"]
 
 
 def _origins(steps: Sequence[int]) -> Iterator[int]:
@@ -136,27 +156,27 @@ def _targets(steps: Sequence[int], origin: int) -> Iterator[tuple[float, int]]:
 
 
 def _measure(
-    gram_TKK: Tensor, steps: Sequence[int], window: range, targets: dict[float, int], start: float
-) -> Iterator[tuple[Way, float, tuple[Tensor, ...]]]:
-    """Yield missed, held, inner, predicted and real (T,) of every form, damping and horizon from one window."""
+    gram_TKK: Tensor, steps: Sequence[int], window: range, targets: Mapping[float, int], methods: Mapping[str, Method]
+) -> Iterator[tuple[tuple[str, float], tuple[Tensor, ...]]]:
+    """Yield missed, held, inner, predicted and real (T,) by method and horizon, all from one window."""
     rows, last = slice(window.start, window.stop), window.stop - 1
-    steps_W = torch.tensor(steps[rows], dtype=torch.float64)
-    values_TW, vectors_TWW = torch.linalg.eigh(gram_TKK[:, rows, rows])
-    u_TW, square_T = vectors_TWW[..., -1], values_TW[..., -1].clamp(min=0.0)
-    # <U, delta_k> of every checkpoint, the targets among them.
-    along_TK = torch.matmul(u_TW[:, None], gram_TKK[:, rows])[:, 0]
-    mean_T, slope_T = u_TW.mean(-1), u_TW @ slope(steps_W)
-    held_by_T = gram_TKK[:, last, last]
-    for horizon, target in targets.items():
+    seen = Window(gram_TKK[:, rows, rows], torch.tensor(steps[rows], dtype=torch.float64))
+    made: dict[tuple[str, float], Tensor] = {}
+    for spec, method in methods.items():
+        for horizon, target in targets.items():
+            # A window may be too short for a method, or begin after the step that it starts from.
+            with contextlib.suppress(TargetError):
+                made[spec, horizon] = method.predictor.coefficients(seen, steps[target])
+    if not made:
+        return
+    c_TNW = torch.stack(list(made.values()), dim=1)
+    # <prediction, delta_k> of every checkpoint, the targets among them: the Gram is read once for all predictions.
+    along_TNK = torch.matmul(c_TNW, gram_TKK[:, rows])
+    predicted_TN = (along_TNK[..., rows] * c_TNW).sum(-1).clamp(min=0.0)
+    for number, (spec, horizon) in enumerate(made):
+        target = targets[horizon]
         real_T = gram_TKK[:, target, target]
-        distance_T = (held_by_T - 2.0 * gram_TKK[:, last, target] + real_T).clamp(min=0.0)
-        scale_T = mean_T + (steps[target] - steps_W.mean()) * slope_T
-        inner_T, predicted_T = scale_T * along_TK[:, target], scale_T.square() * square_T
+        held_T = (gram_TKK[:, last, last] - 2.0 * gram_TKK[:, last, target] + real_T).clamp(min=0.0)
+        inner_T, predicted_T = along_TNK[:, number, target], predicted_TN[:, number]
         missed_T = (predicted_T - 2.0 * inner_T + real_T).clamp(min=0.0)
-        yield Way("relex", 1.0, start), horizon, (missed_T, distance_T, inner_T, predicted_T, real_T)
-        for damping in DAMPINGS:
-            scale_T = damping * (steps[target] - steps[last]) * slope_T
-            inner_T = gram_TKK[:, last, target] + scale_T * along_TK[:, target]
-            predicted_T = held_by_T + 2.0 * scale_T * along_TK[:, last] + scale_T.square() * square_T
-            missed_T = (predicted_T - 2.0 * inner_T + real_T).clamp(min=0.0)
-            yield Way("relex-pinned", damping, start), horizon, (missed_T, distance_T, inner_T, predicted_T, real_T)
+        yield (spec, horizon), (missed_T, held_T, inner_T, predicted_T, real_T)

@@ -6,12 +6,10 @@ A family is one module; a method is a row of METHODS: a family with some paramet
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, Literal, Protocol, runtime_checkable
-
-from torch import Tensor
+from typing import Any, Literal
 
 from relex.errors import TargetError
 from relex.predictors.alpha_rl import with_accuracies
@@ -20,43 +18,10 @@ from relex.predictors.low_rank import LowRankLinear
 from relex.predictors.mean import Mean
 from relex.predictors.neural import Neural
 from relex.predictors.next import Next
+from relex.predictors.predictor import Predictor
 from relex.predictors.raw import RawLinear
 from relex.predictors.reconstruct import Reconstruct
 from relex.predictors.secant import Secant
-from relex.rank_one import Outer
-from relex.triplets import Source
-
-
-class Predictor(Protocol):
-    """What a family is."""
-
-    def coefficients(self, gram_TKK: Tensor, steps_K: Tensor, target_step: float) -> Tensor:
-        """Return the fp64 (T, K) coefficients c: tensor t is predicted as theta_0 + sum_k c_tk delta_k.
-
-        The steps increase, with any spacing. A single Gram (K, K) gives (K,).
-        """
-
-    def moves(self, name: str, dimensions: int) -> bool:
-        """Say whether this tensor is predicted; if not, it is copied from the latest checkpoint."""
-
-
-@runtime_checkable
-class MatrixPredictor(Predictor, Protocol):
-    """A family that adds a rank-one matrix to what its coefficients say, tensor by tensor."""
-
-    @property
-    def unit(self) -> "MatrixPredictor":
-        """The predictor whose vectors, times `scale`, are this one's: those with one unit are computed once."""
-
-    @property
-    def scale(self) -> float:
-        """What the unit's vectors are multiplied by."""
-
-    def aim(self, target_step: int) -> float:
-        """Return what the vectors depend on of the target: targets with one aim have the same vectors."""
-
-    def vectors(self, source: Source, aims: Sequence[float]) -> list[dict[str, Outer]]:
-        """Return what is added, at each aim, to the tensors of `source`, in one pass; a tensor may be left out."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +87,8 @@ METHODS: Mapping[str, Row] = {
         partial(Coordinates, curve="sinusoid"),
         {"rank": int, "last": int, "refit": int},
         paper="2605.21468",
+        backtest="on demand",
+        why="every jump fits a curve to every tensor",
     ),
     "neural": Row(
         "3-layer Transformer on the leading coordinates of all tensors, trained on the window; minutes on a core",

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from relex.errors import TargetError
+from relex.predictors.predictor import Window
 from relex.rank_one import Outer
 from relex.triplets import Source, triplets
 
@@ -51,9 +52,9 @@ class AlphaRL:
         """One."""
         return 1.0
 
-    def coefficients(self, gram_TKK: Tensor, steps_K: Tensor, target_step: float) -> Tensor:
+    def coefficients(self, window: Window, target_step: float) -> Tensor:
         """Return fp64 zeros: the matrix is added to the base."""
-        return torch.zeros(gram_TKK.shape[:-1], dtype=torch.float64)
+        return torch.zeros(window.gram_TKK.shape[:-1], dtype=torch.float64)
 
     def moves(self, name: str, dimensions: int) -> bool:
         """Attention and MLP matrices, told by their names, are predicted; the others are the latest checkpoint's."""

@@ -17,6 +17,7 @@ from scipy.optimize import least_squares
 from torch import Tensor
 
 from relex.errors import TargetError
+from relex.predictors.predictor import Predictor, Window
 
 Array = NDArray[np.float64]
 
@@ -27,7 +28,7 @@ _PRECISION = 1e-14
 
 
 @dataclass(frozen=True)
-class Coordinates:
+class Coordinates(Predictor):
     """A `curve` through each of the `rank` leading coordinates.
 
     `last` fits it to the last checkpoints only (0: all of them); the directions come from all. `refit` predicts that
@@ -51,9 +52,9 @@ class Coordinates:
             if value < least:
                 raise TargetError(f"{name} is {value}; give at least {least}.")
 
-    def coefficients(self, gram_TKK: Tensor, steps_K: Tensor, target_step: float) -> Tensor:
+    def coefficients(self, window: Window, target_step: float) -> Tensor:
         """Return the fp64 (T, K) coefficient of each checkpoint's delta; steps increase, with any spacing."""
-        count = len(steps_K)
+        count = len(window.steps_K)
         points = self.last or count
         needed = self.degree + 1 if self.curve == "polynomial" else 4
         if not needed <= points <= count or self.rank > count:
@@ -61,12 +62,13 @@ class Coordinates:
                 f"a {self._described} on {points} checkpoints at rank {self.rank} needs at least {needed} of them and"
                 f" no more than the window's {count}. Widen the window, or choose others."
             )
-        if gram_TKK.dim() == 3:
-            return torch.stack([self._of_one(gram_KK, steps_K, target_step) for gram_KK in gram_TKK])
-        return self._of_one(gram_TKK, steps_K, target_step)
+        values_TK, vectors_TKK = window.eigen
+        if values_TK.dim() == 1:
+            return self._of_one(values_TK, vectors_TKK, window.steps_K, target_step)
+        pairs = zip(values_TK, vectors_TKK, strict=True)
+        return torch.stack([self._of_one(*pair, window.steps_K, target_step) for pair in pairs])
 
-    def _of_one(self, gram_KK: Tensor, steps_K: Tensor, target_step: float) -> Tensor:
-        values_K, vectors_KK = torch.linalg.eigh(gram_KK)
+    def _of_one(self, values_K: Tensor, vectors_KK: Tensor, steps_K: Tensor, target_step: float) -> Tensor:
         sigma_R = values_K[-self.rank :].clamp(min=0.0).sqrt()
         basis_KR = vectors_KK[:, -self.rank :]
         # The sign of an eigenvector is the library's choice, and a sinusoid's fit may depend on it.
@@ -78,10 +80,6 @@ class Coordinates:
         ]
         scaled_R = torch.where(sigma_R > _NULL * sigma_R[-1], torch.tensor(predicted, dtype=torch.float64) / sigma_R, 0)
         return torch.mv(basis_KR, scaled_R)
-
-    def moves(self, name: str, dimensions: int) -> bool:
-        """Every tensor is extrapolated, norms and biases too, as published."""
-        return True
 
     @property
     def _described(self) -> str:

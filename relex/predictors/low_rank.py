@@ -14,10 +14,11 @@ from torch import Tensor
 
 from relex.errors import TargetError
 from relex.predictors.line import line_at, slope
+from relex.predictors.predictor import Predictor, Window
 
 
 @dataclass(frozen=True)
-class LowRankLinear:
+class LowRankLinear(Predictor):
     """`anchor` says what the extrapolated part is added to: the base (as published) or the latest checkpoint."""
 
     rank: int = 1
@@ -32,14 +33,15 @@ class LowRankLinear:
                 f"damping {self.damping} needs anchor=latest: rebuilt from the base there is no jump to damp."
             )
 
-    def coefficients(self, gram_TKK: Tensor, steps_K: Tensor, target_step: float) -> Tensor:
+    def coefficients(self, window: Window, target_step: float) -> Tensor:
         """Return the fp64 (T, K) coefficient of each checkpoint's delta; steps increase, with any spacing."""
+        steps_K = window.steps_K
         if self.rank > len(steps_K):
             raise TargetError(
                 f"rank {self.rank} needs as many checkpoints, and the window has {len(steps_K)}. Give a lower rank."
             )
         # A tensor that never moved has a zero Gram and any eigenvectors: harmless, the deltas they combine are zero.
-        _, vectors_TKK = torch.linalg.eigh(gram_TKK)
+        _, vectors_TKK = window.eigen
         basis_TKR = vectors_TKK[..., -self.rank :]
         if self.anchor == "base":
             return torch.matmul(basis_TKR, torch.matmul(basis_TKR.mT, line_at(steps_K, target_step)[:, None]))[..., 0]
@@ -47,7 +49,3 @@ class LowRankLinear:
         coefficients_TK = jump * torch.matmul(basis_TKR, torch.matmul(basis_TKR.mT, slope(steps_K)[:, None]))[..., 0]
         coefficients_TK[..., -1] += 1.0
         return coefficients_TK
-
-    def moves(self, name: str, dimensions: int) -> bool:
-        """Every tensor is extrapolated, norms and biases too, as published."""
-        return True

@@ -6,24 +6,20 @@ import torch
 from torch import Tensor
 
 from relex.errors import TargetError
+from relex.predictors.predictor import Predictor, Window
 
 
 @dataclass(frozen=True)
-class Mean:
+class Mean(Predictor):
     """The plain average of the `last` checkpoints of the window."""
 
     last: int = 1
 
-    def coefficients(self, gram_TKK: Tensor, steps_K: Tensor, target_step: float) -> Tensor:
+    def coefficients(self, window: Window, target_step: float) -> Tensor:
         """Return the fp64 (T, K) coefficients; neither the Gram nor the target is looked at."""
-        if not 1 <= self.last <= len(steps_K):
-            raise TargetError(
-                f"last is {self.last}, and the window has {len(steps_K)} checkpoints. Give 1 to {len(steps_K)}."
-            )
-        coefficients_K = torch.zeros(len(steps_K), dtype=torch.float64)
+        count = len(window.steps_K)
+        if not 1 <= self.last <= count:
+            raise TargetError(f"last is {self.last}, and the window has {count} checkpoints. Give 1 to {count}.")
+        coefficients_K = torch.zeros(count, dtype=torch.float64)
         coefficients_K[-self.last :] = 1.0 / self.last
-        return coefficients_K.expand(gram_TKK.shape[:-1])
-
-    def moves(self, name: str, dimensions: int) -> bool:
-        """Every tensor is averaged."""
-        return True
+        return coefficients_K.expand(window.gram_TKK.shape[:-1])

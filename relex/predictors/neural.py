@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from relex.errors import TargetError
+from relex.predictors.predictor import Predictor, Window
 from relex.streaming import single_threaded
 
 _HIDDEN, _HEADS, _LAYERS, _FEEDFORWARD = 32, 4, 3, 64
@@ -45,7 +46,7 @@ class _Rates(nn.Module):
 
 
 @dataclass(frozen=True)
-class Neural:
+class Neural(Predictor):
     """`rank` coordinates a tensor, `epochs` full-batch steps of AdamW, `seed` of the initial weights."""
 
     rank: int = 1
@@ -56,15 +57,16 @@ class Neural:
         if self.rank < 1 or self.epochs < 0:
             raise TargetError(f"rank is {self.rank} and epochs {self.epochs}; give at least 1 and 0.")
 
-    def coefficients(self, gram_TKK: Tensor, steps_K: Tensor, target_step: float) -> Tensor:
+    def coefficients(self, window: Window, target_step: float) -> Tensor:
         """Return the fp64 (T, K) coefficients of all tensors together; one Gram (K, K) alone is allowed."""
+        steps_K = window.steps_K
         count = len(steps_K)
         if count < max(3, self.rank):
             raise TargetError(
                 f"neural at rank {self.rank} needs at least {max(3, self.rank)} checkpoints, and the window has"
                 f" {count}. Widen it, or choose another method."
             )
-        values_TK, vectors_TKK = torch.linalg.eigh(gram_TKK)
+        values_TK, vectors_TKK = window.eigen
         sigma_TR = values_TK[..., -self.rank :].clamp(min=0.0).sqrt()
         basis_TKR = vectors_TKK[..., -self.rank :]
         series = (basis_TKR * sigma_TR[..., None, :]).movedim(-2, -1)
@@ -72,10 +74,6 @@ class Neural:
         kept_TR = sigma_TR > _NULL * sigma_TR[..., -1:]
         scaled_TR = torch.where(kept_TR, predicted_TR / sigma_TR, 0.0)
         return torch.matmul(basis_TKR, scaled_TR[..., None])[..., 0]
-
-    def moves(self, name: str, dimensions: int) -> bool:
-        """Every tensor is extrapolated, norms and biases too."""
-        return True
 
     def _predict(self, series_NK: Tensor, steps_K: Tensor, target_step: float) -> Tensor:
         """Return (N,) fp64 where each series is at the target."""

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from relex.errors import TargetError
 from relex.predictors import next_network
+from relex.predictors.predictor import Window
 from relex.rank_one import Outer
 from relex.streaming import Progress
 from relex.triplets import Pair, Source, Triplets, anchored, triplets
@@ -70,11 +71,11 @@ class Next:
         """What multiplies the unit's vectors."""
         return self.alpha
 
-    def coefficients(self, gram_TKK: Tensor, steps_K: Tensor, target_step: float) -> Tensor:
+    def coefficients(self, window: Window, target_step: float) -> Tensor:
         """Return fp64 coefficients of the latest checkpoint, which the matrix is added to."""
-        coefficients_K = torch.zeros(len(steps_K), dtype=torch.float64)
+        coefficients_K = torch.zeros(len(window.steps_K), dtype=torch.float64)
         coefficients_K[-1] = 1.0
-        return coefficients_K.expand(gram_TKK.shape[:-1])
+        return coefficients_K.expand(window.gram_TKK.shape[:-1])
 
     def moves(self, name: str, dimensions: int) -> bool:
         """Matrices and vectors are predicted, as long as they are not too long."""

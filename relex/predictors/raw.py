@@ -5,16 +5,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from relex.predictors.line import line_at
+from relex.predictors.predictor import Predictor, Window
 
 
 @dataclass(frozen=True)
-class RawLinear:
+class RawLinear(Predictor):
     """No parameters."""
 
-    def coefficients(self, gram_TKK: Tensor, steps_K: Tensor, target_step: float) -> Tensor:
+    def coefficients(self, window: Window, target_step: float) -> Tensor:
         """Return the fp64 (T, K) least-squares line at the target; the Gram is not looked at."""
-        return line_at(steps_K, target_step).expand(gram_TKK.shape[:-1])
-
-    def moves(self, name: str, dimensions: int) -> bool:
-        """Every tensor is extrapolated."""
-        return True
+        return line_at(window.steps_K, target_step).expand(window.gram_TKK.shape[:-1])

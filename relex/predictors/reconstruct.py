@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from relex.errors import TargetError
+from relex.predictors.predictor import Predictor, Window
 
 
 @dataclass(frozen=True)
-class Reconstruct:
+class Reconstruct(Predictor):
     """The observed checkpoint at the target step, as far as `rank` directions hold it."""
 
     rank: int = 1
@@ -23,8 +24,9 @@ class Reconstruct:
         if self.rank < 1:
             raise TargetError(f"rank is {self.rank}; give at least 1.")
 
-    def coefficients(self, gram_TKK: Tensor, steps_K: Tensor, target_step: float) -> Tensor:
+    def coefficients(self, window: Window, target_step: float) -> Tensor:
         """Return the fp64 (T, K) coefficient of each checkpoint's delta; the target is one of the steps."""
+        steps_K = window.steps_K
         if self.rank > len(steps_K):
             raise TargetError(
                 f"rank {self.rank} needs as many checkpoints, and the window has {len(steps_K)}. Give a lower rank."
@@ -35,10 +37,6 @@ class Reconstruct:
                 f"reconstruct projects an observed step, and {target_step:g} is none of the window's {len(steps_K)},"
                 f" {steps_K[0]:g} to {steps_K[-1]:g}. Give one of them, or a method that extrapolates."
             )
-        _, vectors_TKK = torch.linalg.eigh(gram_TKK)
+        _, vectors_TKK = window.eigen
         basis_TKR = vectors_TKK[..., -self.rank :]
         return torch.matmul(basis_TKR, basis_TKR[..., int(place), :, None])[..., 0]
-
-    def moves(self, name: str, dimensions: int) -> bool:
-        """Every tensor is projected."""
-        return True

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from relex.errors import TargetError
+from relex.predictors.predictor import Predictor, Window
 
 _NORM = re.compile(r"norm|^ln(_|\d|$)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class Secant:
+class Secant(Predictor):
     """From `start` (a training step; 0 is the base) to the latest or the first checkpoint; `beta` None: to the target.
 
     `norms` says what becomes of normalisation tensors: extrapolated, or copied from the latest checkpoint.
@@ -27,9 +28,9 @@ class Secant:
     beta: float | None = None
     norms: Literal["move", "copy"] = "move"
 
-    def coefficients(self, gram_TKK: Tensor, steps_K: Tensor, target_step: float) -> Tensor:
+    def coefficients(self, window: Window, target_step: float) -> Tensor:
         """Return the fp64 (T, K) coefficients, zero but for the two checkpoints; the Gram is not looked at."""
-        steps = [int(step) for step in steps_K]
+        steps = [int(step) for step in window.steps_K]
         last = steps[-1] if self.end == "latest" else steps[0]
         if self.start != 0 and self.start not in steps:
             raise TargetError(
@@ -45,7 +46,7 @@ class Secant:
         coefficients_K[steps.index(last)] = beta
         if self.start != 0:
             coefficients_K[steps.index(self.start)] += 1.0 - beta
-        return coefficients_K.expand(gram_TKK.shape[:-1])
+        return coefficients_K.expand(window.gram_TKK.shape[:-1])
 
     def moves(self, name: str, dimensions: int) -> bool:
         """Weight Extrapolation copies normalisation tensors (1-D, by name) from the latest checkpoint."""

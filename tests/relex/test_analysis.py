@@ -15,6 +15,7 @@ from relex.extrapolation import Request, extrapolate
 from relex.forecast import forecast
 from relex.linearity import weight_r_squared
 from relex.predictors import parse_method
+from relex.predictors.predictor import Window
 from tests.helpers import peft_files
 from tests.helpers.trajectories import FROZEN, MIB, NORM, STEPS, Run, drift, least_memory, load, measure, write_run
 from tests.relex.reference import dense
@@ -120,7 +121,7 @@ def test_a_reconstruction_is_the_step_projected_onto_the_leading_directions(run:
     states = drift()
     gram = measure(run.open())
     method = parse_method(f"reconstruct:rank={rank}")
-    found_TK = method.predictor.coefficients(gram.products, torch.tensor(STEPS, dtype=torch.float64), step)
+    found_TK = method.predictor.coefficients(Window(gram.products, torch.tensor(STEPS, dtype=torch.float64)), step)
     for name in ("model.layers.0.mlp.weight", NORM):
         rows = dense.deltas(states[0][name], [states[at][name] for at in STEPS])
         coordinates, directions = dense.coordinates(rows, rank)

@@ -3,11 +3,16 @@
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
 from flows.cli.main import main
+from relex.predictors import METHODS, Row, table
+from relex.predictors.predictor import Predictor, Window
 from tests.helpers.straight_run import WriteCheckpoint, make_old
 
 Relex = Callable[..., str]
@@ -58,3 +63,48 @@ def test_checkpoints_beyond_the_window_are_not_looked_at(backtest: Relex) -> Non
     assert "4 checkpoints, steps 5 to 20" in out
     assert "recommended: hold" in out
     assert "too few to tell a direction from chance" in out
+
+
+@dataclass(frozen=True)
+class Chord(Predictor):
+    """The line through two checkpoints, `back` apart: a method as somebody would write it."""
+
+    back: int = 1
+
+    def coefficients(self, window: Window, target_step: float) -> Tensor:
+        """Return (T, K): the latest checkpoint, and its way from the earlier one as often as there are steps to go."""
+        steps_K = window.steps_K
+        share = (target_step - steps_K[-1]) / (steps_K[-1] - steps_K[-1 - self.back])
+        coefficients_K = torch.zeros(len(steps_K), dtype=torch.float64)
+        coefficients_K[-1] = 1.0 + share
+        coefficients_K[-1 - self.back] = -share
+        return coefficients_K.expand(window.gram_TKK.shape[:-1])
+
+
+def test_a_method_is_one_file_and_one_row_to_the_end(
+    backtest: Relex, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = Row("line through two checkpoints", Chord, {"back": int}, paper="0000.00000")
+    monkeypatch.setitem(METHODS, "chord", row)
+    out = backtest("--method", "chord:back=2")
+    assert any(line.split()[:1] == ["chord:back=2"] and "1.00" in line for line in out.splitlines()), out
+    cells = json.loads(backtest("--method", "chord:back=2", "--json"))["cells"]
+    assert any(cell["way"]["method"] == "chord:back=2" and cell["trusted"] for cell in cells)
+    for command in ("backtest", "extrapolate", "compare"):
+        monkeypatch.setattr(sys, "argv", ["relex", command, "--help"])
+        with pytest.raises(SystemExit):
+            main()
+        assert "chord (back=1)" in " ".join(capsys.readouterr().out.split())
+    assert ("chord", row.summary, "back=1", "arXiv 0000.00000", "yes") in table()
+
+
+def test_a_method_that_fits_no_window_has_an_empty_line_and_one_without_a_backtest_is_refused(
+    backtest: Relex, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = backtest("--method", "polynomial:degree=30")
+    assert any(line.split() == ["polynomial:degree=30"] for line in out.splitlines()), out
+    monkeypatch.setattr(sys, "argv", ["relex", "backtest", "run", "--base", "base", "--method", "next"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 1
+    assert "method next has no backtest: it reads the weights" in capsys.readouterr().err

@@ -195,7 +195,7 @@ def test_every_method_is_listed_and_named_where_one_is_asked_for(relex: Relex) -
     rows = json.loads(relex("methods", "--json")[1])
     assert list(rows) == list(METHODS)
     assert rows["relex-pinned"]["defaults"] == {"rank": 1, "damping": 1.0}
-    for command in ("extrapolate", "compare"):
+    for command in ("extrapolate", "compare", "backtest"):
         # A terminal breaks names at their hyphens.
         words = "".join(relex(command, "--help")[1].split())
         assert all(name in words for name in METHODS)

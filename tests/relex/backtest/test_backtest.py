@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from relex.backtest.backtest import backtest
-from relex.backtest.skill import Jumps, jumps
-from relex.errors import DuplicateError
+from relex.backtest.skill import Jumps, jumps, tried
+from relex.errors import DuplicateError, TargetError
 from relex.gram import Gram
-from relex.predictors import parse_method
+from relex.predictors import METHODS, parse_method
+from relex.predictors.predictor import Window
 
 # With holes, as stores have them.
 STEPS = (5, 10, 15, 20, 25, 40, 50, 60, 65, 80, 120, 125)
@@ -57,25 +58,44 @@ def hold_share(path: Path, steps: Sequence[int], size: int, *, runs: int) -> flo
     return held / runs
 
 
+EVERY_LINEAR = (
+    "relex:rank=2",
+    "polynomial:degree=2",
+    "sinusoid",
+    "neural:epochs=1",
+    "raw",
+    "weight-extrapolation",
+    "expo:alpha=1.0",
+    "first-update:alpha=20.0",
+    "mean:last=2",
+    "hold",
+)
+
+
+def test_every_method_that_has_a_backtest_is_tried_here() -> None:
+    tested = {spec.partition(":")[0] for spec in (*tried(()), *EVERY_LINEAR)}
+    assert tested == {name for name, row in METHODS.items() if row.backtest != "no"}
+
+
 def test_every_jump_is_what_the_dense_prediction_of_the_method_gives() -> None:
     generator = torch.Generator().manual_seed(3)
     deltas_TKD = torch.stack([line(generator, STEPS, 9), walk(generator, STEPS, 9)])
-    found = jumps(gram_of(deltas_TKD, STEPS).products, STEPS)
-    assert {way.method for way, _ in found} == {
-        "relex",
-        *(f"relex-pinned:damping={value}" for value in ("0.1", "0.3", "0.6", "1")),
-    }
-    assert {way.start for way, _ in found} == {0.0, 0.5, 0.75}
-    for (way, horizon), item in found.items():
+    usual = ("relex", *(f"relex-pinned:damping={value}" for value in ("0.1", "0.3", "0.6", "1")))
+    assert tried(()) == usual
+    gram_TKK = gram_of(deltas_TKD, STEPS).products
+    made = jumps(gram_TKK, STEPS, tried(EVERY_LINEAR))
+    assert {way.method for way, _ in made} == {*usual, *EVERY_LINEAR}
+    assert {way.start for way, _ in made} == {0.0, 0.5, 0.75}
+    for (way, horizon), jump in made.items():
         predictor = parse_method(way.method).predictor
-        for row, (origin, target) in enumerate(zip(item.origins, item.targets, strict=True)):
+        for row, (origin, target) in enumerate(zip(jump.origins, jump.targets, strict=True)):
             assert (1 + horizon) * origin <= target < (1 + 2 * horizon) * origin
             rows = [place for place, step in enumerate(STEPS) if way.start * origin <= step <= origin]
             seen_TWD = deltas_TKD[:, rows]
             steps_W = torch.tensor([STEPS[place] for place in rows], dtype=torch.float64)
-            predicted_TD = torch.einsum(
-                "tw,twd->td", predictor.coefficients(seen_TWD @ seen_TWD.mT, steps_W, target), seen_TWD
-            )
+            # From the same bits: where the fit of a sinusoid ends hangs on the last one.
+            seen = Window(gram_TKK[:, rows][:, :, rows], steps_W)
+            predicted_TD = torch.einsum("tw,twd->td", predictor.coefficients(seen, target), seen_TWD)
             real_TD, held_TD = deltas_TKD[:, STEPS.index(target)], deltas_TKD[:, STEPS.index(origin)]
             expected = {
                 "missed": (predicted_TD - real_TD).square().sum(-1),
@@ -85,7 +105,51 @@ def test_every_jump_is_what_the_dense_prediction_of_the_method_gives() -> None:
                 "real": real_TD.square().sum(-1),
             }
             for name, value in expected.items():
-                assert getattr(item, name)[row].tolist() == pytest.approx(value.tolist(), rel=1e-9), (way, name)
+                assert getattr(jump, name)[row].tolist() == pytest.approx(value.tolist(), rel=1e-9), (
+                    way,
+                    name,
+                )
+
+
+def test_a_method_is_tried_once_however_it_is_written() -> None:
+    assert tried(["relex-pinned", "relex:rank=1", "relex-pinned:damping=0.30"]) == tried(())
+    assert tried(["raw", "raw"]) == (*tried(()), "raw")
+
+
+@pytest.mark.parametrize(
+    ("spec", "why"),
+    [("next", "reads the weights"), ("alpha-rl", "reads the weights"), ("reconstruct", "predicts nothing")],
+)
+def test_a_method_without_a_backtest_is_refused_with_its_reason(spec: str, why: str) -> None:
+    with pytest.raises(TargetError, match=rf"method {spec} has no backtest: it {why}.* Choose among relex, .*hold\.$"):
+        tried([spec])
+
+
+def test_a_method_that_fits_no_window_has_no_cell() -> None:
+    deltas = line(torch.Generator().manual_seed(0), EVERY, 30)[None]
+    made = backtest(gram_of(deltas, EVERY), methods=["polynomial:degree=40"])
+    assert made.methods[-1] == "polynomial:degree=40"
+    assert {cell.way.method for cell in made.cells} == set(tried(()))
+
+
+def test_a_method_that_follows_a_bend_is_trusted_where_lines_are_not() -> None:
+    """The way of a thrown stone: three quarters of it are seen, and from there it comes back."""
+    times = torch.tensor(EVERY, dtype=torch.float64)[:, None]
+    noise_KD = noise(torch.Generator().manual_seed(0), len(EVERY), 30)
+    deltas = times * (32.0 - times) * noise(torch.Generator().manual_seed(1), 30) + 1e-3 * noise_KD
+    lines = backtest(gram_of(deltas[None], EVERY))
+    curves = backtest(gram_of(deltas[None], EVERY), methods=["polynomial:degree=2"])
+    assert curves.recommendation.method == "polynomial:degree=2"
+    assert curves.recommendation.horizon is not None
+    assert curves.recommendation.horizon > (lines.recommendation.horizon or 0.0)
+
+
+def test_json_says_of_a_way_its_method_and_what_it_was_called_by() -> None:
+    content = backtest(gram_of(line(torch.Generator().manual_seed(0), EVERY, 3)[None], EVERY)).to_json()
+    ways = [cell["way"] for cell in content["cells"]]
+    assert {"method": "relex", "form": "relex", "damping": 1.0, "start": 0.0} in ways
+    pinned = {"method": "relex-pinned:damping=0.3", "form": "relex-pinned", "damping": 0.3, "start": 0.5}
+    assert pinned in ways
 
 
 def test_the_cells_are_the_pooled_skill_cosine_and_norm_ratio_over_origins() -> None:

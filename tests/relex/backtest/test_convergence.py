@@ -13,6 +13,7 @@ def looked(
     *,
     dtype: torch.dtype = torch.float32,
     steps: tuple[int, ...] = STEPS,
+    methods: tuple[str, ...] = (),
 ) -> Convergence:
     """Return what is found on a run of one tensor: a line with noise, or a random walk."""
     generator = torch.Generator().manual_seed(1)
@@ -25,7 +26,7 @@ def looked(
         delta = {"line": 0.05 * step * way + 0.1 * noise, "walk": walk}[kind]
         states[step] = {"weight": (base + 0.1 * delta).to(dtype)}
     trajectory = write_run(tmp_path_factory.mktemp("run"), states).open()
-    return converge(trajectory, measure(trajectory))
+    return converge(trajectory, measure(trajectory), methods=methods)
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +86,26 @@ def test_skill_is_promised_only_as_far_as_it_was_tested(line: Convergence) -> No
     found = {item.target_step: item for item in propose(line, methods=[line.way.method], targets=None)}
     assert found[line.target_step].skill_at_least == line.lower_bound
     assert all((item.skill_at_least is None) == (step > line.target_step) for step, item in found.items())
+
+
+def test_a_method_of_the_settings_gets_skill_trust_and_targets(tmp_path_factory: pytest.TempPathFactory) -> None:
+    plain = looked(tmp_path_factory, "line")
+    (alone,) = {proposal.skill_at_least for proposal in propose(plain, methods=["raw"], targets=None)}
+    assert alone is None
+    asked = looked(tmp_path_factory, "line", methods=("raw", "next", "neural"))
+    # What has no backtest, or only on demand, is proposed all the same.
+    assert asked.backtest.methods == (*plain.backtest.methods, "raw")
+    proposals = propose(asked, methods=["raw", "next"], targets=None)
+    assert {proposal.method for proposal in proposals} == {"raw", "next"}
+    assert any(proposal.skill_at_least is not None for proposal in proposals if proposal.method == "raw")
+    assert all(proposal.skill_at_least is None for proposal in proposals if proposal.method == "next")
+
+
+def test_a_bound_is_that_of_the_method_however_it_is_written(line: Convergence) -> None:
+    (target,) = {proposal.target_step for proposal in propose(line, methods=["relex"], targets=[60])}
+    bounds = [
+        propose(line, methods=[spec], targets=[target])[0].skill_at_least
+        for spec in ("relex-pinned:damping=1", "relex-pinned", "relex-pinned:rank=1")
+    ]
+    assert bounds[0] is not None
+    assert bounds == [bounds[0]] * 3

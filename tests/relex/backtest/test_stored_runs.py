@@ -17,6 +17,7 @@ from safetensors import safe_open
 from relex.backtest.backtest import Backtest, backtest
 from relex.gram import Gram
 from relex.predictors import parse_method
+from relex.predictors.predictor import Window
 
 STRAIGHT, BENT = "sort-seed-1-prompts-8-lr-4e-06-fp32", "sort-seed-1-prompts-32-lr-2e-05-fp32"
 WINDOWS = (24, 48, 96)
@@ -41,7 +42,7 @@ class Kept:
         observed = torch.tensor([steps[row] for row in rows], dtype=torch.float64)
         missed_TK = torch.zeros(len(self.gram.names), len(steps), dtype=torch.float64)
         missed_TK[:, rows] = parse_method(method).predictor.coefficients(
-            self.gram.products[:, rows][:, :, rows], observed, target
+            Window(self.gram.products[:, rows][:, :, rows], observed), target
         )
         missed_TK[:, real] -= 1.0
         held_K = torch.zeros(len(steps), dtype=torch.float64)
@@ -123,3 +124,17 @@ def test_a_run_that_goes_on_is_foretold_to_its_end(runs: dict[str, Kept], window
     measured = next(point for point in run.windows[window]["relex"] if point["step"] == END)
     assert measured["accuracy"] > run.windows[window]["observed"] + 0.3
     assert run.skill("relex", run.gram.steps[0], window, END) > 0.3
+
+
+@pytest.mark.parametrize(("name", "window"), [(STRAIGHT, 48), (BENT, 96)])
+def test_the_cells_of_the_usual_ways_are_those_that_were_kept(runs: dict[str, Kept], name: str, window: int) -> None:
+    """Kept before methods were asked for their own coefficients; they are a digest of what decides on real runs."""
+    kept = json.loads((Path(__file__).parent / "runs" / "cells.json").read_text())[f"{name} {window}"]
+    made = runs[name].backtest(window)
+    assert made.chance == pytest.approx(kept["chance"], rel=1e-12)
+    assert len(made.cells) == len(kept["cells"])
+    for cell, expected in zip(made.cells, kept["cells"], strict=True):
+        assert [cell.way.method, cell.way.start, cell.horizon] == expected[:3]
+        numbers = [cell.skill, cell.lower_bound, cell.cosine, cell.norm_ratio, cell.jumps, cell.longest, cell.trusted]
+        for number, value in zip(numbers, expected[3:], strict=True):
+            assert number == (None if value is None else pytest.approx(value, rel=1e-12)), (cell.way, cell.horizon)

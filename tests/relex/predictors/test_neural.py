@@ -5,6 +5,7 @@ from torch import Tensor
 from relex.errors import TargetError
 from relex.predictors.low_rank import LowRankLinear
 from relex.predictors.neural import Neural
+from relex.predictors.predictor import Window
 
 STEPS = torch.tensor([2.0, 4, 5, 8, 10, 12, 15, 16, 18, 20, 22, 24, 27, 28, 30, 32], dtype=torch.float64)
 
@@ -20,9 +21,9 @@ def deltas(curve: Tensor, *, noise: float, tensors: int = 6, seed: int = 0) -> t
 def predicted(predictor: Neural | LowRankLinear, deltas_TKD: Tensor, target: float) -> Tensor:
     grams = deltas_TKD @ deltas_TKD.mT
     if isinstance(predictor, Neural):
-        coefficients_TK = predictor.coefficients(grams, STEPS, target)
+        coefficients_TK = predictor.coefficients(Window(grams, STEPS), target)
     else:
-        coefficients_TK = torch.stack([predictor.coefficients(gram, STEPS, target) for gram in grams])
+        coefficients_TK = torch.stack([predictor.coefficients(Window(gram, STEPS), target) for gram in grams])
     return torch.einsum("tk,tkd->td", coefficients_TK, deltas_TKD)
 
 
@@ -59,4 +60,4 @@ def test_a_tensor_that_never_moved_has_no_part_in_it() -> None:
 
 def test_too_few_checkpoints_are_refused_with_both_numbers() -> None:
     with pytest.raises(TargetError, match="needs at least 3 checkpoints, and the window has 2"):
-        Neural().coefficients(torch.eye(2, dtype=torch.float64)[None], STEPS[:2], 60.0)
+        Neural().coefficients(Window(torch.eye(2, dtype=torch.float64)[None], STEPS[:2]), 60.0)
