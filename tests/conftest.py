@@ -1,0 +1,71 @@
+"""What holds for every test: one thread a process, a home of its own, and nothing left running."""
+
+import os
+import shutil
+import tempfile
+import time
+import uuid
+from pathlib import Path
+
+# Two threads fight over models of this size, and the tests' processes over the cores; inherited by every child.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Set by the first process of a session, inherited by its workers and by all that tests start: so they are found again.
+MARK = "RELEX_TEST_SESSION"
+FIRST = MARK not in os.environ
+os.environ.setdefault(MARK, uuid.uuid4().hex)
+# Neither a person's stack and cache nor that of the other worker.
+HOME = Path(tempfile.mkdtemp(prefix="relex-tests-"))
+os.environ["RELEX_HOME"] = str(HOME / "relex")
+os.environ["PREFECT_HOME"] = str(HOME / "prefect")
+
+import hypothesis
+import psutil
+import pytest
+
+# The same examples in every run, however slow the machine; `make soak` looks for others.
+hypothesis.settings.register_profile("gate", derandomize=True, deadline=None, database=None)
+hypothesis.settings.register_profile("soak", deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "gate"))
+
+# How long a process that was told to end may take.
+_ENDING_SECONDS = 20.0
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give a file to one worker, whose fixtures it makes once, and begin with the longest: the tests with servers."""
+
+    def rank(item: pytest.Item) -> tuple[bool, bool]:
+        group = item.get_closest_marker("xdist_group")
+        return (group is None, item.get_closest_marker("slow") is None)
+
+    items.sort(key=rank)
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(item.config.rootpath / "tests"))))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail a session that leaves processes."""
+    if FIRST:
+        end = time.monotonic() + _ENDING_SECONDS
+        while (left := _left()) and time.monotonic() < end:
+            time.sleep(0.2)
+        for line in left:
+            session.config.get_terminal_writer().line(f"left running: {line}", red=True)
+        if left:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    shutil.rmtree(HOME, ignore_errors=True)
+
+
+def _left() -> list[str]:
+    """Return the processes of this session other than this one and those that started it."""
+    own = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
+    left = []
+    for process in psutil.process_iter():
+        try:
+            if process.pid not in own and process.environ().get(MARK) == os.environ[MARK]:
+                left.append(f"{process.pid} {' '.join(process.cmdline())[:200]}")
+        except psutil.Error:
+            continue
+    return left
