@@ -1,10 +1,11 @@
 # Two commands matter: `make demo` runs the main job end to end, `make test` runs the quality gate.
+# `make test-all` runs every test once, `make soak` the long campaigns.
 PYTHON ?= python3.11
 BIN := .venv/bin
 # The stamp is newer than what it was made from, or the environment is built again.
 STAMP := .venv/.installed
 
-.PHONY: setup demo test clean
+.PHONY: setup demo test types contracts test-rest test-all soak clean
 
 setup: $(STAMP)
 
@@ -18,12 +19,34 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/relex demo
 
+# Both cores: what shares servers runs on one of two workers, a file at a time on either.
+PYTEST = $(BIN)/pytest -n 2 --dist loadgroup
+
 test: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(MAKE) --no-print-directory --jobs 2 types contracts
+	$(PYTEST) -m "not slow"
+
+types: setup
 	$(BIN)/mypy
+
+contracts: setup
 	$(BIN)/lint-imports
-	$(BIN)/pytest
+
+# What make test leaves out.
+test-rest: setup
+	$(PYTEST) -m slow
+
+test-all: test test-rest
+
+# The campaigns, for a night: kills, faults in stored checkpoints, races for the alias, and examples of each run's own.
+soak: export RELEX_KILL_ROUNDS ?= 20
+soak: export RELEX_FAULTS ?= 2000
+soak: export RELEX_RACES ?= 100
+soak: export HYPOTHESIS_PROFILE ?= soak
+soak: setup
+	$(PYTEST) -m "slow or hypothesis" --timeout 7200
 
 clean:
 	rm -rf .venv build *.egg-info

@@ -27,21 +27,29 @@ hypothesis.settings.register_profile("gate", derandomize=True, deadline=None, da
 hypothesis.settings.register_profile("soak", deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "gate"))
 
+# Fixtures of a session that all who use them get from one worker: the servers, and the demo's run.
+SHARED = {"servers", "trained"}
 # How long a process that was told to end may take.
 _ENDING_SECONDS = 20.0
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give a file to one worker, whose fixtures it makes once, and begin with the longest: the tests with servers."""
+    """Give what shares servers to one worker and each other file to one, and begin with what takes longest."""
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        if SHARED.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.xdist_group("stack"))
+        elif item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(item.config.rootpath / "tests"))))
+        files.setdefault(item.path, []).append(item)
 
     def rank(item: pytest.Item) -> tuple[bool, bool]:
-        group = item.get_closest_marker("xdist_group")
-        return (group is None, item.get_closest_marker("slow") is None)
+        in_file = files[item.path]
+        shares = any(mark.args == ("stack",) for other in in_file for mark in other.iter_markers("xdist_group"))
+        return (not shares, all(other.get_closest_marker("slow") is None for other in in_file))
 
     items.sort(key=rank)
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(item.config.rootpath / "tests"))))
 
 
 @pytest.hookimpl(trylast=True)

@@ -25,11 +25,11 @@ def commands() -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in lines]
 
 
-def test_continuous_integration_runs_the_test_command_of_the_first_block() -> None:
+def test_continuous_integration_runs_the_test_command_of_the_first_block_and_then_the_rest() -> None:
     first = [shlex.split(line, comments=True) for line in blocks("sh")[0].splitlines()]
     assert first == [["make", "demo"], ["make", "test"]]
     calls = [line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line.startswith("make")]
-    assert calls == ["make test"]
+    assert calls == ["make test", "make test-rest"]
 
 
 def test_the_example_config_is_accepted(tmp_path: Path) -> None:

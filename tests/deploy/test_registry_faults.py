@@ -32,6 +32,7 @@ def _assert_one_of_everything(home: Path) -> None:
     assert len(list((home / "artifacts/tiny/models").iterdir())) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("set_up", "stride"), [("before", 7), ("by the child", 40)])
 def test_a_registration_killed_at_any_step_is_completed_by_the_next_one(
     predicted: Path, template: Path, tmp_path: Path, set_up: str, stride: int

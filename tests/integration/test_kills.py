@@ -187,6 +187,7 @@ def _kill(home: Path, run: Run, victim: str, *, delay: float, done: Callable[[],
     return f"{victim} {process.pid}"
 
 
+@pytest.mark.slow
 def test_nothing_is_lost_or_doubled_whatever_is_killed(
     place: Path, runs: list[Run], capsys: pytest.CaptureFixture[str]
 ) -> None:

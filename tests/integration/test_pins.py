@@ -92,6 +92,7 @@ def kept(settings: Settings) -> dict[int, str]:
     }
 
 
+@pytest.mark.slow
 def test_a_trainer_that_keeps_one_checkpoint_loses_no_step_of_the_window(
     tmp_path: Path, base: Path, start: Start
 ) -> None:
@@ -117,6 +118,7 @@ def test_a_trainer_that_keeps_one_checkpoint_loses_no_step_of_the_window(
     wait_for(lambda: said in (tmp_path / "said.log").read_text())
 
 
+@pytest.mark.slow
 def test_a_killed_watcher_loses_only_what_was_deleted_while_none_was_running(
     tmp_path: Path, base: Path, start: Start
 ) -> None:

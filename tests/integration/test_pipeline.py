@@ -189,6 +189,7 @@ def decide_now(config: Path, servers: Stack, environment: dict[str, str]) -> str
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_prediction_that_is_no_better_is_refused_with_its_numbers(
     tmp_path: Path, trained: TrainedRun, servers: Stack, server_environment: dict[str, str]
 ) -> None:
@@ -210,6 +211,7 @@ def test_a_prediction_that_is_no_better_is_refused_with_its_numbers(
     assert "is decided" in log
 
 
+@pytest.mark.slow
 def test_window_targets_and_attempts_are_left_to_the_backtest(
     tmp_path: Path, trained: TrainedRun, servers: Stack, serve: Serve
 ) -> None:
@@ -246,6 +248,7 @@ def test_window_targets_and_attempts_are_left_to_the_backtest(
     assert all(run.data.params["digest"] and run.data.metrics["selection_problems"] >= 100 for run in below)
 
 
+@pytest.mark.slow
 def test_a_candidate_must_be_better_than_the_champion(
     tmp_path: Path, trained: TrainedRun, servers: Stack, server_environment: dict[str, str]
 ) -> None:
@@ -274,6 +277,7 @@ def test_a_candidate_must_be_better_than_the_champion(
     assert [row.target_step for row in registry.models("contested", tracking_uri=servers.mlflow_url)] == [150]
 
 
+@pytest.mark.slow
 def test_a_new_watcher_settles_what_a_killed_one_left_and_watches_its_own_run(
     tmp_path: Path, trained: TrainedRun, servers: Stack, serve: Serve
 ) -> None:

@@ -14,7 +14,7 @@ from deploy.local.stack import Stack
 from flows.errors import PromotionError
 from flows.processes import PROMOTER, revive_promoter
 from flows.promote.flow import ask
-from tests.flows.promote.test_promote import BEST, GOOD, Registry
+from tests.helpers.registry import BEST, GOOD, Registry
 
 
 def look(servers: Stack, run: str) -> dict[str, Any]:

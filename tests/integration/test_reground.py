@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import httpx
+import pytest
 import yaml
 from transformers import AutoModelForCausalLM
 
@@ -19,6 +20,7 @@ from tests.integration.conftest import TrainedRun
 REAL, JUMP = 6, 30
 
 
+@pytest.mark.slow
 def test_grpo_goes_on_from_a_jump_that_was_judged(
     tmp_path: Path, trained: TrainedRun, servers: Stack, server_environment: dict[str, str]
 ) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import httpx
 import psutil
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
@@ -78,6 +79,7 @@ def ask(client: httpx.Client) -> str:
     return str(answer.json()["choices"][0]["message"]["content"])[-4:]
 
 
+@pytest.mark.slow
 def test_the_champion_answers_chats_also_while_it_changes_and_nothing_outlives_the_command(tmp_path: Path) -> None:
     promote(tmp_path, says="7")
     process = subprocess.Popen(

@@ -18,8 +18,8 @@ from deploy import champions, registry
 from deploy.registry import CHAMPION
 from deploy.tracking import connect, prepare
 from tests.deploy.dying_register import child, watch
-from tests.flows.promote.test_promote import BEST, BETTER, GOOD, Registry
 from tests.helpers.predictions import write_prediction
+from tests.helpers.registry import BEST, BETTER, GOOD, Registry
 
 Work = Callable[[Registry], object]
 

@@ -200,6 +200,7 @@ def killed(scene: Scene) -> Iterator[dict[str, RegroundSettings]]:
         daemon.stop(runs["train"].home, ["cycle-1"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", POINTS)
 def test_killed_anywhere_the_same_call_ends_in_the_same_model(
     scene: Scene, killed: dict[str, RegroundSettings], point: str
@@ -266,6 +267,7 @@ def test_another_base_is_refused_in_one_line(scene: Scene) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_trainer_that_stops_early_is_refused_and_trained_again_by_the_next_call(scene: Scene) -> None:
     settings = begin(scene, "early", "--stop-at", "5", real_steps=6)
     with pytest.raises(TrainerError, match=r"was told 6 steps and its last checkpoint in .* is of step 4"):
@@ -275,6 +277,7 @@ def test_a_trainer_that_stops_early_is_refused_and_trained_again_by_the_next_cal
     assert mended.cycle_directory(1).joinpath("run-2").is_dir()
 
 
+@pytest.mark.slow
 def test_a_terminated_command_ends_its_trainer(scene: Scene) -> None:
     settings = begin(scene, "terminated", "--hang-in", "0001/run-1")
     argv = [sys.executable, "-m", "flows.cli.main", "reground", str(scene.root / "terminated.yaml")]
