@@ -3,16 +3,18 @@
 python -m flows.deployments CONFIG --tracking-uri URI
 """
 
-import argparse
 import asyncio
 from datetime import timedelta
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from prefect.deployments.runner import RunnerDeployment
 from prefect.events.schemas.deployment_triggers import DeploymentEventTrigger
 from prefect.schedules import Interval
 from prefect.types.entrypoint import EntrypointType
 
+from flows.arguments import run_module
 from flows.decide.flow import extrapolate
 from flows.drift.flow import drift
 from flows.runner import serve
@@ -109,22 +111,19 @@ def _on(settings: Settings) -> str:
     return f"on steps {', '.join(map(str, settings.targets))}"
 
 
-def main() -> None:
-    """Serve until stopped."""
-    parser = argparse.ArgumentParser(prog="python -m flows.deployments", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("config", type=Path)
-    parser.add_argument("--tracking-uri", required=True)
-    parser.add_argument("--run-seconds", type=float, default=RUN_SECONDS)
-    parser.add_argument("--schedule-seconds", type=float, default=SCHEDULE_SECONDS)
-    options = parser.parse_args()
-    served = deployments(
-        options.config,
-        tracking_uri=options.tracking_uri,
-        run_seconds=options.run_seconds,
-        schedule_seconds=options.schedule_seconds,
-    )
+def main(
+    config: Path,
+    tracking_uri: Annotated[str, typer.Option()],
+    run_seconds: float = RUN_SECONDS,
+    schedule_seconds: float = SCHEDULE_SECONDS,
+) -> None:
+    """Serve the deployments of one training run until stopped.
+
+    Example: python -m flows.deployments relex.yaml --tracking-uri http://127.0.0.1:5000
+    """
+    served = deployments(config, tracking_uri=tracking_uri, run_seconds=run_seconds, schedule_seconds=schedule_seconds)
     asyncio.run(serve(served, name="relex", at_once=served[0]))
 
 
 if __name__ == "__main__":
-    main()
+    run_module("flows.deployments", main)

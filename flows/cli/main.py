@@ -13,6 +13,9 @@ from flows.cli.options import err
 from flows.errors import FlowError
 from relex.errors import RelexError
 
+# Exit status of what a SIGINT ended, by convention of shells.
+_INTERRUPTED = 130
+
 
 class Headed(TyperGroup):
     """Commands below headings that say what one wants, each in the order it was added."""
@@ -55,9 +58,11 @@ def main() -> None:
     except OSError as error:
         # A full disk or a directory without permission: what is half written has no name yet.
         _refuse(f"{type(error).__name__}: {error}")
-    except KeyboardInterrupt:
-        err.print("relex: interrupted; what is finished is kept", soft_wrap=True)
-        sys.exit(130)
+    except SystemExit as ending:
+        # typer makes this of an interrupt, and says nothing.
+        if ending.code == _INTERRUPTED:
+            err.print("relex: interrupted; what is finished is kept", soft_wrap=True)
+        raise
 
 
 def _refuse(reason: str) -> None:

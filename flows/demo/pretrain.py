@@ -7,10 +7,13 @@ import logging
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from flows.demo.command import Arguments, count, execute
+import typer
+
+from flows.arguments import run_module
 from flows.demo.errors import OutputExistsError
+from flows.demo.process import Task, execute
 
 if TYPE_CHECKING:
     from transformers import Qwen2ForCausalLM, Qwen2Tokenizer
@@ -51,28 +54,28 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 1 refused with one line, 2 wrong usage."""
-    parser = Arguments(
-        prog="python -m flows.demo.pretrain",
-        description="Supervise a tiny model on a corpus whose authors disagree, and write it as a base model.",
-        epilog="example: python -m flows.demo.pretrain --out demo/base --seed 0",
-    )
-    parser.add_argument("--out", type=Path, required=True, help="directory to write; must not exist")
-    parser.add_argument("--steps", type=count, default=400, help="batches of 48 texts (default 400)")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the corpus (default 0)")
-    parser.add_argument("--task", choices=["sort", "add"], default="sort", help="what is rewarded later (default sort)")
-    chosen = parser.parse_args(arguments)
+def main(
+    out: Annotated[Path, typer.Option(help="Directory to write; must not exist.")],
+    *,
+    steps: Annotated[int, typer.Option(min=1, help="Batches of 48 texts.")] = 400,
+    seed: Annotated[int, typer.Option(help="Of the weights and the corpus.")] = 0,
+    task: Annotated[Task, typer.Option(help="What is rewarded later.")] = "sort",
+) -> None:
+    """Supervise a tiny model on a corpus whose authors disagree, and write it as a base model.
+
+    Exit status 0 done, 1 refused with one line, 2 wrong usage.
+    Example: python -m flows.demo.pretrain --out demo/base --seed 0
+    """
 
     def work() -> None:
-        check_out(chosen.out)
+        check_out(out)
         from flows.demo.sft import supervise
 
-        publish(*supervise(chosen.steps, seed=chosen.seed, name=chosen.task), chosen.out)
-        _log.info("wrote %s", chosen.out)
+        publish(*supervise(steps, seed=seed, name=task), out)
+        _log.info("wrote %s", out)
 
     execute(work)
 
 
 if __name__ == "__main__":
-    main()
+    run_module("flows.demo.pretrain", main)

@@ -6,11 +6,14 @@ It knows nothing of whoever reads its checkpoints: RUN/checkpoint-N appears as a
 import json
 import logging
 from pathlib import Path
+from typing import Annotated, Literal
 
+import typer
 from safetensors import SafetensorError, safe_open
 
-from flows.demo.command import Arguments, count, execute
+from flows.arguments import run_module
 from flows.demo.errors import BaseModelError, OutputExistsError
+from flows.demo.process import Task, execute
 
 _log = logging.getLogger(__name__)
 
@@ -42,46 +45,44 @@ def check_out(out: Path) -> None:
         raise OutputExistsError(f"{out} exists and is not an empty directory; remove it or choose another --out")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 1 refused with one line, 2 wrong usage."""
-    parser = Arguments(
-        prog="python -m flows.demo.trainer",
-        description="Train a base model with GRPO and save checkpoint-N directories.",
-        epilog="example: python -m flows.demo.trainer --base demo/base --out demo/run --steps 360 --save-steps 2",
-    )
-    parser.add_argument("--base", type=Path, required=True, help="a model directory written by flows.demo.pretrain")
-    parser.add_argument("--out", type=Path, required=True, help="new or empty directory for the checkpoints")
-    parser.add_argument("--task", choices=["sort", "add"], default="sort", help="what is rewarded (default sort)")
-    parser.add_argument("--steps", type=count, default=360, help="training steps (default 360)")
-    parser.add_argument("--save-steps", type=count, default=1, help="steps between checkpoints (default 1)")
-    parser.add_argument("--seed", type=int, default=0, help="of the problems and of the sampling (default 0)")
-    parser.add_argument("--prompts", type=count, default=32, help="problems a step; fewer are noisier (default 32)")
-    parser.add_argument("--learning-rate", type=float, default=4e-6, help="constant (default 4e-6)")
-    parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16"], default="float32", help="of the stored weights (default float32)"
-    )
-    chosen = parser.parse_args(arguments)
+def main(
+    base: Annotated[Path, typer.Option(help="A model directory written by flows.demo.pretrain.")],
+    out: Annotated[Path, typer.Option(help="New or empty directory for the checkpoints.")],
+    *,
+    task: Annotated[Task, typer.Option(help="What is rewarded.")] = "sort",
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 360,
+    save_steps: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the problems and of the sampling.")] = 0,
+    prompts: Annotated[int, typer.Option(min=1, help="Problems a step; fewer are noisier.")] = 32,
+    learning_rate: Annotated[float, typer.Option(help="Constant.")] = 4e-6,
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the stored weights.")] = "float32",
+) -> None:
+    """Train a base model with GRPO and save checkpoint-N directories.
+
+    Exit status 0 done, 1 refused with one line, 2 wrong usage.
+    Example: python -m flows.demo.trainer --base demo/base --out demo/run --steps 360 --save-steps 2
+    """
 
     def work() -> None:
-        check_base(chosen.base)
-        check_out(chosen.out)
+        check_base(base)
+        check_out(out)
         from flows.demo.grpo import train
 
         train(
-            chosen.base,
-            chosen.out,
-            name=chosen.task,
-            steps=chosen.steps,
-            save_steps=chosen.save_steps,
-            seed=chosen.seed,
-            prompts=chosen.prompts,
-            learning_rate=chosen.learning_rate,
-            stored_dtype=chosen.dtype,
+            base,
+            out,
+            name=task,
+            steps=steps,
+            save_steps=save_steps,
+            seed=seed,
+            prompts=prompts,
+            learning_rate=learning_rate,
+            stored_dtype=dtype,
         )
-        _log.info("trained %d steps into %s", chosen.steps, chosen.out)
+        _log.info("trained %d steps into %s", steps, out)
 
     execute(work)
 
 
 if __name__ == "__main__":
-    main()
+    run_module("flows.demo.trainer", main)

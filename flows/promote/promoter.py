@@ -3,25 +3,25 @@
 python -m flows.promote.promoter --tracking-uri URI --downloads DIRECTORY
 """
 
-import argparse
 import asyncio
 from pathlib import Path
+from typing import Annotated
 
+import typer
+
+from flows.arguments import run_module
 from flows.processes import PROMOTER
 from flows.promote.flow import approval_deployment
 from flows.runner import serve
 
 
-def main() -> None:
-    """Serve until stopped."""
-    parser = argparse.ArgumentParser(
-        prog="python -m flows.promote.promoter", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("--tracking-uri", required=True)
-    parser.add_argument("--downloads", type=Path, required=True)
-    options = parser.parse_args()
-    asyncio.run(serve([approval_deployment(options.tracking_uri, options.downloads)], name=PROMOTER))
+def main(tracking_uri: Annotated[str, typer.Option()], downloads: Annotated[Path, typer.Option()]) -> None:
+    """Take approvals of promotions up until stopped.
+
+    Example: python -m flows.promote.promoter --tracking-uri http://127.0.0.1:5000 --downloads ~/.relex/models
+    """
+    asyncio.run(serve([approval_deployment(tracking_uri, downloads)], name=PROMOTER))
 
 
 if __name__ == "__main__":
-    main()
+    run_module("flows.promote.promoter", main)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from flows.cli.main import main
 from flows.console import markdown_table
+from relex import inspection
 from relex.predictors import METHODS
 from tests.helpers.straight_run import WriteCheckpoint, make_old
 
@@ -219,6 +220,18 @@ def test_the_help_groups_commands_and_imports_nothing_heavy() -> None:
 def test_a_bar_in_a_cell_does_not_end_it() -> None:
     lines = markdown_table(("model", "Σ|c|"), [("a|b", "1.0"), ("c", "")])
     assert lines == ["| model | Σ\\|c\\| |", "|---|---|", "| a\\|b | 1.0 |", "| c |  |"]
+
+
+def test_an_interrupted_command_says_that_what_is_finished_is_kept(
+    relex: Relex, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inspection, "inspect", interrupt)
+    status, out, err = relex("inspect", store / "run", "--base", store / "base")
+    assert (status, out) == (130, "")
+    assert err == "relex: interrupted; what is finished is kept\n"
 
 
 def test_the_module_is_the_command() -> None:

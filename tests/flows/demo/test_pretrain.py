@@ -54,9 +54,9 @@ def test_a_base_that_appears_meanwhile_is_left_as_it_is(base: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        ((), 2, "the following arguments are required: --out"),
-        (("--out", "x", "--steps", "0"), 2, "'0' is not a whole number above 0"),
-        (("--out", "x", "--seed", "one"), 2, "invalid int value: 'one'"),
+        ((), 2, "Missing option '--out'"),
+        (("--out", "x", "--steps", "0"), 2, "Invalid value for '--steps': Input should be greater than or equal to 1"),
+        (("--out", "x", "--seed", "one"), 2, "Invalid value for '--seed': Input should be a valid integer"),
         (("--out", "pyproject.toml"), 1, "OutputExistsError: pyproject.toml exists"),
     ],
 )

@@ -61,11 +61,17 @@ def test_another_task_rewards_other_answers(other: tuple[Path, str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--base", "b"), "the following arguments are required: --out"),
-        (("--base", "b", "--out", "o", "--steps", "-1"), "'-1' is not a whole number above 0"),
-        (("--base", "b", "--out", "o", "--learning-rate", "fast"), "invalid float value: 'fast'"),
-        (("--base", "b", "--out", "o", "--dtype", "int8"), "invalid choice: 'int8'"),
-        (("--base", "b", "--out", "o", "--task", "multiply"), "invalid choice: 'multiply'"),
+        (("--base", "b"), "Missing option '--out'"),
+        (
+            ("--base", "b", "--out", "o", "--steps", "-1"),
+            "Invalid value for '--steps': Input should be greater than or equal to 1",
+        ),
+        (
+            ("--base", "b", "--out", "o", "--learning-rate", "fast"),
+            "Invalid value for '--learning-rate': Input should be a valid number",
+        ),
+        (("--base", "b", "--out", "o", "--dtype", "int8"), "'int8' is not one of 'float32', 'bfloat16'"),
+        (("--base", "b", "--out", "o", "--task", "multiply"), "'multiply' is not one of 'sort', 'add'"),
     ],
 )
 def test_wrong_usage_is_answered_in_one_line(demo: Demo, arguments: tuple[str, ...], message: str) -> None:

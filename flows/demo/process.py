@@ -1,28 +1,14 @@
-"""The command lines of the demo's two processes: one line on a mistake, and a library set up for a very small model."""
+"""The demo's two processes: an environment for a very small model, and one line when they refuse."""
 
-import argparse
 import logging
 import os
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Literal
 
 from flows.demo.errors import DemoError
 
-
-class Arguments(argparse.ArgumentParser):
-    """A parser that answers a wrong argument with one line and exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        """Exit with code 2 after one line on stderr, without the usage that --help gives."""
-        self.exit(2, f"{self.prog}: {message}; --help shows an example\n")
-
-
-def count(text: str) -> int:
-    """Return the positive integer written in an argument; anything else is refused."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
+Task = Literal["sort", "add"]
 
 
 def execute(work: Callable[[], None]) -> None:
