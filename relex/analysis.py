@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from relex import sanity, spectrum
-from relex.extrapolation import Tell, telling
 from relex.files.block_cache import BlockCache
 from relex.gram import Gram, cached
 from relex.linearity import Sample, squared_correlation, weight_r_squared
+from relex.progress import Tell, telling
 from relex.trajectory import Trajectory, open_run
 
 # Coordinates that are shown: the first is the method, the others are what it leaves out.

@@ -25,8 +25,9 @@ from relex.layouts.weights import Weights
 from relex.output import manifest
 from relex.output.materialise import Output, materialise
 from relex.predictors import parse_method
+from relex.progress import Progress
 from relex.store import Checkpoint, check_same_tensors, open_base
-from relex.streaming import CHUNK, Block, Progress, Unit, Workspace, as_bytes, in_order, units, workspaces
+from relex.streaming import CHUNK, Block, Unit, Workspace, as_bytes, in_order, units, workspaces
 from relex.trajectory import TensorSpec, Trajectory
 
 # What a thread holds besides the workspace: chunks as they are stored, their deltas, and what becomes of those.

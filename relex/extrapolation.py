@@ -1,6 +1,6 @@
 """From a trajectory to predicted model directories: one pass for the Gram, one for all predictions."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +21,12 @@ from relex.output.shards import Spread
 from relex.output.upload import check_destination, discard_other, is_uploaded, staged, upload
 from relex.predictors import Method
 from relex.predictors.predictor import MatrixPredictor
-from relex.streaming import Progress
+from relex.progress import Tell, telling
 from relex.trajectory import Trajectory, open_run
 
 DTYPES = ("float32", "float16", "bfloat16")
 
 Form = Literal["model", "adapter"]
-
-Tell = Callable[[str, int, int], None]
-"""Called with (what is being done, how much of it is done, how much there is)."""
 
 
 @dataclass(frozen=True)
@@ -195,8 +192,3 @@ def extrapolate_run(
             tell=tell,
         )
     return {place: manifest.read(place) for place in places}
-
-
-def telling(tell: Tell | None, what: str) -> Progress | None:
-    """Return what tells how much of one thing is done, None when nobody listens."""
-    return None if tell is None else lambda done, total: tell(what, done, total)

@@ -28,7 +28,8 @@ from torch import Tensor
 
 from relex import factor_gram
 from relex.errors import CheckpointDamagedError, NonFiniteError
-from relex.streaming import Progress, Unit, Workspace, as_bytes, in_order, units, workspaces
+from relex.progress import Progress
+from relex.streaming import Unit, Workspace, as_bytes, in_order, units, workspaces
 from relex.trajectory import TensorSpec, Trajectory
 
 # Products are taken in tiles of fixed shape: the bits of G[i, j] then do not depend on how many checkpoints there are,

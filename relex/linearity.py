@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from relex.streaming import UNIT, Progress, Unit, Workspace, in_order, units, workspaces
+from relex.progress import Progress
+from relex.streaming import UNIT, Unit, Workspace, in_order, units, workspaces
 from relex.trajectory import Trajectory
 
 SHARE, LEAST = 1e-3, 50

@@ -16,8 +16,8 @@ from relex.errors import TargetError
 from relex.gram import Gram, keep
 from relex.predictors import Method
 from relex.predictors.predictor import MatrixPredictor
+from relex.progress import Progress
 from relex.rank_one import Outer
-from relex.streaming import Progress
 from relex.trajectory import Trajectory
 from relex.triplets import Source
 

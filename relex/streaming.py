@@ -30,9 +30,6 @@ MAX_READ_BYTES = 1 << 20
 
 Result = TypeVar("Result")
 
-Progress = Callable[[int, int], None]
-"""Called with (how much is done, how much there is)."""
-
 
 @dataclass(frozen=True)
 class Unit:

@@ -15,8 +15,9 @@ import torch
 from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator, svds
 
+from relex.progress import Progress
 from relex.rank_one import Outer
-from relex.streaming import CHUNK, Progress, Unit, Workspace, in_order, workspaces
+from relex.streaming import CHUNK, Unit, Workspace, in_order, workspaces
 from relex.trajectory import TensorSpec, Trajectory
 
 Array = NDArray[np.float64]

@@ -10,13 +10,14 @@ from flows.state.decision import Backtested, Model
 from flows.state.ledger import known, read_ledger, segment
 from flows.state.windows import window_directory, window_key
 from relex.backtest.convergence import Convergence, converge, propose
-from relex.extrapolation import Request, Tell, extrapolate, telling
+from relex.extrapolation import Request, extrapolate
 from relex.files.block_cache import BlockCache
 from relex.forecast import check_target
 from relex.gram import cached
 from relex.layouts.weights import Weights
 from relex.output.shards import Spread
 from relex.predictors import parse_method
+from relex.progress import Tell, telling
 from relex.store import StoredCheckpoint, observed, open_base, scan
 from relex.trajectory import Trajectory, open_trajectory
 

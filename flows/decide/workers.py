@@ -21,7 +21,7 @@ from relex.errors import RelexError
 from relex.files.block_cache import BlockCache
 from relex.output import shards
 from relex.output.shards import Shard, Spread
-from relex.streaming import Progress
+from relex.progress import Progress
 
 
 def write_shard(shard: Shard, cache: int) -> None:

@@ -23,9 +23,9 @@ from relex.errors import (
     CheckpointMismatchError,
     NonFiniteError,
 )
-from relex.extrapolation import Tell, telling
 from relex.files.block_cache import BlockCache
 from relex.layouts.weights import Weights
+from relex.progress import Tell, telling
 
 logger = logging.getLogger(__name__)
 

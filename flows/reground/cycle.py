@@ -23,10 +23,11 @@ from flows.reground.settings import RegroundSettings
 from flows.reground.trainer import TEMPLATES, fill, run_trainer
 from flows.state.records import write_json
 from relex.errors import CheckpointDamagedError, DuplicateError, NonFiniteError
-from relex.extrapolation import Request, Tell, extrapolate
+from relex.extrapolation import Request, extrapolate
 from relex.files.location import open_directory
 from relex.layouts.steps import step_directories
 from relex.predictors import parse_method
+from relex.progress import Tell
 from relex.store import Checkpoint, observed, open_base, scan
 from relex.trajectory import open_trajectory
 

@@ -10,7 +10,7 @@ from evaluation.verdict.report import Report
 from flows.reground.cycle import Cycle, Jumped, Plan, Trained, read_record
 from flows.reground.settings import RegroundSettings
 from flows.state.records import write_json
-from relex.extrapolation import Tell
+from relex.progress import Tell
 
 
 def judge(settings: RegroundSettings, plan: Plan, trained: Trained, jumped: Jumped, *, tell: Tell) -> Cycle:

@@ -14,8 +14,8 @@ from flows.reground.judge import judge, score
 from flows.reground.settings import Reference, RegroundSettings
 from flows.state.lock import held
 from flows.state.records import write_json
-from relex.extrapolation import Tell
 from relex.output.download import local_model
+from relex.progress import Tell
 
 
 @dataclass(frozen=True)

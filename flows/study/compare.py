@@ -15,12 +15,13 @@ from flows.study.comparison import Accuracy, Comparison, Role, Row, draw, page
 from flows.study.resources import Resources
 from relex.distance import Distance, along, distance, is_combination
 from relex.errors import TargetError
-from relex.extrapolation import Request, Tell, extrapolate, telling
+from relex.extrapolation import Request, extrapolate
 from relex.files.block_cache import BlockCache
 from relex.forecast import Forecast
 from relex.gram import Gram, cached
 from relex.output.download import local_model
 from relex.predictors import Method, parse_method
+from relex.progress import Tell, telling
 from relex.store import Checkpoint, observed, open_base, scan
 from relex.trajectory import Trajectory, open_trajectory
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from relex.extrapolation import Tell
 from relex.files.block_cache import BlockCache
+from relex.progress import Tell
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from flows.state.windows import decided, decisions_of, key_up_to
 from relex.backtest.convergence import GROWTH
 from relex.backtest.skill import HORIZONS
 from relex.errors import RelexError, UnreachableError
-from relex.extrapolation import Tell
 from relex.layouts.weights import Weights
+from relex.progress import Tell
 from relex.store import State, StoredCheckpoint
 
 # A refused run is looked at again when it has shown so much more.

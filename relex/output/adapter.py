@@ -25,7 +25,8 @@ from relex.output.combine import chunks, needed_rows, predicted
 from relex.output.manifest import AdapterRecord, FileRecord
 from relex.output.truncation import Cut
 from relex.output.writer import ModelWriter, OutputTensor, open_writer, side_files
-from relex.streaming import CHUNK, Progress, Unit, Workspace, as_bytes, in_order, units, workspaces
+from relex.progress import Progress
+from relex.streaming import CHUNK, Unit, Workspace, as_bytes, in_order, units, workspaces
 from relex.trajectory import TensorSpec, Trajectory
 
 # With one of these a directory looks like a model's.

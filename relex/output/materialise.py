@@ -16,7 +16,7 @@ from relex.output.adapter import write_adapter
 from relex.output.manifest import FileRecord
 from relex.output.shards import Spread, fill, missing_shards, output_tensors, reopen
 from relex.output.writer import ModelWriter, open_writer, side_files
-from relex.streaming import Progress
+from relex.progress import Progress
 from relex.trajectory import Trajectory
 
 

@@ -24,8 +24,9 @@ from relex.output import manifest
 from relex.output.combine import chunks, needed_rows, predicted
 from relex.output.manifest import Manifest
 from relex.output.writer import ModelWriter, OutputTensor, join_writer
+from relex.progress import Progress
 from relex.store import Checkpoint, open_base
-from relex.streaming import CHUNK, Progress, Unit, Workspace, as_bytes, in_order, units, workspaces
+from relex.streaming import CHUNK, Unit, Workspace, as_bytes, in_order, units, workspaces
 from relex.trajectory import TensorSpec, Trajectory, open_trajectory
 
 

@@ -27,8 +27,8 @@ from torch import Tensor
 from relex.errors import TargetError
 from relex.predictors import next_network
 from relex.predictors.predictor import Window
+from relex.progress import Progress
 from relex.rank_one import Outer
-from relex.streaming import Progress
 from relex.triplets import Pair, Source, Triplets, anchored, triplets
 
 LONGEST = 1 << 15

@@ -14,7 +14,7 @@ from pathlib import Path
 from relex.extrapolation import Request, extrapolate
 from relex.output.shards import Shard, Spread, write_shard
 from relex.predictors import parse_method
-from relex.streaming import Progress
+from relex.progress import Progress
 from tests.helpers.trajectories import MIB, Run
 
 SHARD_SIZE = 2 * MIB

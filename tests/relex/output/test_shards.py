@@ -19,7 +19,7 @@ from relex.layouts.hf import INDEX_FILE, SINGLE_FILE
 from relex.output import manifest
 from relex.output.materialise import Output, materialise, rebuild
 from relex.output.shards import Shard, Spread, write_shard
-from relex.streaming import Progress
+from relex.progress import Progress
 from relex.trajectory import Trajectory
 from tests.helpers import ROOT
 from tests.helpers.trajectories import MIB, Run, content, drift, load, predict, tree, write, write_run
