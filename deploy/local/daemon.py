@@ -115,9 +115,11 @@ def stop(home: Path, names: Iterable[str]) -> None:
         _write(home, name, {**record, "pid": None, "create_time": None})
 
 
-def last_log_line(log: Path) -> str:
-    """Return the last line that a process wrote to its log."""
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+def last_log_line(log: Path, *, start: int = 0) -> str:
+    """Return the last line that a process wrote to its log, from the byte `start` on."""
+    with log.open("rb") as file:
+        file.seek(start)
+        lines = file.read().decode(errors="replace").strip().splitlines()
     return lines[-1].strip() if lines else "it wrote nothing"
 
 

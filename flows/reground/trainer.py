@@ -57,7 +57,8 @@ def run_trainer(home: Path, name: str, argv: Sequence[str], *, directory: Path, 
         daemon.stop(home, [name])
     if status != 0:
         raise TrainerError(
-            f"the trainer of {name} ended with status {status}: {_last_line(started.log)} (all of it in {started.log})."
+            f"the trainer of {name} ended with status {status}: {daemon.last_log_line(started.log)}"
+            f" (all of it in {started.log})."
             " Mend the command or what it needs and start again; finished cycles are kept."
         )
     return time.monotonic() - began
@@ -71,8 +72,3 @@ def _follow(trainer: psutil.Process, on_wait: Callable[[], None]) -> int | None:
         except psutil.TimeoutExpired:
             continue
         return status
-
-
-def _last_line(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")

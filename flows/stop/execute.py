@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from deploy import runs
 from deploy.errors import DeployError
+from deploy.local.daemon import last_log_line
 from flows.errors import StopError
 from flows.settings import Settings
 from flows.state.decision import Decision
@@ -161,7 +162,7 @@ def _write(order: Order, *, by: str) -> str:
 
 def _run(order: Order, log: Path) -> tuple[int | None, str]:
     """Run the command to its end; return its status and, unless that is 0, what went wrong."""
-    with log.open("a+b") as file:
+    with log.open("ab") as file:
         began = file.seek(0, os.SEEK_END)
         try:
             status = subprocess.run(
@@ -176,11 +177,9 @@ def _run(order: Order, log: Path) -> tuple[int | None, str]:
             ).returncode
         except OSError as error:
             return None, f"stop_command cannot be started: {error}"
-        file.seek(began)
-        said = file.read().decode(errors="replace").splitlines()
     if status == 0:
         return status, ""
-    last = next((line.strip() for line in reversed(said) if line.strip()), "it said nothing")
+    last = last_log_line(log, start=began)
     return status, f"stop_command ended with status {status}: {last} (all of it in {log})"
 
 

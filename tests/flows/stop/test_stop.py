@@ -192,7 +192,7 @@ def test_words_need_no_shell_and_what_they_say_is_kept(ready: Path, tmp_path: Pa
     ("command", "says"),
     [
         ("echo first; echo no such job >&2; exit 3", "stop_command ended with status 3: no such job (all of it in"),
-        ("exit 4", "stop_command ended with status 4: it said nothing"),
+        ("exit 4", "stop_command ended with status 4: it wrote nothing"),
         (["no-such-program"], "stop_command cannot be started: [Errno 2] No such file"),
     ],
 )
