@@ -118,7 +118,7 @@ def promote(
     if approve:
         running = stack.running(home)
         os.environ.update(stack.environment(running))
-        from flows.promote.flow import ask
+        from flows.promote.ask import ask
 
         asked = ask(running, name, version, by=by)
         if as_json:

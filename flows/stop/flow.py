@@ -1,23 +1,19 @@
-"""Stopping a training run on somebody's word: a flow run that waits, suspended, for the answer in the Prefect UI.
+"""Stopping a training run on somebody's word, asked on a page of the Prefect UI.
 
-It frees its process while it waits, and survives a restart of everything. What is approved is what was offered: the
-decision and the order lie in the window's directory, and another command than the one shown is not run.
+What is approved is what was offered: the decision and the order lie in the window's directory, and another command than
+the one shown is not run.
 """
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from prefect import flow
-from prefect.client.schemas.objects import FlowRun, State
-from prefect.deployments.flow_runs import run_deployment
+from prefect.client.schemas.objects import State
 from prefect.exceptions import ObjectNotFound
-from prefect.flow_runs import suspend_flow_run
-from prefect.input import RunInput
 from prefect.states import Completed, Failed
-from prefect.utilities.urls import url_for
-from pydantic import Field
 
+from flows.approval import ask, page_url, start
 from flows.errors import StopError
 from flows.settings import Settings, load_settings
 from flows.state.decision import Decision
@@ -28,13 +24,6 @@ from flows.stop.plan import Order, Saving, configured, doubt, finished, is_curre
 
 STOP = "stop the training"
 CONTINUE = "keep training"
-
-
-class Approval(RunInput):
-    """The form."""
-
-    answer: Literal["stop the training", "keep training"] = Field(description="What is to be done.")
-    name: str = Field(default="", description="Who says so, for the record.")
 
 
 def offer(config: str, settings: Settings, decision: Decision, *, tracking_uri: str) -> str:
@@ -49,7 +38,7 @@ def offer(config: str, settings: Settings, decision: Decision, *, tracking_uri: 
     if not configured(settings):
         way = f"To stop the training, add stop_command or stop_file to {config}; then `relex stop {config}`."
         return "" if untrusted else way
-    if done := _on_record(settings):
+    if done := _on_record(settings, decision.key):
         return told(Path(config), done)
     counted = saving(settings, decision)
     if why_not := untrusted or finished(counted):
@@ -68,18 +57,16 @@ def offer(config: str, settings: Settings, decision: Decision, *, tracking_uri: 
         write_json(path, {"decision": decision.to_json(), "order": due.to_json()})
     by_hand = f"`relex stop {config} --confirm` does it"
     try:
-        run = run_deployment(
+        run = start(
             f"{stop_flow.name}/{settings.training_run}",
-            parameters={"config": config, "key": decision.key},
-            timeout=0,
-            idempotency_key=f"{settings.home} {decision.key}",
-            as_subflow=False,
+            {"config": config, "key": decision.key},
+            key=f"{settings.home} {decision.key}",
         )
     except ObjectNotFound:
         return f"Nothing serves the approval of stopping the training: {by_hand}."
-    assert isinstance(run, FlowRun)  # outside an event loop nothing is left to await
-    page = url_for("flow-run", obj_id=run.id)
-    return f"Stopping the training is offered: approve it at {page}, or {by_hand}. {counted.sentence}"
+    if run.state is not None and run.state.is_final():
+        return f"Stopping the training was offered and not done: {run.state.message} {by_hand}."
+    return f"Stopping the training is offered: approve it at {page_url(run)}, or {by_hand}. {counted.sentence}"
 
 
 @flow(name="stop-training", flow_run_name="stop {key}", retries=0)
@@ -88,15 +75,12 @@ def stop_flow(config: str, key: str, tracking_uri: str) -> State[Any]:
     settings = load_settings(Path(config))
     content = json.loads((window_directory(settings, key) / "offer.json").read_bytes())
     decision = Decision.from_json(content["decision"])
-    if done := _on_record(settings):
+    if done := _on_record(settings, key):
         return Completed(message=told(Path(config), done))
     due = order(Path(config), settings, decision)
-    form = Approval.with_initial_data(description=question(decision, due, saving(settings, decision)))
-    # The same key: resumed, the flow comes here again and finds the answer.
-    answer = suspend_flow_run(wait_for_input=form, key="approval")
-    by = f"{answer.name or 'somebody'} in the Prefect UI"
-    if answer.answer == CONTINUE:
-        declined = decline(settings, key, by=by)
+    answer = ask(question(decision, due, saving(settings, decision)), (STOP, CONTINUE))
+    if answer.choice == CONTINUE:
+        declined = decline(settings, key, by=answer.by)
         log_stop(settings, declined, tracking_uri=tracking_uri)
         return Completed(message=told(Path(config), declined))
     if not is_current(settings, decision):
@@ -109,8 +93,10 @@ def stop_flow(config: str, key: str, tracking_uri: str) -> State[Any]:
             message=f"What was approved is not what {config} says now, which is: {due.deeds}. Nothing was done;"
             f" `relex stop {config} --confirm` does it."
         )
+    if nothing_left := finished(saving(settings, decision)):
+        return Failed(message=f"What was approved is not due any more. {nothing_left}")
     try:
-        done = stop_training(settings, decision, due, by=by)
+        done = stop_training(settings, decision, due, by=answer.by)
     except StopError as error:
         return Failed(message=str(error))
     log_stop(settings, done, tracking_uri=tracking_uri)
@@ -130,7 +116,7 @@ def question(decision: Decision, due: Order, counted: Saving) -> str:
     )
 
 
-def _on_record(settings: Settings) -> Stop | None:
-    """Return what was done or begun; a stop that was declined may be offered again with another decision."""
-    found = read_stop(settings)
-    return None if found is None or found.state == "declined" else found
+def _on_record(settings: Settings, key: str) -> Stop | None:
+    """Return what was done or begun, or declined on this decision; on another one it may be offered again."""
+    record = read_stop(settings)
+    return None if record is None or (record.state == "declined" and record.decision != key) else record

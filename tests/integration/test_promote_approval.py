@@ -1,11 +1,8 @@
 """Promotion on somebody's word: the real servers, the real process that serves the question, the form's own API."""
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import httpx
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
@@ -13,38 +10,20 @@ from deploy.local import daemon
 from deploy.local.stack import Stack
 from flows.errors import PromotionError
 from flows.processes import PROMOTER, revive_promoter
-from flows.promote.flow import ask
+from flows.promote.ask import ask
+from tests.helpers.questions import question, resume, wait_for_state
 from tests.helpers.registry import BEST, GOOD, Registry
-
-
-def look(servers: Stack, run: str) -> dict[str, Any]:
-    answer: dict[str, Any] = httpx.get(f"{servers.prefect_api_url}/flow_runs/{run}").raise_for_status().json()
-    return answer
-
-
-def resume(servers: Stack, run: str, **form: str) -> None:
-    """Answer as the page does."""
-    url = f"{servers.prefect_api_url}/flow_runs/{run}/resume"
-    assert httpx.post(url, json={"run_input": form}).raise_for_status().json()["status"] == "ACCEPT"
-
-
-def wait_for(condition: Callable[[], bool], *, seconds: float = 90) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.2)
 
 
 def answered(servers: Stack, run: str, **form: str) -> str:
     """Answer once the question is there; return the message the flow run ends with."""
-    wait_for(lambda: look(servers, run)["state_type"] == "PAUSED")
-    resume(servers, run, **form)
+    wait_for_state(servers, run, "PAUSED")
+    assert resume(servers, run, **form) == "ACCEPT"
     return ended(servers, run)
 
 
 def ended(servers: Stack, run: str) -> str:
-    wait_for(lambda: look(servers, run)["state_type"] in ("COMPLETED", "FAILED", "CRASHED"))
-    return str(look(servers, run)["state"]["message"])
+    return wait_for_state(servers, run, "COMPLETED", "FAILED", "CRASHED")
 
 
 @pytest.fixture(autouse=True)
@@ -60,11 +39,15 @@ def test_a_promotion_is_approved_in_the_ui_by_whoever_serves_it_then(servers: St
     store.add(1, GOOD, name="approved")
     asked = ask(servers, "approved", None, by="ada")
     assert ask(servers, "approved", 1, by="ada") == asked
-    wait_for(lambda: look(servers, asked.flow_run_id)["state_type"] == "PAUSED")
+    wait_for_state(servers, asked.flow_run_id, "PAUSED")
+    page = question(servers, asked.flow_run_id)
+    assert "**Make approved-candidates version 1 the champion?** ada asks." in page
+    assert "open for 30 days, until " in page
+    assert question(servers, asked.flow_run_id, "schema")["required"] == ["answer"]
     assert store.champion("approved") is None
     # The process that asked is gone; the next `relex up` starts it again.
     daemon.stop(servers.home, [PROMOTER])
-    resume(servers, asked.flow_run_id, answer="promote", name="grace")
+    assert resume(servers, asked.flow_run_id, answer="promote", name="grace") == "ACCEPT"
     revive_promoter(servers)
     assert "promoted by grace in the Prefect UI, asked by ada" in ended(servers, asked.flow_run_id)
     assert store.champion("approved") == 1

@@ -5,10 +5,11 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from uuid import UUID
 
 import httpx
@@ -25,14 +26,14 @@ from deploy.local.server import PREFECT, answers, launch, still_starting
 from deploy.local.stack import Stack
 from deploy.runs import record
 from deploy.tracking import connect, prepare
+from flows import approval
 from flows.deployments import stop_deployment
 from flows.stop.execute import Stop, read_stop
 from flows.stop.flow import CONTINUE, STOP, offer, stop_flow
 from flows.stop.status import confirm, outlook
+from tests.helpers.questions import look, question, resume, wait_for_state
 from tests.helpers.stopped import COMMAND, configure, decided, runs
 from tests.helpers.straight_run import WriteCheckpoint
-
-Found = TypeVar("Found")
 
 
 @pytest.fixture(scope="module")
@@ -92,40 +93,12 @@ def offered(config: Path, server: Stack, **changes: Any) -> tuple[str, str]:
     return sentence, found[1]
 
 
-def look(server: Stack, run: str) -> dict[str, Any]:
-    answer: dict[str, Any] = httpx.get(f"{server.prefect_api_url}/flow_runs/{run}").raise_for_status().json()
-    return answer
-
-
-def resume(server: Stack, run: str, **form: str) -> str:
-    """Answer as the page does; return what the server makes of it."""
-    url = f"{server.prefect_api_url}/flow_runs/{run}/resume"
-    return str(httpx.post(url, json={"run_input": form}).raise_for_status().json()["status"])
-
-
-def wait_for(what: str, condition: Callable[[], Found | None], *, seconds: float = 240) -> Found:
-    end = time.monotonic() + seconds
-    while (found := condition()) is None:
-        assert time.monotonic() < end, f"{what} did not come within {seconds:.0f} s"
-        time.sleep(0.1)
-    return found
-
-
-def in_state(server: Stack, run: str, *states: str) -> Callable[[], str | None]:
-    return lambda: found if (found := look(server, run)["state_type"]) in states else None
-
-
 def steps_saved(config: Path, server: Stack, stop: Stop) -> float:
     """Return what the decision's run in MLflow says."""
     settings, uri = configure(config), server.mlflow_url
     key = f"{settings.training_run} {stop.decision}"
     run = record(settings.registered_model, tracking_uri=uri, key=key, title="").run_id
     return float(connect(uri).get_run(run).data.metrics["steps_saved"])
-
-
-def asked(server: Stack, run: str, part: str = "schema") -> Any:
-    keys = look(server, run)["state"]["state_details"]["run_input_keyset"]
-    return httpx.get(f"{server.prefect_api_url}/flow_runs/{run}/input/{keys[part]}").raise_for_status().json()
 
 
 def suspend(run: str) -> None:
@@ -154,14 +127,14 @@ def test_an_approved_stop_survives_a_restart_and_happens_once(deployed: Path, se
     assert "140 steps are saved" in sentence
     assert offered(deployed, server) == (sentence, run)
     suspend(run)
-    assert asked(server, run)["required"] == ["answer"]
+    assert question(server, run, "schema")["required"] == ["answer"]
     assert runs(deployed) == []
     with serving(deployed, server):
         assert look(server, run)["state_type"] == "PAUSED"
         assert resume(server, run, answer=STOP, name="ada") == "ACCEPT"
         # Approved twice is approved once.
         assert resume(server, run, answer=STOP) == "ABORT"
-        wait_for("the end", in_state(server, run, "COMPLETED", "FAILED", "CRASHED"))
+        wait_for_state(server, run, "COMPLETED", "FAILED", "CRASHED")
     assert look(server, run)["state"]["message"].startswith("The training was stopped at")
     assert len(runs(deployed)) == 1
     stop = read_stop(configure(deployed))
@@ -174,9 +147,12 @@ def test_an_approved_stop_survives_a_restart_and_happens_once(deployed: Path, se
 def test_the_page_says_what_is_asked(deployed: Path, server: Stack) -> None:
     _, run = offered(deployed, server, reason="it is better: passed.")
     suspend(run)
-    text = asked(server, run, "description")
+    text = question(server, run)
     for part in ("it is better: passed.", "140 steps are saved", f"once: run `{COMMAND}` in {deployed.parent}"):
         assert part in text
+    assert "open for 30 days, until " in text
+    left = datetime.fromisoformat(look(server, run)["state"]["state_details"]["pause_timeout"]) - datetime.now(UTC)
+    assert timedelta(days=29, hours=23) < left < timedelta(days=30)
 
 
 def test_declined_nothing_is_run_and_it_is_on_record(deployed: Path, server: Stack) -> None:
@@ -184,6 +160,8 @@ def test_declined_nothing_is_run_and_it_is_on_record(deployed: Path, server: Sta
     suspend(run)
     resume(server, run, answer=CONTINUE, name="bob")
     assert take_up(run).startswith("Stopping was declined by bob in the Prefect UI")
+    # The same decision is the same question.
+    assert offer_to_stop(deployed, server).startswith("Stopping was declined by bob in the Prefect UI")
     assert runs(deployed) == []
     stop = read_stop(configure(deployed))
     assert stop is not None
@@ -191,6 +169,37 @@ def test_declined_nothing_is_run_and_it_is_on_record(deployed: Path, server: Sta
     # Somebody may think better of it.
     settings = configure(deployed)
     assert confirm(settings, outlook(deployed, settings), by="ada").state == "stopped"
+
+
+@pytest.fixture
+def minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Questions are open for a moment only."""
+    monkeypatch.setattr(approval, "OPEN", timedelta(seconds=1))
+
+
+@pytest.mark.usefixtures("minute")
+def test_a_question_that_nobody_answered_expires_and_an_answer_that_comes_later_does_nothing(
+    deployed: Path, server: Stack
+) -> None:
+    _, run = offered(deployed, server)
+    suspend(run)
+    wait_for_state(server, run, "FAILED")
+    assert resume(server, run, answer=STOP) == "ABORT"
+    assert runs(deployed) == []
+    sentence = offer_to_stop(deployed, server)
+    assert sentence.startswith("Stopping the training was offered and not done: ")
+    assert f"`relex stop {deployed} --confirm` does it." in sentence
+
+
+def test_a_training_that_is_at_its_end_is_not_stopped_on_an_old_question(
+    deployed: Path, server: Stack, write_checkpoint: WriteCheckpoint
+) -> None:
+    _, run = offered(deployed, server)
+    suspend(run)
+    write_checkpoint(200)
+    resume(server, run, answer=STOP)
+    assert take_up(run).endswith("step 200 of 200 planned: nothing is left to stop.")
+    assert runs(deployed) == []
 
 
 def test_what_was_stopped_by_hand_meanwhile_is_not_stopped_again(deployed: Path, server: Stack) -> None:
