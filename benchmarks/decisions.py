@@ -28,7 +28,7 @@ from benchmarks.runs import RUNS, SAVE_STEPS, STEPS, Run, held_out, keep_gram, t
 from evaluation.verdict.gate import gate
 from evaluation.verdict.report import Report
 from flows.decide.flow import count_problems, gate_model
-from flows.decide.predict import Predicted, predict
+from flows.decide.predict import predict
 from flows.decide.procedure import Stages, decide
 from flows.decide.score import reports, score
 from flows.settings import Settings, load_settings
@@ -142,23 +142,18 @@ def prepare(run: Run, root: Path, out: Path, window: int) -> Path:
     return config
 
 
-def predict_models(config: str, steps: list[int], key: str) -> Predicted:
-    return predict(load_settings(Path(config)), steps, key)
+def find_base(settings: Settings) -> Model:
+    return Model("base", 0, settings.base)
 
 
-def find_base(config: str) -> Model:
-    return Model("base", 0, load_settings(Path(config)).base)
-
-
-def score_model(config: str, model: Model, benchmarks: list[str], limit: int | None) -> list[Score]:
-    settings = load_settings(Path(config))
+def score_model(settings: Settings, model: Model, benchmarks: list[str], limit: int | None) -> list[Score]:
     return [score(model, report) for report in reports(settings, model, benchmarks, limit=limit)]
 
 
 # Without a server: there is no champion, and nothing is registered.
 STAGES = Stages(
     problems=count_problems,
-    predict=predict_models,
+    predict=predict,
     base=find_base,
     score=score_model,
     champion=lambda _: [],
@@ -176,7 +171,7 @@ def due(run: Path, base: Path, grams: Path) -> int:
     return last
 
 
-def decision(config: Path, settings: Settings, number: int) -> Decision:
+def decision(settings: Settings, number: int) -> Decision:
     """Return what is decided; the windows share the gate's error, as those of one run do that is watched."""
     base = open_base(settings.base)
     inside = [item for item in scan(settings.store, base, now=time.time()) if item.step <= settings.end]
@@ -185,7 +180,7 @@ def decision(config: Path, settings: Settings, number: int) -> Decision:
         return next(found for found in read_decisions(settings) if found.key == key)
 
     steps = [item.step for item in inside]
-    found = decide(str(config), settings, steps, key, STAGES, attempt=(number, LOOKS))
+    found = decide(settings, steps, key, STAGES, attempt=(number, LOOKS))
     write_json(decision_path(settings, key), found.to_json())
     return found
 
@@ -220,7 +215,7 @@ def measure(run: Run, root: Path, out: Path) -> tuple[dict[int, float], list[Row
                 threads=1,
             )
         )
-        made = decision(config, settings, number)
+        made = decision(settings, number)
         scored = [item.accuracy for item in made.report if item.model.role == "candidate"]
         best = max(observed.accuracy, *(point.accuracy for point in points), *scored)
         outcome = Outcome(

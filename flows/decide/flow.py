@@ -40,29 +40,25 @@ from relex.output.download import local_model
 from relex.store import open_base
 
 
-def count_problems(config: str) -> int:
+def count_problems(settings: Settings) -> int:
     """Return the number of selection problems; raises OverlapError when the gate has one of them too."""
-    settings = load_settings(Path(config))
     return refuse_overlap(settings.selection, settings.gate, cache=settings.home / "evaluations").first_n
 
 
-def predict_models(config: str, steps: list[int], key: str) -> Predicted:
+def predict_models(settings: Settings, steps: list[int], key: str) -> Predicted:
     """Backtest one window, and write its candidates and the last observed checkpoint."""
-    settings = load_settings(Path(config))
     progress = ProgressArtifact(f"predict-{settings.training_run}", "predict")
     with BlockCache(settings.home, size=int(settings.cache)) as blocks:
         return predict(settings, steps, key, blocks=blocks, spread=spreading(settings), tell=progress)
 
 
-def fetch_base(config: str) -> Model:
+def fetch_base(settings: Settings) -> Model:
     """Return the base as a directory of this machine; one in a store is copied once."""
-    settings = load_settings(Path(config))
     return Model("base", 0, str(local_model(settings.base, settings.home / "base")))
 
 
-def score_model(config: str, model: Model, benchmarks: list[str], limit: int | None) -> list[Score]:
+def score_model(settings: Settings, model: Model, benchmarks: list[str], limit: int | None) -> list[Score]:
     """Score one model on the benchmarks, or their first problems; answers already given are not asked for again."""
-    settings = load_settings(Path(config))
     progress = ProgressArtifact(f"score-{settings.training_run}", f"score {model.title}")
 
     def tell(step: Progress) -> None:
@@ -71,12 +67,11 @@ def score_model(config: str, model: Model, benchmarks: list[str], limit: int | N
     return [score(model, report) for report in reports(settings, model, benchmarks, limit=limit, on_progress=tell)]
 
 
-def gate_model(config: str, winner: Model, references: list[Model], looks: int) -> list[Gate]:
+def gate_model(settings: Settings, winner: Model, references: list[Model], looks: int) -> list[Gate]:
     """Compare the chosen candidate with each reference on the gate benchmark, problem by problem.
 
     `looks` windows of the run share the error.
     """
-    settings = load_settings(Path(config))
     scored = [(model, reports(settings, model, [settings.gate])[0]) for model in (winner, *references)]
     confidence = settings.confidence
     # A promotion judges again by them, without a model.
@@ -105,9 +100,8 @@ def gate_model(config: str, winner: Model, references: list[Model], looks: int) 
     ]
 
 
-def register_decision(config: str, decision: Decision, tracking_uri: str) -> Decision:
+def register_decision(settings: Settings, decision: Decision, tracking_uri: str) -> Decision:
     """Record the decision in MLflow and, if the gate was passed, register the winner; return it with the addresses."""
-    settings = load_settings(Path(config))
     recorded = record(settings, decision, tracking_uri=tracking_uri)
     decision = replace(decision, record_url=recorded.url or "")
     if decision.verdict != "registered" or decision.winner is None:
@@ -124,9 +118,8 @@ def register_decision(config: str, decision: Decision, tracking_uri: str) -> Dec
     return replace(decision, registered=f"{done.name} version {done.version}", registered_url=done.url or "")
 
 
-def find_champion(config: str, tracking_uri: str) -> list[Model]:
+def find_champion(settings: Settings, tracking_uri: str) -> list[Model]:
     """Return the champion of this registered model, if there is one."""
-    settings = load_settings(Path(config))
     found = registry.champion(settings.registered_model, tracking_uri=tracking_uri)
     if found is None:
         return []
@@ -153,7 +146,10 @@ register_task = task(name="register", retries=3, retry_delay_seconds=5, cache_po
 
 @flow(name="extrapolate", flow_run_name="extrapolate {key}")
 def extrapolate(config: str, steps: list[int], key: str, tracking_uri: str) -> State[Any]:
-    """Decide one window of the training run described in the file `config`."""
+    """Decide one window of the training run described in the file `config`.
+
+    The file is read once: what is edited in it meanwhile is for the next window.
+    """
     settings = load_settings(Path(config))
     with claim(settings, key) as mine:
         if not mine:
@@ -169,7 +165,7 @@ def extrapolate(config: str, steps: list[int], key: str, tracking_uri: str) -> S
             gate_task,
         )
         try:
-            decision = decide(config, settings, steps, key, stages, attempt=_attempt(settings, steps))
+            decision = decide(settings, steps, key, stages, attempt=_attempt(settings, steps))
         except (CheckpointDamagedError, DuplicateError, NonFiniteError, TargetError) as error:
             # Trying again would find the same: it is a decision, and "no" is an answer.
             decision = Decision(
@@ -178,7 +174,7 @@ def extrapolate(config: str, steps: list[int], key: str, tracking_uri: str) -> S
         directory = window_directory(settings, key)
         figure = draw(decision, directory / "accuracy.png")
         directory.joinpath("decision.md").write_text(page(decision), encoding="utf-8")
-        decision = register_task(config, decision, tracking_uri)
+        decision = register_task(settings, decision, tracking_uri)
         decision = replace(decision, stop=offer(config, settings, decision, tracking_uri=tracking_uri))
         directory.joinpath("decision.md").write_text(page(decision), encoding="utf-8")
         show(decision, figure)

@@ -18,35 +18,33 @@ from flows.state.decision import Decision, Model, Score
 class ScoreStage(Protocol):
     """Scores a model on benchmarks; `limit` takes their first problems only (None: all)."""
 
-    def __call__(self, config: str, model: Model, benchmarks: list[str], limit: int | None) -> list[Score]:
+    def __call__(self, settings: Settings, model: Model, benchmarks: list[str], limit: int | None) -> list[Score]:
         """Return a score a benchmark, in their order."""
 
 
 @dataclass(frozen=True)
 class Stages:
-    """What a decision is made of; each takes the path of the config first.
+    """What a decision is made of; each takes the settings of the decision first.
 
     `problems` counts the selection problems, and refuses a gate that shares any. `gate` takes the chosen one, what it
     is compared with, and how many windows share the gate's error. `champion` returns at most one model.
     """
 
-    problems: Callable[[str], int]
-    predict: Callable[[str, list[int], str], Predicted]
-    base: Callable[[str], Model]
+    problems: Callable[[Settings], int]
+    predict: Callable[[Settings, list[int], str], Predicted]
+    base: Callable[[Settings], Model]
     score: ScoreStage
-    champion: Callable[[str], list[Model]]
-    gate: Callable[[str, Model, list[Model], int], list[Gate]]
+    champion: Callable[[Settings], list[Model]]
+    gate: Callable[[Settings, Model, list[Model], int], list[Gate]]
 
 
-def decide(
-    config: str, settings: Settings, steps: Sequence[int], key: str, stages: Stages, *, attempt: tuple[int, int]
-) -> Decision:
+def decide(settings: Settings, steps: Sequence[int], key: str, stages: Stages, *, attempt: tuple[int, int]) -> Decision:
     """Decide the window of `steps`; `attempt` is the how-manieth of how many windows of this run it is at the gate.
 
     Nothing is scored when the targets were left to the backtest and it says hold.
     """
-    problems = stages.problems(config)
-    predicted = stages.predict(config, list(steps), key)
+    problems = stages.problems(settings)
+    predicted = stages.predict(settings, list(steps), key)
     decision = Decision(
         settings.training_run,
         key,
@@ -64,14 +62,14 @@ def decide(
         return decision
     selection: list[Score] = []
     report: list[Score] = (
-        list(stages.score(config, stages.base(config), settings.report, None)) if settings.report else []
+        list(stages.score(settings, stages.base(settings), settings.report, None)) if settings.report else []
     )
 
     def measure(model: Model, count: int) -> Score:
         if count < problems:
-            return stages.score(config, model, [settings.selection], count)[0]
+            return stages.score(settings, model, [settings.selection], count)[0]
         # In one go: a model is loaded once for all its benchmarks.
-        first, *rest = stages.score(config, model, [settings.selection, *settings.report], None)
+        first, *rest = stages.score(settings, model, [settings.selection, *settings.report], None)
         report.extend(rest)
         return first
 
@@ -80,7 +78,9 @@ def decide(
     selection += found.finalists
     if settings.targets != "auto" and settings.report:
         # Who names targets wants to see them all.
-        report += [item for score in found.dropped for item in stages.score(config, score.model, settings.report, None)]
+        report += [
+            item for score in found.dropped for item in stages.score(settings, score.model, settings.report, None)
+        ]
     chosen, reason = choose(selection, margin=settings.margin)
     decision = replace(
         decision,
@@ -91,8 +91,8 @@ def decide(
     )
     if chosen is None:
         return decision
-    references = [predicted.observed, *stages.champion(config)]
-    gates = tuple(stages.gate(config, chosen.model, references, attempt[1]))
+    references = [predicted.observed, *stages.champion(settings)]
+    gates = tuple(stages.gate(settings, chosen.model, references, attempt[1]))
     decision = replace(decision, winner=chosen.model, gates=gates)
     failed = [item for item in gates if not item.passed]
     if failed:

@@ -28,9 +28,8 @@ from relex.files.block_cache import BlockCache
 logger = logging.getLogger(__name__)
 
 
-def compare_reached(config: str) -> int:
+def compare_reached(settings: Settings) -> int:
     """Compare everything that is due; return how much that was."""
-    settings = load_settings(Path(config))
     progress = ProgressArtifact(f"drift-progress-{settings.training_run}", "drift")
     with BlockCache(settings.home, size=int(settings.cache)) as blocks:
         found = look(settings, blocks=blocks)
@@ -39,9 +38,8 @@ def compare_reached(config: str) -> int:
         return len(compare(settings, found[0], found[1], tell=progress))
 
 
-def log_compared(config: str, tracking_uri: str) -> None:
+def log_compared(settings: Settings, tracking_uri: str) -> None:
     """Log the skill of every prediction in MLflow, a curve a method and window, and the real accuracy beside it."""
-    settings = load_settings(Path(config))
     curves: dict[tuple[str, str], dict[int, float]] = {}
     for row in read_compared(settings):
         # A comma is no letter of MLflow's keys.
@@ -65,12 +63,12 @@ def drift(config: str, tracking_uri: str, step: int = 0) -> State[Any]:
     with comparing(settings) as mine:
         if not mine:
             return Completed(message=f"what was reached by step {step} is being compared by another process")
-        compare_task(config)
+        compare_task(settings)
         rows = read_compared(settings)
         new = [row for row in rows if not told(settings, row)]
         if not new:
             return Completed(message="nothing new is to be compared")
-        log_task(config, tracking_uri)
+        log_task(settings, tracking_uri)
         create_markdown_artifact(
             page(settings.training_run, rows), key=f"drift-{settings.training_run}", description=summary(rows)
         )

@@ -66,23 +66,23 @@ class World:
             self.observed, self.candidates, (), Backtested("trusted", (40, 44, 48), "relex", 1.0, 0.6, 0.5, 96, "")
         )
         stages = Stages(
-            problems=lambda config: self._sizes[_SELECTION],
-            predict=lambda config, steps, key: found,
-            base=lambda config: self.observed,
+            problems=lambda settings: self._sizes[_SELECTION],
+            predict=lambda settings, steps, key: found,
+            base=lambda settings: self.observed,
             score=self._score,
-            champion=lambda config: [],
+            champion=lambda settings: [],
             gate=self._gate,
         )
-        return decide("relex.yaml", self.settings, [24, 48], "key", stages, attempt=attempt)
+        return decide(self.settings, [24, 48], "key", stages, attempt=attempt)
 
-    def _score(self, config: str, model: Model, benchmarks: list[str], limit: int | None) -> list[Score]:
+    def _score(self, settings: Settings, model: Model, benchmarks: list[str], limit: int | None) -> list[Score]:
         return [
             Score(model, name, float(right.mean()), 0.0, len(right))
             for name in benchmarks
             for right in [self._right[name, model][:limit]]
         ]
 
-    def _gate(self, config: str, winner: Model, references: list[Model], looks: int) -> list[Gate]:
+    def _gate(self, settings: Settings, winner: Model, references: list[Model], looks: int) -> list[Gate]:
         return [
             gate(
                 self._report(winner),

@@ -119,10 +119,10 @@ def test_a_watched_bucket_is_announced_and_predicted_as_the_same_run_on_disk_is(
         (found.observed, *found.candidates), (expected.observed, *expected.candidates), strict=True
     ):
         assert content(Path(ours.directory)) == content(Path(theirs.directory))
-    base = fetch_base(str(config))
+    base = fetch_base(settings)
     assert content(Path(base.directory)) == content(local.base)
     assert Path(base.directory).is_relative_to(settings.home)
-    assert fetch_base(str(config)) == base
+    assert fetch_base(settings) == base
 
 
 def test_a_watcher_waits_while_a_store_does_not_answer(hub: Hub, remote: RemoteRun, local: Run, tmp_path: Path) -> None:
