@@ -64,12 +64,14 @@ def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> li
     return [f"| {lines[0]} |", "|---" * len(headings) + "|", *(f"| {line} |" for line in lines[1:])]
 
 
-def plain_table(*headings: str, title: str | None = None) -> Table:
-    """Return an empty table in the one style of the command line."""
+def plain_table(*headings: str, rows: Iterable[Sequence[str]] = (), title: str | None = None) -> Table:
+    """Return a table in the one style of the command line."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title)
     for number, heading in enumerate(headings):
         # What is cut off is of no use, and the first column is what a reader looks for.
         table.add_column(heading, overflow="fold", no_wrap=number == 0)
+    for row in rows:
+        table.add_row(*row)
     return table
 
 

@@ -199,10 +199,7 @@ def show_analysis(console: Console, analyzed: "Analyzed", directory: Path) -> No
     from flows.study.analyze import HEADINGS, cells, described
 
     analysis = analyzed.analysis
-    table = plain_table(*HEADINGS)
-    for part in (*analysis.modules, analysis.whole):
-        table.add_row(*cells(part))
-    console.print(table)
+    console.print(plain_table(*HEADINGS, rows=map(cells, (*analysis.modules, analysis.whole))))
     print_warnings(console, analysis.warnings)
     console.print(described("weights", analysis.whole.weights), highlight=False)
     if analyzed.tokens is not None:

@@ -212,10 +212,8 @@ def show_comparison(console: Console, comparison: "Comparison", directory: Path)
     names, rows = headings(comparison), [cells(row) for row in comparison.rows]
 
     def table(columns: Sequence[int]) -> Table:
-        part = plain_table(*(names[column] for column in columns))
-        for row in rows:
-            part.add_row(*(row[column] for column in columns))
-        return part
+        parts = ([row[column] for column in columns] for row in rows)
+        return plain_table(*(names[column] for column in columns), rows=parts)
 
     console.print(comparison.summary)
     print_warnings(console, comparison.warnings)

@@ -7,6 +7,7 @@ from pathlib import Path
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from evaluation.verdict.gate import Gate
+from flows.console import markdown_table
 from flows.state.decision import Backtested, Decision, Model, Score
 from relex import plots
 
@@ -95,44 +96,44 @@ def _backtested(found: Backtested) -> list[str]:
 
 def _gates(decision: Decision) -> list[str]:
     rows = [
-        f"| {item.reference} | {100 * item.difference:+.2f} | {_interval(item)} | {100 * item.lower_bound:+.2f} |"
-        f" {0.0 - 100 * item.margin:g} | {item.verdict} |"
-        for item in decision.gates
+        (
+            gate.reference,
+            f"{100 * gate.difference:+.2f}",
+            _interval(gate),
+            f"{100 * gate.lower_bound:+.2f}",
+            f"{0.0 - 100 * gate.margin:g}",
+            gate.verdict,
+        )
+        for gate in decision.gates
     ]
-    return [
-        "| candidate against | difference, points | interval | at least | must be above | |",
-        "|---|---|---|---|---|---|",
-        *rows,
-        "",
-        *(f"- {item.sentence}" for item in decision.gates),
-    ]
+    headings = ("candidate against", "difference, points", "interval", "at least", "must be above", "")
+    return [*markdown_table(headings, rows), "", *(f"- {gate.sentence}" for gate in decision.gates)]
 
 
-def _interval(item: Gate) -> str:
-    if item.interval_low is None or item.interval_high is None:
+def _interval(gate: Gate) -> str:
+    if gate.interval_low is None or gate.interval_high is None:
         return ""
-    return f"{100 * item.interval_low:+.2f} to {100 * item.interval_high:+.2f}"
+    return f"{100 * gate.interval_low:+.2f} to {100 * gate.interval_high:+.2f}"
 
 
 def _scores(title: str, scores: Sequence[Score]) -> list[str]:
     if not scores:
         return []
-    # Where the backtest promised nothing there is no column for it.
-    promised = any(item.model.skill_at_least is not None for item in scores)
+    headings = ["model", "benchmark", "accuracy", "95 % interval", "problems"]
     rows = [
-        f"| {item.model.title} | {item.benchmark} | {item.accuracy:.4f} | {item.low:.4f} to {item.high:.4f} |"
-        f" {item.n} |{_promise(item) if promised else ''}"
-        for item in scores
+        [
+            score.model.title,
+            score.benchmark,
+            f"{score.accuracy:.4f}",
+            f"{score.low:.4f} to {score.high:.4f}",
+            str(score.n),
+        ]
+        for score in scores
     ]
-    return [
-        "",
-        f"## {title}",
-        "",
-        f"| model | benchmark | accuracy | 95 % interval | problems |{' skill of the weights at least |' * promised}",
-        f"|---|---|---|---|---|{'---|' * promised}",
-        *rows,
-    ]
-
-
-def _promise(item: Score) -> str:
-    return " |" if item.model.skill_at_least is None else f" {item.model.skill_at_least:.2f} |"
+    # Where the backtest promised nothing there is no column for it.
+    promises = [score.model.skill_at_least for score in scores]
+    if any(promise is not None for promise in promises):
+        headings.append("skill of the weights at least")
+        for row, promise in zip(rows, promises, strict=True):
+            row.append("" if promise is None else f"{promise:.2f}")
+    return ["", f"## {title}", "", *markdown_table(headings, rows)]

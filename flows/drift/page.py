@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from flows.console import plain_table, print_warnings
+from flows.console import markdown_table, plain_table, print_warnings
 from flows.drift.due import Waiting
 from flows.drift.record import Compared
 
@@ -16,10 +16,7 @@ HEADINGS = ("prediction", "from", "real step", "skill", "promised", "cosine", "n
 def show(console: Console, rows: Sequence[Compared], waiting: Sequence[Waiting]) -> None:
     """Print it on a terminal."""
     if rows:
-        table = plain_table(*HEADINGS)
-        for row in rows:
-            table.add_row(*cells(row))
-        console.print(table)
+        console.print(plain_table(*HEADINGS, rows=map(cells, rows)))
     for line in (*_accuracies(rows), *_waiting(waiting)):
         console.print(line, soft_wrap=True, highlight=False)
     print_warnings(console, list(warnings(rows)))
@@ -40,8 +37,7 @@ def page(training_run: str, rows: Sequence[Compared]) -> str:
     """Return it as Markdown."""
     lines = [f"# {training_run}: predictions and reality", "", summary(rows), ""]
     lines += [*(f"- Warning: {text}" for text in warnings(rows)), ""]
-    lines += [f"| {' | '.join(HEADINGS)} |", "|---" * len(HEADINGS) + "|"]
-    lines += [f"| {' | '.join(cells(row))} |" for row in rows]
+    lines += markdown_table(HEADINGS, map(cells, rows))
     lines += [
         "",
         "Skill is of the weights against holding the last observed checkpoint (1: exact, 0: no better); promised is"

@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.console import Console
 
-from flows.console import plain_table, print_warnings
+from flows.console import markdown_table, plain_table, print_warnings
 from flows.reground.loop import Regrounding
 
 HEADINGS = ("cycle", "start", "trained", "jumped", "accuracy", "with jump", "kept", "seconds")
@@ -13,10 +13,7 @@ HEADINGS = ("cycle", "start", "trained", "jumped", "accuracy", "with jump", "kep
 
 def show(console: Console, found: Regrounding) -> None:
     """Print it on a terminal."""
-    table = plain_table(*HEADINGS)
-    for row in rows(found):
-        table.add_row(*row)
-    console.print(table)
+    console.print(plain_table(*HEADINGS, rows=rows(found)))
     print_warnings(console, [text for cycle in found.cycles for text in cycle.warnings])
     for line in summary(found):
         console.print(line, soft_wrap=True, highlight=False)
@@ -25,8 +22,7 @@ def show(console: Console, found: Regrounding) -> None:
 def page(found: Regrounding) -> str:
     """Return it as Markdown."""
     lines = [f"# {found.training_run}: re-grounding", "", *(f"{line}  " for line in summary(found)), ""]
-    lines += [f"| {' | '.join(HEADINGS)} |", "|---" * len(HEADINGS) + "|"]
-    lines += [f"| {' | '.join(row)} |" for row in rows(found)]
+    lines += markdown_table(HEADINGS, rows(found))
     for cycle in found.cycles:
         lines += ["", f"- Cycle {cycle.number}: {cycle.reason}", *(f"  - Warning: {text}" for text in cycle.warnings)]
     return "\n".join(lines) + "\n"
