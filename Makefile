@@ -20,7 +20,7 @@ demo: setup
 	$(BIN)/relex demo
 
 # Both cores: what shares servers runs on one of two workers, a file at a time on either.
-PYTEST = $(BIN)/pytest -n 2 --dist loadgroup
+PYTEST = $(BIN)/pytest -n 2
 
 test: setup
 	$(BIN)/ruff check

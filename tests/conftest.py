@@ -21,35 +21,36 @@ os.environ["PREFECT_HOME"] = str(HOME / "prefect")
 import hypothesis
 import psutil
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 # The same examples in every run, however slow the machine; `make soak` looks for others.
 hypothesis.settings.register_profile("gate", derandomize=True, deadline=None, database=None)
 hypothesis.settings.register_profile("soak", deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "gate"))
 
-# Fixtures of a session that all who use them get from one worker: the servers, and the demo's run.
-SHARED = {"servers", "trained"}
+STACK = "tests/integration/stack/"
 # How long a process that was told to end may take.
 _ENDING_SECONDS = 20.0
 
 
-@pytest.hookimpl(tryfirst=True)
+class _Scheduling(LoadScopeScheduling):  # type: ignore[misc]
+    """A file to a worker, whose fixtures it makes once; to one worker all files that share the servers."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::", maxsplit=1)[0]
+        return STACK if file.startswith(STACK) else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> _Scheduling:
+    # Not --dist loadgroup: with pytest 9.2, xdist 3.8 does not see the groups.
+    return _Scheduling(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give what shares servers to one worker and each other file to one, and begin with what takes longest."""
-    files: dict[Path, list[pytest.Item]] = {}
-    for item in items:
-        if SHARED.intersection(getattr(item, "fixturenames", ())):
-            item.add_marker(pytest.mark.xdist_group("stack"))
-        elif item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(item.config.rootpath / "tests"))))
-        files.setdefault(item.path, []).append(item)
-
-    def rank(item: pytest.Item) -> tuple[bool, bool]:
-        in_file = files[item.path]
-        shares = any(mark.args == ("stack",) for other in in_file for mark in other.iter_markers("xdist_group"))
-        return (not shares, all(other.get_closest_marker("slow") is None for other in in_file))
-
-    items.sort(key=rank)
+    """Begin with what takes longest: what shares the servers, then files with slow tests."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (not item.nodeid.startswith(STACK), item.path not in slow))
 
 
 @pytest.hookimpl(trylast=True)

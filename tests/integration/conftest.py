@@ -1,42 +1,12 @@
-"""A real, short RLVR run and a real stack, made once for all end-to-end tests."""
+"""A tiny checkpoint store and the settings that watch it."""
 
-import os
-import subprocess
-import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import pytest
-import yaml
 
-from deploy.local import stack
-from deploy.local.stack import Stack
-from evaluation.benchmarks.benchmark import write_benchmark
-from flows.demo.task import DIGITS, problems
 from tests.helpers import straight_run
 from tests.helpers.straight_run import WriteCheckpoint
-
-STEPS = 24
-
-
-@dataclass(frozen=True)
-class TrainedRun:
-    """A base model and the checkpoints of STEPS steps of GRPO, one every second step."""
-
-    base: Path
-    checkpoints: Path
-
-
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
-    root = tmp_path_factory.mktemp("trained")
-    run = TrainedRun(root / "base", root / "run")
-    demo(["flows.demo.pretrain", "--out", str(run.base)])
-    arguments = ["--base", str(run.base), "--out", str(run.checkpoints), "--steps", str(STEPS), "--save-steps", "2"]
-    demo(["flows.demo.trainer", *arguments])
-    return run
 
 
 @pytest.fixture
@@ -47,56 +17,3 @@ def write_checkpoint(tmp_path: Path) -> WriteCheckpoint:
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     return straight_run.write_config(tmp_path)
-
-
-def demo(command: list[str]) -> None:
-    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.fixture(scope="session")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("home")
-
-
-@pytest.fixture(scope="session")
-def servers(home: Path) -> Iterator[Stack]:
-    try:
-        yield stack.up(home)
-    finally:
-        stack.down(home)
-
-
-@pytest.fixture(scope="session")
-def server_environment(servers: Stack) -> dict[str, str]:
-    # On shared cores the threads of a tiny model only fight each other.
-    return {**os.environ, **stack.environment(servers), "OMP_NUM_THREADS": "1"}
-
-
-def write_config(
-    directory: Path, trained: TrainedRun, *, name: str, targets: list[int], changes: Mapping[str, object] | None = None
-) -> Path:
-    """Write a relex.yaml and its benchmarks for the trained run; the checkpoints are to appear in directory/run."""
-    for split, count in (("selection", 200), ("gate", 300)):
-        write_benchmark(
-            directory,
-            f"sort-{split}",
-            problems(split, count),  # type: ignore[arg-type]
-            max_new_tokens=DIGITS + 1,
-        )
-    content = {
-        "training_run": name,
-        "checkpoints": "run",
-        "base": str(trained.base),
-        "window": STEPS,
-        "targets": targets,
-        "selection": "sort-selection.yaml",
-        "gate": "sort-gate.yaml",
-        "registered_model": name,
-        "memory": "64MiB",
-        "batch_size": 100,
-        "poll_seconds": 0.5,
-    }
-    path = directory / "relex.yaml"
-    path.write_text(yaml.safe_dump(content | dict(changes or {})))
-    return path

@@ -32,7 +32,7 @@ from evaluation.benchmarks.benchmark import write_benchmark
 from flows.settings import Settings, load_settings
 from flows.state.events import CHECKPOINT_READY, WINDOW_READY, resource
 from flows.state.windows import read_decisions
-from tests.integration.test_pipeline import wait_for
+from tests.integration.stack.test_pipeline import wait_for
 
 ROUNDS = int(os.environ.get("RELEX_KILL_ROUNDS", "2"))
 SEED = int(os.environ.get("RELEX_KILL_SEED", "0"))

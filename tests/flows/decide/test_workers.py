@@ -1,4 +1,4 @@
-"""Who writes shards, and what is refused before a worker is asked; integration/test_workers.py has the workers."""
+"""Who writes shards, and what is refused before a worker is asked; integration/stack/ has the workers."""
 
 from pathlib import Path
 

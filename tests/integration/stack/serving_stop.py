@@ -1,4 +1,4 @@
-"""Serves only the approval of stopping one training run: `python -m tests.integration.serving_stop CONFIG URI`."""
+"""Serves the approval of stopping one training run: `python -m tests.integration.stack.serving_stop CONFIG URI`."""
 
 import asyncio
 import sys

@@ -25,7 +25,7 @@ from flows.state.windows import read_decisions
 from relex.files.local import LocalDirectory
 from relex.layouts.steps import step_directories
 from relex.output import manifest
-from tests.integration.conftest import STEPS, TrainedRun, write_config
+from tests.integration.stack.conftest import STEPS, TrainedRun, write_config
 
 Found = TypeVar("Found")
 

@@ -15,7 +15,7 @@ from evaluation.benchmarks.benchmark import write_benchmark
 from flows.demo.task import DIGITS, problems
 from relex.output import manifest
 from tests.helpers import ROOT
-from tests.integration.conftest import TrainedRun
+from tests.integration.stack.conftest import TrainedRun
 
 REAL, JUMP = 6, 30
 

@@ -68,7 +68,7 @@ def ready(config: Path, write_checkpoint: WriteCheckpoint, request: pytest.Fixtu
 def serving(config: Path, server: Stack) -> Iterator[psutil.Popen]:
     """Serve the approval until killed, in a process of its own."""
     environment = {**os.environ, **stack.environment(server)}
-    argv = [sys.executable, "-m", "tests.integration.serving_stop", str(config), server.mlflow_url]
+    argv = [sys.executable, "-m", "tests.integration.stack.serving_stop", str(config), server.mlflow_url]
     served = psutil.Popen(argv, env=environment, stdout=subprocess.PIPE, text=True)
     try:
         assert served.stdout.readline() == "cleared\n"
