@@ -1,0 +1,122 @@
+"""Write settings.md, the reference of relex.yaml and reground.yaml, from the fields of the pydantic models.
+
+python docs/settings_reference.py
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BaseModel, ByteSize
+from pydantic.fields import FieldInfo
+
+from flows.reground_settings import RegroundSettings
+from flows.settings import Settings
+
+PAGE = Path(__file__).parent / "settings.md"
+
+_HEAD = """# Settings
+
+<!-- Written by docs/settings_reference.py from the fields of the models. Change a description there, then: make docs -->
+
+Paths are relative to the file they stand in. Unknown keys are refused, and every wrong key is named in one line. The
+command line has the same names as options.
+"""
+_FILES: tuple[tuple[str, str, type[BaseModel]], ...] = (
+    ("relex.yaml", "One training run to watch: [Run it](run.md), [Decide and stop](decide.md).", Settings),
+    ("reground.yaml", "One re-grounding: [Re-ground](reground.md).", RegroundSettings),
+)
+_WORDS = {int: "whole number", float: "number", str: "text", Path: "path", bool: "true or false"}
+_BOUNDS = ((Ge, "ge", "at least"), (Gt, "gt", "above"), (Le, "le", "at most"), (Lt, "lt", "below"))
+# What depends on the machine, or on another key.
+_COMPUTED = {"threads": "one a core", "batch_size": "64, with vllm 1024"}
+
+
+def page() -> str:
+    """Return the whole page."""
+    sections = (f"## {name}\n\n{about}\n\n{_tables(model)}" for name, about, model in _FILES)
+    return "\n".join((_HEAD, *sections))
+
+
+def _tables(model: type[BaseModel]) -> str:
+    needed = [(name, field) for name, field in model.model_fields.items() if field.is_required()]
+    given = [(name, field) for name, field in model.model_fields.items() if not field.is_required()]
+    return (
+        "Keys that must be given:\n\n| key | value | meaning |\n|---|---|---|\n"
+        + "".join(f"| `{name}` | {_type(field)} | {_cell(field.description)} |\n" for name, field in needed)
+        + "\nKeys with a default:\n\n| key | value | default | meaning |\n|---|---|---|---|\n"
+        + "".join(_rows(given))
+    )
+
+
+def _rows(fields: list[tuple[str, FieldInfo]], prefix: str = "") -> Iterator[str]:
+    for name, field in fields:
+        yield f"| `{prefix}{name}` | {_type(field)} | {_default(name, field)} | {_cell(field.description)} |\n"
+        for part in _alternatives(field.annotation):
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                yield from _rows(list(part.model_fields.items()), f"{prefix}{name}.")
+
+
+def _default(name: str, field: FieldInfo) -> str:
+    if name in _COMPUTED:
+        return _COMPUTED[name]
+    if field.is_required():
+        return "required"
+    value = field.default
+    if value is None:
+        return "none"
+    if isinstance(value, ByteSize):
+        return f"`{value.human_readable().replace('.0', '')}`"
+    if isinstance(value, Path | str):
+        return f"`{value}`"
+    return f"`{value!r}`".replace("'", "")
+
+
+def _type(field: FieldInfo) -> str:
+    """Return in a reader's words what may be given for a field."""
+    return _cell(" or ".join(_words(part, field.metadata) for part in _alternatives(field.annotation)))
+
+
+def _words(annotation: Any, metadata: list[Any]) -> str:
+    if annotation is ByteSize:
+        return "size, such as 4GiB"
+    if get_origin(annotation) is Annotated:
+        inner, *more = get_args(annotation)
+        return " or ".join(_words(part, [*metadata, *more]) for part in _alternatives(inner))
+    if get_origin(annotation) is Literal:
+        return " or ".join(f"`{value}`" for value in get_args(annotation))
+    if get_origin(annotation) in (list, tuple):
+        return f"list of {_words(get_args(annotation)[0], []).replace('number', 'numbers', 1).replace('text', 'texts')}"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "keys and values"
+    bounds = {word: getattr(item, name) for item in _flat(metadata) for kind, name, word in _BOUNDS if isinstance(item, kind)}
+    return _WORDS[annotation] + "".join(f", {word} {value:g}" for word, value in bounds.items())
+
+
+def _flat(metadata: list[Any]) -> Iterator[Any]:
+    """Yield the constraints, those inside a Field(...) among them."""
+    for item in metadata:
+        yield from item.metadata if isinstance(item, FieldInfo) else (item,)
+
+
+def _alternatives(annotation: Any) -> Iterator[Any]:
+    """Yield the parts of a union, without None and the tags that tell them apart."""
+    if get_origin(annotation) is Annotated and get_origin(get_args(annotation)[0]) in (Union, UnionType):
+        annotation = get_args(annotation)[0]
+    if get_origin(annotation) in (Union, UnionType):
+        for part in get_args(annotation):
+            yield from _alternatives(part)
+    elif annotation is not NoneType:
+        yield annotation
+
+
+def _cell(text: str | None) -> str:
+    if not text:
+        raise ValueError("a key has no description: give its field one")
+    return text.replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
