@@ -5,7 +5,7 @@ BIN := .venv/bin
 # The stamp is newer than what it was made from, or the environment is built again.
 STAMP := .venv/.installed
 
-.PHONY: setup demo test types contracts test-rest test-all soak clean
+.PHONY: setup demo test types contracts test-rest test-all soak docs clean
 
 setup: $(STAMP)
 
@@ -47,6 +47,15 @@ soak: export RELEX_RACES ?= 100
 soak: export HYPOTHESIS_PROFILE ?= soak
 soak: setup
 	$(PYTEST) -m "slow or hypothesis" --timeout 7200
+
+# The pages of docs/ as a site in build/docs; a warning is an error.
+docs: .venv/.installed-docs
+	$(BIN)/python docs/settings_reference.py
+	$(BIN)/sphinx-build -W --keep-going --quiet --builder html docs build/docs
+
+.venv/.installed-docs: $(STAMP)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
 
 clean:
 	rm -rf .venv build *.egg-info

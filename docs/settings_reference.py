@@ -21,8 +21,7 @@ _HEAD = """# Settings
 
 <!-- Written by docs/settings_reference.py from the fields of the models. Change a description there, then: make docs -->
 
-Paths are relative to the file they stand in. Unknown keys are refused, and every wrong key is named in one line. The
-command line has the same names as options.
+Paths are relative to the file they stand in. Unknown keys are refused, and every wrong key is named in one line.
 """
 _FILES: tuple[tuple[str, str, type[BaseModel]], ...] = (
     ("relex.yaml", "One training run to watch: [Run it](run.md), [Decide and stop](decide.md).", Settings),
@@ -60,7 +59,7 @@ def _rows(fields: list[tuple[str, FieldInfo]], prefix: str = "") -> Iterator[str
 
 
 def _default(name: str, field: FieldInfo) -> str:
-    if name in _COMPUTED:
+    if name == "threads" or field.default_factory is not None:
         return _COMPUTED[name]
     if field.is_required():
         return "required"
@@ -76,7 +75,7 @@ def _default(name: str, field: FieldInfo) -> str:
 
 def _type(field: FieldInfo) -> str:
     """Return in a reader's words what may be given for a field."""
-    return _cell(" or ".join(_words(part, field.metadata) for part in _alternatives(field.annotation)))
+    return _cell(_either([_words(part, field.metadata) for part in _alternatives(field.annotation)]))
 
 
 def _words(annotation: Any, metadata: list[Any]) -> str:
@@ -86,13 +85,22 @@ def _words(annotation: Any, metadata: list[Any]) -> str:
         inner, *more = get_args(annotation)
         return " or ".join(_words(part, [*metadata, *more]) for part in _alternatives(inner))
     if get_origin(annotation) is Literal:
-        return " or ".join(f"`{value}`" for value in get_args(annotation))
+        return _either([f"`{value}`" for value in get_args(annotation)])
     if get_origin(annotation) in (list, tuple):
         return f"list of {_words(get_args(annotation)[0], []).replace('number', 'numbers', 1).replace('text', 'texts')}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "keys and values"
-    bounds = {word: getattr(item, name) for item in _flat(metadata) for kind, name, word in _BOUNDS if isinstance(item, kind)}
-    return _WORDS[annotation] + "".join(f", {word} {value:g}" for word, value in bounds.items())
+    bounds = [
+        f"{word} {getattr(item, name):g}"
+        for kind, name, word in _BOUNDS
+        for item in _flat(metadata)
+        if isinstance(item, kind)
+    ]
+    return " ".join([_WORDS[annotation], *filter(None, [" and ".join(bounds)])])
+
+
+def _either(words: list[str]) -> str:
+    return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
 def _flat(metadata: list[Any]) -> Iterator[Any]:

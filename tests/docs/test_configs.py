@@ -1,0 +1,57 @@
+"""Every config that a page or an example shows is accepted, and the reference of settings is that of the code."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from docs import settings_reference
+from flows.reground_settings import load_reground_settings
+from flows.settings import load_settings
+from tests.docs.pages import EXAMPLES, PAGES, README, ROOT, blocks, name
+
+BLOCKS = [
+    pytest.param(block, id=f"{name(path)}:{number}")
+    for path in PAGES
+    for number, block in enumerate(blocks(path, "yaml"))
+]
+
+
+def load(path: Path) -> object:
+    """Load a config as relex does, by the one of the two kinds that it is."""
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return load_reground_settings(path) if "jump_steps" in content else load_settings(path)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_config_that_is_shown_is_accepted(block: str, tmp_path: Path) -> None:
+    path = tmp_path / "relex.yaml"
+    # Some keys on their own are to be added to the README's.
+    path.write_text(blocks(README, "yaml")[0] + block if "training_run" not in block else block)
+    load(path)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=name)
+def test_an_example_is_accepted(path: Path) -> None:
+    load(path)
+
+
+def test_there_is_an_example_for_each_kind_of_use() -> None:
+    assert {path.stem for path in EXAMPLES} == {"trl", "verl", "auto", "reground"}
+
+
+def test_the_readme_has_a_config_of_twelve_lines() -> None:
+    (block,) = blocks(README, "yaml")
+    assert len(block.splitlines()) == 12
+
+
+def test_the_reference_of_settings_is_that_of_the_code() -> None:
+    committed = settings_reference.PAGE.read_text(encoding="utf-8")
+    assert committed == settings_reference.page(), "run python docs/settings_reference.py"
+
+
+def test_the_citation_names_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["cff-version"] == "1.2.0"
+    assert f'version = "{citation["version"]}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert {"message", "title", "authors"} <= citation.keys()

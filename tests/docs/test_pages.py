@@ -1,0 +1,117 @@
+"""The pages hang together: links, anchors, names of the code, the table of methods, the example of a method."""
+
+import importlib
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from relex.errors import TargetError
+from relex.predictors import METHODS
+from tests.docs.pages import PAGES, README, ROOT, anchors, blocks, links, name, paragraphs, prose
+
+METHODS_PAGE = ROOT / "docs" / "methods.md"
+DESIGN_PAGE = ROOT / "docs" / "design.md"
+LINKS = [pytest.param(path, link, id=f"{name(path)}: {link}") for path in PAGES for link in links(path)]
+
+
+@pytest.mark.parametrize(("page", "link"), LINKS)
+def test_a_link_leads_somewhere(page: Path, link: str) -> None:
+    if link.startswith("https://"):
+        return
+    place, _, anchor = link.partition("#")
+    target = (page.parent / place).resolve() if place else page
+    assert target.is_relative_to(ROOT)
+    assert target.exists()
+    if anchor:
+        assert anchor in anchors(target)
+
+
+def test_every_page_of_the_site_is_linked_from_the_readme_and_in_the_contents() -> None:
+    pages = {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index"}
+    (contents,) = blocks(ROOT / "docs" / "index.md", "{toctree}")
+    assert set(contents.split()) - {":hidden:"} == pages
+    assert pages == {Path(link).stem for link in links(README) if link.startswith("docs/") and link.endswith(".md")}
+
+
+def test_the_readme_has_at_most_150_lines() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name)
+def test_a_paragraph_has_at_most_80_words(path: Path) -> None:
+    for paragraph in paragraphs(path):
+        assert len(paragraph.split()) <= 80, paragraph
+
+
+def names_of_the_code() -> list[Any]:
+    pattern = re.compile(r"\b((?:relex|evaluation|deploy|flows)(?:\.\w+)+)")
+    found = []
+    for path in PAGES:
+        # Files and events are written with dots, too.
+        words = re.findall(r"`([^`\n]+)`", prose(path))
+        words += [line for block in blocks(path, "python") for line in block.splitlines()]
+        dotted = {match for word in words for match in pattern.findall(word)}
+        events = {"relex.checkpoint.ready", "relex.window.ready", "relex.prediction.drifted", "relex.training"}
+        found += [
+            pytest.param(word, id=f"{name(path)}: {word}")
+            for word in sorted(dotted - events)
+            if not word.endswith((".yaml", ".json", ".md"))
+        ]
+    return found
+
+
+@pytest.mark.parametrize("dotted", names_of_the_code())
+def test_a_name_of_the_code_exists(dotted: str) -> None:
+    package, _, last = dotted.rpartition(".")
+    try:
+        importlib.import_module(dotted)
+    except ModuleNotFoundError:
+        assert hasattr(importlib.import_module(package), last)
+
+
+def test_every_folder_of_the_layout_exists() -> None:
+    tree = next(block for block in blocks(DESIGN_PAGE, "text") if block.startswith("flows/"))
+    parent, folders = "", []
+    for line in tree.splitlines():
+        indent, entry = re.match(r"( *)((?:[\w/]+/(?:, )?)+)", line).groups()  # type: ignore[union-attr]
+        for folder in entry.split(", "):
+            folders.append(f"{parent if indent else ''}{folder}")
+        parent = parent if indent else entry
+    assert not [folder for folder in folders if not (ROOT / folder).is_dir()]
+    for package in ("flows", "relex", "evaluation", "deploy"):
+        real = {path.parent.name for path in (ROOT / package).glob("*/__init__.py")}
+        assert real <= {Path(folder).name for folder in folders if folder.startswith(f"{package}/")}
+
+
+def test_every_method_is_in_the_table_with_its_parameters() -> None:
+    rows = dict(re.findall(r"^\| `([\w-]+)` \|.*\|(.*)\|$", METHODS_PAGE.read_text(encoding="utf-8"), re.MULTILINE))
+    assert rows.keys() == METHODS.keys()
+    for method, row in METHODS.items():
+        assert set(re.findall(r"`(\w+)`", rows[method])) == set(row.parameters)
+
+
+def test_the_method_that_is_written_as_an_example_works() -> None:
+    (source,) = blocks(METHODS_PAGE, "python")
+    module: dict[str, Any] = {"__name__": "chord"}
+    exec(compile(source, "chord.py", "exec"), module)
+    steps_K = torch.tensor([10.0, 20.0, 25.0, 40.0, 75.0], dtype=torch.float64)
+    gram_TKK = torch.zeros(3, 5, 5, dtype=torch.float64)
+    for back in (1, 2, 4):
+        coefficients_TK = module["Chord"](back=back).coefficients(gram_TKK, steps_K, 500)
+        assert coefficients_TK.shape == (3, 5)
+        # A run that moves along a line in the step, from anywhere, is continued along it.
+        torch.testing.assert_close(coefficients_TK @ steps_K, torch.full((3,), 500.0, dtype=torch.float64))
+        torch.testing.assert_close(coefficients_TK.sum(-1), torch.ones(3, dtype=torch.float64))
+    with pytest.raises(TargetError, match="back is 5, and the window has 5 checkpoints"):
+        module["Chord"](back=5).coefficients(gram_TKK, steps_K, 500)
+    (row,) = [block for block in blocks(METHODS_PAGE, "text") if '"chord": Row(' in block]
+    assert "Chord" in row
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name)
+def test_python_blocks_are_python(path: Path) -> None:
+    for block in blocks(path, "python"):
+        compile(block, str(path), "exec")
