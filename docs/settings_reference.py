@@ -12,14 +12,14 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, ByteSize
 from pydantic.fields import FieldInfo
 
-from flows.reground_settings import RegroundSettings
+from flows.reground.settings import RegroundSettings
 from flows.settings import Settings
 
 PAGE = Path(__file__).parent / "settings.md"
 
 _HEAD = """# Settings
 
-<!-- Written by docs/settings_reference.py from the fields of the models. Change a description there, then: make docs -->
+<!-- Written by docs/settings_reference.py from the fields of the models: change a description there. -->
 
 Paths are relative to the file they stand in. Unknown keys are refused, and every wrong key is named in one line.
 """

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import typer.main
 
-from flows.cli import app
+from flows.cli.main import app
 from tests.docs.pages import EXAMPLES, PAGES, README, ROOT, blocks, commands, name, shell_lines
 
 SHOWN = [
@@ -24,7 +24,7 @@ OTHERS = {".", "umask", "echo", "pytest", "ruff", "mypy", "lint-imports", "prefe
 
 @cache
 def known_commands() -> dict[str, set[str]]:
-    """Return the options of every command of `relex`, by the words that call it: all that depends on the CLI's library."""
+    """Return the options of every command of `relex`, by the words that call it: all that depends on the library."""
     options: dict[str, set[str]] = {}
 
     def collect(group: object, before: tuple[str, ...]) -> None:

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from docs import settings_reference
-from flows.reground_settings import load_reground_settings
+from flows.reground.settings import load_reground_settings
 from flows.settings import load_settings
 from tests.docs.pages import EXAMPLES, PAGES, README, ROOT, blocks, name
 
