@@ -50,7 +50,7 @@ soak: setup
 
 # The pages of docs/ as a site in build/docs; a warning is an error.
 docs: .venv/.installed-docs
-	$(BIN)/python docs/settings_reference.py
+	$(BIN)/python docs/reference.py
 	$(BIN)/sphinx-build -W --keep-going --quiet --builder html docs build/docs
 
 .venv/.installed-docs: $(STAMP)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from docs import settings_reference
+from docs import reference
 from flows.reground.settings import load_reground_settings
 from flows.settings import load_settings
 from tests.docs.pages import EXAMPLES, PAGES, README, ROOT, blocks, name
@@ -45,9 +45,10 @@ def test_the_readme_has_a_config_of_twelve_lines() -> None:
     assert len(block.splitlines()) == 12
 
 
-def test_the_reference_of_settings_is_that_of_the_code() -> None:
-    committed = settings_reference.PAGE.read_text(encoding="utf-8")
-    assert committed == settings_reference.page(), "run python docs/settings_reference.py"
+def test_what_the_pages_take_from_the_code_is_that_of_the_code() -> None:
+    hint = "run python docs/reference.py"
+    assert reference.SETTINGS.read_text(encoding="utf-8") == reference.settings(), hint
+    assert reference.METHODS_PAGE.read_text(encoding="utf-8") == reference.methods(), hint
 
 
 def test_the_citation_names_this_version() -> None:

@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from relex import predictors
 from relex.errors import TargetError
+from relex.extrapolation import extrapolate_run
 from relex.predictors import METHODS
 from tests.docs.pages import PAGES, README, ROOT, anchors, blocks, links, name, paragraphs, prose
 
@@ -46,6 +49,8 @@ def test_a_paragraph_has_at_most_80_words(path: Path) -> None:
         assert len(paragraph.split()) <= 80, paragraph
 
 
+# Written by the reader of a page, or by somebody's deployment.
+MADE = {"relex/predictors/chord.py", "deploy/.env"}
 EVENTS = {
     *("relex.checkpoint.ready", "relex.window.ready", "relex.target.reached", "relex.prediction.drifted"),
     "relex.training",
@@ -96,28 +101,62 @@ def test_every_folder_of_the_layout_exists() -> None:
 
 
 def test_every_method_is_in_the_table_with_its_parameters() -> None:
-    rows = dict(re.findall(r"^\| `([\w-]+)` \|.*\|(.*)\|$", METHODS_PAGE.read_text(encoding="utf-8"), re.MULTILINE))
+    text = METHODS_PAGE.read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `([\w-]+)` \|[^|]*\|([^|]*)\|", text, re.MULTILINE))
     assert rows.keys() == METHODS.keys()
     for method, row in METHODS.items():
-        assert set(re.findall(r"`(\w+)`", rows[method])) == set(row.parameters)
+        assert set(re.findall(r"(\w+)=", rows[method])) == set(row.parameters)
 
 
-def test_the_method_that_is_written_as_an_example_works() -> None:
+def test_the_method_that_is_written_as_an_example_needs_its_file_and_its_row(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     (source,) = blocks(METHODS_PAGE, "python")
     module: dict[str, Any] = {"__name__": "chord"}
     exec(compile(source, "chord.py", "exec"), module)
-    steps_K = torch.tensor([10.0, 20.0, 25.0, 40.0, 75.0], dtype=torch.float64)
-    gram_TKK = torch.zeros(3, 5, 5, dtype=torch.float64)
-    for back in (1, 2, 4):
-        coefficients_TK = module["Chord"](back=back).coefficients(gram_TKK, steps_K, 500)
-        assert coefficients_TK.shape == (3, 5)
-        # A run that moves along a line in the step, from anywhere, is continued along it.
-        torch.testing.assert_close(coefficients_TK @ steps_K, torch.full((3,), 500.0, dtype=torch.float64))
-        torch.testing.assert_close(coefficients_TK.sum(-1), torch.ones(3, dtype=torch.float64))
+    (row,) = [block for block in blocks(METHODS_PAGE, "text") if "Row(" in block]
+    monkeypatch.setattr(predictors, "METHODS", {**METHODS, **eval(f"{{{row}}}", {"Row": predictors.Row, **module})})
+    # Along a line in the step, which begins at 5.0 and not at the base, so that RELEX would miss it.
+    for step in (0, 10, 20, 25, 40, 75):
+        path = tmp_path / ("base" if step == 0 else f"run/checkpoint-{step}")
+        path.mkdir(parents=True)
+        weight = torch.full((4, 3), 5.0 + step if step else 0.0)
+        save_file({"model.weight": weight}, path / "model.safetensors", metadata={"format": "pt"})
+        (path / "config.json").write_text("{}")
+        (path / "trainer_state.json").write_text("{}")
+
+    def predict(spec: str, out: str) -> float:
+        extrapolate_run(
+            str(tmp_path / "run"),
+            str(tmp_path / "base"),
+            targets=[500],
+            out=str(tmp_path / out),
+            method=predictors.parse_method(spec),
+            grams=tmp_path / "grams",
+            memory=1 << 28,
+            threads=1,
+        )
+        return float(load_file(tmp_path / out / "step-500" / "model.safetensors")["model.weight"].mean())
+
+    assert predict("chord", "one") == pytest.approx(505.0)
+    assert predict("chord:back=4", "four") == pytest.approx(505.0)
     with pytest.raises(TargetError, match="back is 5, and the window has 5 checkpoints"):
-        module["Chord"](back=5).coefficients(gram_TKK, steps_K, 500)
-    (row,) = [block for block in blocks(METHODS_PAGE, "text") if '"chord": Row(' in block]
-    assert "Chord" in row
+        predict("chord:back=5", "five")
+    assert any(line[0] == "chord" and line[2] == "back=1" for line in predictors.table())
+
+
+def files_of_the_code() -> list[Any]:
+    pattern = re.compile(r"`((?:relex|evaluation|deploy|flows|tests|docs|examples|benchmarks)/[\w./-]*)`")
+    return [
+        pytest.param(found, id=f"{name(path)}: {found}")
+        for path in PAGES
+        for found in sorted(set(pattern.findall(prose(path))) - MADE)
+    ]
+
+
+@pytest.mark.parametrize("place", files_of_the_code())
+def test_a_file_that_is_named_exists(place: str) -> None:
+    assert (ROOT / place).exists()
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name)

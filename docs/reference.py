@@ -1,6 +1,7 @@
-"""Write settings.md, the reference of relex.yaml and reground.yaml, from the fields of the pydantic models.
+"""Write what these pages take from the code: settings.md, from the fields of the pydantic models, and the table of
+methods.md, from METHODS.
 
-python docs/settings_reference.py
+python docs/reference.py
 """
 
 from collections.abc import Iterator
@@ -14,12 +15,14 @@ from pydantic.fields import FieldInfo
 
 from flows.reground.settings import RegroundSettings
 from flows.settings import Settings
+from relex.predictors import METHODS
 
-PAGE = Path(__file__).parent / "settings.md"
+SETTINGS = Path(__file__).parent / "settings.md"
+METHODS_PAGE = Path(__file__).parent / "methods.md"
 
 _HEAD = """# Settings
 
-<!-- Written by docs/settings_reference.py from the fields of the models: change a description there. -->
+<!-- Written by docs/reference.py from the fields of the models: change a description there. -->
 
 Paths are relative to the file they stand in. Unknown keys are refused, and every wrong key is named in one line.
 """
@@ -29,14 +32,38 @@ _FILES: tuple[tuple[str, str, type[BaseModel]], ...] = (
 )
 _WORDS = {int: "whole number", float: "number", str: "text", Path: "path", bool: "true or false"}
 _BOUNDS = ((Ge, "ge", "at least"), (Gt, "gt", "above"), (Le, "le", "at most"), (Lt, "lt", "below"))
+_BEGIN = "<!-- methods: written by docs/reference.py from METHODS -->\n\n"
+_END = "\n<!-- end of methods -->"
+_HEADINGS = "| method | what it does | parameters | arXiv | backtest |\n|---|---|---|---|---|\n"
 # What depends on the machine, or on another key.
 _COMPUTED = {"threads": "one a core", "batch_size": "64, with vllm 1024"}
 
 
-def page() -> str:
-    """Return the whole page."""
+def settings() -> str:
+    """Return the whole page of settings."""
     sections = (f"## {name}\n\n{about}\n\n{_tables(model)}" for name, about, model in _FILES)
     return "\n".join((_HEAD, *sections))
+
+
+def methods() -> str:
+    """Return the page of methods with the table of METHODS."""
+    rows = (
+        f"| `{name}` | {_cell(row.summary)} | {_code(row.written)} | {_paper(row.paper)} | {_cell(row.backtest)} |\n"
+        for name, row in METHODS.items()
+    )
+    before, found, rest = METHODS_PAGE.read_text(encoding="utf-8").partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if not (found and end):
+        raise ValueError(f"{METHODS_PAGE} has lost its marks {_BEGIN.strip()} and {_END.strip()}")
+    return "".join((before, _BEGIN, _HEADINGS, *rows, _END, after))
+
+
+def _code(text: str) -> str:
+    return f"`{text}`" if text else ""
+
+
+def _paper(number: str) -> str:
+    return f"[{number}](https://arxiv.org/abs/{number})" if number else ""
 
 
 def _tables(model: type[BaseModel]) -> str:
@@ -127,4 +154,5 @@ def _cell(text: str | None) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
+    SETTINGS.write_text(settings(), encoding="utf-8")
+    METHODS_PAGE.write_text(methods(), encoding="utf-8")
