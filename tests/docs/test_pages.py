@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from flows.cli.main import main
 from relex import predictors
-from relex.errors import TargetError
-from relex.extrapolation import extrapolate_run
 from relex.predictors import METHODS
 from tests.docs.pages import PAGES, README, ROOT, anchors, blocks, links, name, paragraphs, prose
 
@@ -109,7 +109,7 @@ def test_every_method_is_in_the_table_with_its_parameters() -> None:
 
 
 def test_the_method_that_is_written_as_an_example_needs_its_file_and_its_row(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     (source,) = blocks(METHODS_PAGE, "python")
     module: dict[str, Any] = {"__name__": "chord"}
@@ -125,23 +125,20 @@ def test_the_method_that_is_written_as_an_example_needs_its_file_and_its_row(
         (path / "config.json").write_text("{}")
         (path / "trainer_state.json").write_text("{}")
 
-    def predict(spec: str, out: str) -> float:
-        extrapolate_run(
-            str(tmp_path / "run"),
-            str(tmp_path / "base"),
-            targets=[500],
-            out=str(tmp_path / out),
-            method=predictors.parse_method(spec),
-            grams=tmp_path / "grams",
-            memory=1 << 28,
-            threads=1,
-        )
-        return float(load_file(tmp_path / out / "step-500" / "model.safetensors")["model.weight"].mean())
+    def relex(spec: str) -> int | str | None:
+        words = ["extrapolate", tmp_path / "run", "--base", tmp_path / "base", "--target-step", 500, "--method", spec]
+        words += ["--out", tmp_path / spec.replace(":", "-"), "--cache", tmp_path / "cache"]
+        monkeypatch.setattr(sys, "argv", ["relex", *map(str, words)])
+        with pytest.raises(SystemExit) as left:
+            main()
+        return left.value.code
 
-    assert predict("chord", "one") == pytest.approx(505.0)
-    assert predict("chord:back=4", "four") == pytest.approx(505.0)
-    with pytest.raises(TargetError, match="back is 5, and the window has 5 checkpoints"):
-        predict("chord:back=5", "five")
+    for spec in ("chord", "chord:back=4"):
+        assert relex(spec) == 0
+        written = load_file(tmp_path / spec.replace(":", "-") / "step-500" / "model.safetensors")
+        assert float(written["model.weight"].mean()) == pytest.approx(505.0)
+    assert relex("chord:back=5") == 1
+    assert "back is 5, and the window has 5 checkpoints. Give 1 to 4." in capsys.readouterr().err
     assert any(line[0] == "chord" and line[2] == "back=1" for line in predictors.table())
 
 
