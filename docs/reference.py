@@ -67,8 +67,10 @@ def _paper(number: str) -> str:
 
 
 def _tables(model: type[BaseModel]) -> str:
-    needed = [(name, field) for name, field in model.model_fields.items() if field.is_required()]
-    given = [(name, field) for name, field in model.model_fields.items() if not field.is_required()]
+    # What a model shares with others comes after its own keys.
+    fields = sorted(model.model_fields.items(), key=lambda item: item[0] not in model.__annotations__)
+    needed = [(name, field) for name, field in fields if field.is_required()]
+    given = [(name, field) for name, field in fields if not field.is_required()]
     return (
         "Keys that must be given:\n\n| key | value | meaning |\n|---|---|---|\n"
         + "".join(f"| `{name}` | {_type(field)} | {_cell(field.description)} |\n" for name, field in needed)
