@@ -35,7 +35,7 @@ from flows.settings import Settings, load_settings
 from flows.state.decision import Decision, Model, Score
 from flows.state.records import write_json
 from flows.state.windows import decided, decision_path, read_decisions, window_key
-from flows.stop.plan import doubt
+from flows.stop.status import unmet
 from flows.watch.due import REACH
 from relex.backtest.backtest import Recommendation, backtest
 from relex.backtest.convergence import converge
@@ -231,7 +231,7 @@ def measure(run: Run, root: Path, out: Path) -> tuple[dict[int, float], list[Row
                 winner.accuracy,
                 reached.accuracy,
                 best,
-                not doubt(config, settings, made),
+                not unmet(config, settings, made),
                 _is_better(observed, winner),
                 _is_better(real(settings, STEPS), winner),
                 made.reason,

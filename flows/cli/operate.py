@@ -180,21 +180,21 @@ def stop(
     if (beyond_trust or again) and not confirm:
         raise typer.BadParameter("--beyond-trust and --again go with --confirm")
     settings = load_settings(config)
-    outlook = status.outlook(config, settings)
+    standing = status.look(config, settings)
     if confirm:
         done = status.confirm(
             settings,
-            outlook,
+            standing,
             by=psutil.Process().username(),
             beyond_trust="allow" if beyond_trust else "refuse",
             again="allow" if again else "refuse",
         )
         log_stop(settings, done, tracking_uri=stack.tracking_uri(home))
-        outlook = status.outlook(config, settings)
+        standing = status.look(config, settings)
     if as_json:
-        print_json(outlook.to_json())
+        print_json(standing.to_json())
     else:
-        print_sentence(outlook.sentence)
+        print_sentence(standing.sentence)
 
 
 @_command()

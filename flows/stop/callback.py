@@ -50,8 +50,8 @@ class StopOnFile(TrainerCallback):
         """Look, on the first rank, and let all of them stop and save."""
         there = False
         if state.is_world_process_zero:
-            found = self._look()
-            there = found is not None and found != self._left
+            file = self._look()
+            there = file is not None and file != self._left
         # Does nothing where there is one process.
         (stop,) = broadcast_object_list([there])
         if stop:
@@ -61,8 +61,8 @@ class StopOnFile(TrainerCallback):
 
     def _look(self) -> tuple[int, int] | None:
         try:
-            found = self._path.stat()
+            status = self._path.stat()
         except OSError:
             # Not there; or a file system that does not answer now, which is no reason to end a training.
             return None
-        return found.st_ino, found.st_mtime_ns
+        return status.st_ino, status.st_mtime_ns

@@ -4,7 +4,6 @@
 not known whether the command ran.
 """
 
-import json
 import logging
 import os
 import subprocess
@@ -14,6 +13,8 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
+
+from pydantic import TypeAdapter
 
 from deploy import runs
 from deploy.errors import DeployError
@@ -59,12 +60,7 @@ class Stop:
 def read_stop(settings: Settings) -> Stop | None:
     """Return what is on record about stopping this training run, None where nothing was ever tried."""
     path = record_path(settings)
-    if not path.is_file():
-        return None
-    content = json.loads(path.read_bytes())
-    content.pop("steps_saved", None)
-    counted = content["saving"]
-    return Stop(**(content | {"saving": Saving(**counted) if counted else None}))
+    return TypeAdapter(Stop).validate_json(path.read_bytes()) if path.is_file() else None
 
 
 def record_path(settings: Settings) -> Path:
@@ -72,7 +68,7 @@ def record_path(settings: Settings) -> Path:
     return settings.home / "stop.json"
 
 
-def told(config: Path, stop: Stop) -> str:
+def message(config: Path, stop: Stop) -> str:
     """Return what is on record in plain words, with the way out where something is to be done."""
     again = f"`relex stop {config} --confirm --again` does it again"
     if stop.state == "declined":

@@ -19,8 +19,9 @@ from flows.settings import Settings, load_settings
 from flows.state.decision import Decision
 from flows.state.records import write_json
 from flows.state.windows import window_directory
-from flows.stop.execute import Stop, decline, log_stop, read_stop, stop_training, told
-from flows.stop.plan import Order, Saving, configured, doubt, finished, is_current, order, refusal, saving
+from flows.stop.execute import Stop, decline, log_stop, message, read_stop, stop_training
+from flows.stop.plan import Order, Saving, configured, order, refusal, saving
+from flows.stop.status import finished, is_current, unmet
 
 STOP = "stop the training"
 CONTINUE = "keep training"
@@ -34,12 +35,12 @@ def offer(config: str, settings: Settings, decision: Decision, *, tracking_uri: 
     """
     if refusal(decision):
         return ""
-    untrusted = doubt(Path(config), settings, decision)
+    untrusted = unmet(Path(config), settings, decision)
     if not configured(settings):
         way = f"To stop the training, add stop_command or stop_file to {config}; then `relex stop {config}`."
         return "" if untrusted else way
     if done := _on_record(settings, decision.key):
-        return told(Path(config), done)
+        return message(Path(config), done)
     counted = saving(settings, decision)
     if why_not := untrusted or finished(counted):
         return why_not
@@ -50,7 +51,7 @@ def offer(config: str, settings: Settings, decision: Decision, *, tracking_uri: 
         except StopError as error:
             return str(error)
         log_stop(settings, done, tracking_uri=tracking_uri)
-        return told(Path(config), done)
+        return message(Path(config), done)
     path = window_directory(settings, decision.key) / "offer.json"
     # The question may be on the page already: what it shows stays what is approved.
     if not path.is_file():
@@ -76,13 +77,13 @@ def stop_flow(config: str, key: str, tracking_uri: str) -> State[Any]:
     content = json.loads((window_directory(settings, key) / "offer.json").read_bytes())
     decision = Decision.from_json(content["decision"])
     if done := _on_record(settings, key):
-        return Completed(message=told(Path(config), done))
+        return Completed(message=message(Path(config), done))
     due = order(Path(config), settings, decision)
     answer = ask(question(decision, due, saving(settings, decision)), (STOP, CONTINUE))
     if answer.choice == CONTINUE:
         declined = decline(settings, key, by=answer.by)
         log_stop(settings, declined, tracking_uri=tracking_uri)
-        return Completed(message=told(Path(config), declined))
+        return Completed(message=message(Path(config), declined))
     if not is_current(settings, decision):
         return Failed(
             message=f"What was approved was decided on other checkpoints or settings than there are now:"
@@ -90,7 +91,7 @@ def stop_flow(config: str, key: str, tracking_uri: str) -> State[Any]:
         )
     if due.to_json() != content["order"]:
         return Failed(
-            message=f"What was approved is not what {config} says now, which is: {due.deeds}. Nothing was done;"
+            message=f"What was approved is not what {config} says now, which is: {due.actions}. Nothing was done;"
             f" `relex stop {config} --confirm` does it."
         )
     if nothing_left := finished(saving(settings, decision)):
@@ -100,7 +101,7 @@ def stop_flow(config: str, key: str, tracking_uri: str) -> State[Any]:
     except StopError as error:
         return Failed(message=str(error))
     log_stop(settings, done, tracking_uri=tracking_uri)
-    return (Completed if done.state == "stopped" else Failed)(message=told(Path(config), done))
+    return (Completed if done.state == "stopped" else Failed)(message=message(Path(config), done))
 
 
 def question(decision: Decision, due: Order, counted: Saving) -> str:
@@ -111,7 +112,7 @@ def question(decision: Decision, due: Order, counted: Saving) -> str:
             f"Registered: {decision.registered or due.model} (step {due.target_step}). The backtest trusts it:"
             f" targets up to step {decision.trusted_step}.",
             counted.sentence,
-            f"On *{STOP}*, once: {due.deeds}.",
+            f"On *{STOP}*, once: {due.actions}.",
         ]
     )
 

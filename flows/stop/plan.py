@@ -1,8 +1,4 @@
-"""What stopping a training run would do, what it would save, and what stands against it.
-
-A stop is due when the decision registered a winner and the backtest trusts its target step. Beyond trust somebody may
-still stop, who says so; on anything else nobody may.
-"""
+"""What stopping a training run on a decision would do, and what it would save."""
 
 import shlex
 import time
@@ -15,7 +11,6 @@ from flows.errors import StopError
 from flows.settings import Settings
 from flows.state.decision import Decision
 from flows.state.ledger import known, read_ledger, segment
-from flows.state.windows import key_of, read_decisions
 from relex.errors import RelexError
 from relex.store import State, open_base, scan
 
@@ -85,11 +80,11 @@ class Order:
         return {f"RELEX_{name.upper()}": str(self.facts[name]) for name in names}
 
     @property
-    def deeds(self) -> str:
+    def actions(self) -> str:
         """Return what is done, as the end of a sentence."""
         words = self.command if isinstance(self.command, str) else shlex.join(self.command)
-        deeds = [f"run `{words}` in {self.directory}"] if words else []
-        return " and ".join([f"write {self.file}", *deeds] if self.file else deeds)
+        commands = [f"run `{words}` in {self.directory}"] if words else []
+        return " and ".join([f"write {self.file}", *commands] if self.file else commands)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON types."""
@@ -130,32 +125,6 @@ def refusal(decision: Decision) -> str:
     return f"The training is needed: on window {decision.window} nothing was registered. {decision.reason}"
 
 
-def doubt(config: Path, settings: Settings, decision: Decision) -> str:
-    """Return why only somebody who says so may stop the training on a registered winner, or nothing.
-
-    A winner that is better than what was observed may still be far from what the run would reach: it has to stand for
-    the planned end.
-    """
-    winner, trusted, end = decision.winner, decision.trusted_step, settings.total_steps
-    if winner is None:
-        return ""
-    if trusted is None or winner.step > trusted:
-        trust = "no target" if trusted is None else f"no target beyond step {trusted}"
-        why = f"The backtest trusts {trust} and the winner predicts {winner.step}"
-    elif end is not None and winner.step < end:
-        why = f"The winner predicts step {winner.step} of {end} planned, and nothing says what the others would bring"
-    else:
-        return ""
-    return f"{why}: the training goes on. `relex stop {config} --confirm --beyond-trust` stops it all the same."
-
-
-def finished(saving: Saving) -> str:
-    """Return that the run has written all its planned steps, or nothing."""
-    if saving.of == "predicted" or saving.steps > 0:
-        return ""
-    return f"The run has written step {saving.latest} of {saving.end} planned: nothing is left to stop."
-
-
 def saving(settings: Settings, decision: Decision) -> Saving:
     """Return what stopping now saves: counted from the latest step that the newest segment of the run has whole.
 
@@ -166,7 +135,7 @@ def saving(settings: Settings, decision: Decision) -> Saving:
     try:
         stored = scan(settings.checkpoints, open_base(settings.base), now=now)
         newest = segment(stored, known(stored, ledger, now=now))
-        written = [item.step for item in newest if item.state is State.READY]
+        written = [checkpoint.step for checkpoint in newest if checkpoint.state is State.READY]
     except RelexError:
         written = [int(step) for step in ledger.checkpoints]
     latest = max(written, default=decision.steps[-1])
@@ -174,34 +143,3 @@ def saving(settings: Settings, decision: Decision) -> Saving:
         return Saving(latest, settings.total_steps, "planned")
     assert decision.winner is not None  # whoever asks has an order
     return Saving(latest, decision.winner.step, "predicted")
-
-
-def current_decision(settings: Settings) -> tuple[Decision | None, str]:
-    """Return the newest decision that registered a winner, else the newest one, or why there is none.
-
-    Only decisions on the checkpoints and settings as they are now: a run that was started anew has not been decided.
-    """
-    decisions = read_decisions(settings)
-    current = [item for item in decisions if is_current(settings, item)]
-    registered = [item for item in current if not refusal(item)]
-    if current:
-        return (registered or current)[-1], ""
-    if decisions:
-        counted = "1 decision was" if len(decisions) == 1 else f"{len(decisions)} decisions were"
-        return (
-            None,
-            f"{counted} made about {settings.training_run}, on other checkpoints or settings than there are now.",
-        )
-    return None, f"Nothing is decided about {settings.training_run} yet."
-
-
-def is_current(settings: Settings, decision: Decision) -> bool:
-    """Whether the decision is on the checkpoints, as the watcher knows them, and on the settings as they are now."""
-    base = open_base(settings.base)
-    ledger = read_ledger(settings)
-    checkpoints = ledger.released | ledger.checkpoints
-    if not checkpoints:
-        now = time.time()
-        checkpoints = known(scan(settings.store, base, now=now), ledger, now=now)
-    inside = {step: checkpoints[str(step)].identity for step in decision.steps if str(step) in checkpoints}
-    return key_of(settings, base, inside) == decision.key

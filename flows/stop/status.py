@@ -1,5 +1,10 @@
-"""How stopping a training run stands: what would be done and saved, or what stands against it; and doing it by hand."""
+"""How stopping a training run stands: what would be done and saved, or what stands against it; and doing it by hand.
 
+A stop is due when the decision registered a winner and the backtest trusts its target step. Beyond trust somebody may
+still stop, who says so; on anything else nobody may.
+"""
+
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -7,21 +12,24 @@ from typing import Any, Literal
 from flows.errors import StopError
 from flows.settings import Settings
 from flows.state.decision import Decision
-from flows.stop.execute import Stop, read_stop, stop_training, told
-from flows.stop.plan import Order, Saving, current_decision, doubt, finished, order, saving
+from flows.state.ledger import known, read_ledger
+from flows.state.windows import key_of, read_decisions
+from flows.stop.execute import Stop, message, read_stop, stop_training
+from flows.stop.plan import Order, Saving, order, refusal, saving
+from relex.store import open_base, scan
 
 
 @dataclass(frozen=True)
-class Outlook:
+class Status:
     """What there is to say before a training run is stopped.
 
-    `refusal` is why nobody may stop it, `doubt` why only somebody who says so may, both empty where there is no reason;
+    `refusal` is why nobody may stop it, `unmet` why only somebody who says so may, both empty where there is no reason;
     `record` is what was done before. Without a refusal there are a decision, an order and a saving.
     """
 
     config: Path
     refusal: str
-    doubt: str = ""
+    unmet: str = ""
     decision: Decision | None = None
     order: Order | None = None
     saving: Saving | None = None
@@ -30,20 +38,21 @@ class Outlook:
     @property
     def sentence(self) -> str:
         """Return how it stands, and what to do next."""
-        parts = [told(self.config, self.record)] if self.record is not None else []
+        parts = [message(self.config, self.record)] if self.record is not None else []
         if self.record is not None and self.record.state != "declined":
             return parts[0]
         if self.refusal or self.order is None or self.saving is None:
             return " ".join([*parts, self.refusal])
-        way = f"`relex stop {self.config} --confirm` does it, once: {self.order.deeds}."
-        return " ".join([*parts, self.doubt or way, self.saving.sentence])
+        way = f"`relex stop {self.config} --confirm` does it, once: {self.order.actions}."
+        return " ".join([*parts, self.unmet or way, self.saving.sentence])
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON types."""
         return {
             "sentence": self.sentence,
             "refusal": self.refusal,
-            "doubt": self.doubt,
+            # As scripts that read it know it.
+            "doubt": self.unmet,
             "order": self.order.to_json() if self.order is not None else None,
             "steps_saved": self.saving.steps if self.saving is not None else None,
             "steps_saved_of": self.saving.of if self.saving is not None else None,
@@ -52,23 +61,23 @@ class Outlook:
         }
 
 
-def outlook(config: Path, settings: Settings) -> Outlook:
+def look(config: Path, settings: Settings) -> Status:
     """Return how stopping the training run stands now, on the newest decision that registered a winner."""
     record = read_stop(settings)
     decision, reason = current_decision(settings)
     if decision is None:
-        return Outlook(config, reason, record=record)
+        return Status(config, reason, record=record)
     try:
         due = order(config, settings, decision)
     except StopError as error:
-        return Outlook(config, str(error), decision=decision, record=record)
+        return Status(config, str(error), decision=decision, record=record)
     counted = saving(settings, decision)
-    return Outlook(config, finished(counted), doubt(config, settings, decision), decision, due, counted, record)
+    return Status(config, finished(counted), unmet(config, settings, decision), decision, due, counted, record)
 
 
 def confirm(
     settings: Settings,
-    found: Outlook,
+    status: Status,
     *,
     by: str,
     beyond_trust: Literal["refuse", "allow"] = "refuse",
@@ -78,16 +87,73 @@ def confirm(
 
     StopError with what stands against it, and the way out.
     """
-    before = found.record if again == "refuse" else None
+    before = status.record if again == "refuse" else None
     if before is not None and before.state == "stopped":
         return before
     if before is not None and before.state != "declined":
-        raise StopError(told(found.config, before))
-    if found.refusal or found.decision is None or found.order is None:
-        raise StopError(found.refusal)
-    if found.doubt and beyond_trust == "refuse":
-        raise StopError(found.doubt)
-    done = stop_training(settings, found.decision, found.order, by=by, again=again)
+        raise StopError(message(status.config, before))
+    if status.refusal or status.decision is None or status.order is None:
+        raise StopError(status.refusal)
+    if status.unmet and beyond_trust == "refuse":
+        raise StopError(status.unmet)
+    done = stop_training(settings, status.decision, status.order, by=by, again=again)
     if done.state != "stopped":
-        raise StopError(told(found.config, done))
+        raise StopError(message(status.config, done))
     return done
+
+
+def unmet(config: Path, settings: Settings, decision: Decision) -> str:
+    """Return why only somebody who says so may stop the training on a registered winner, or nothing.
+
+    A winner that is better than what was observed may still be far from what the run would reach: it has to stand for
+    the planned end.
+    """
+    winner, trusted, end = decision.winner, decision.trusted_step, settings.total_steps
+    if winner is None:
+        return ""
+    if trusted is None or winner.step > trusted:
+        trust = "no target" if trusted is None else f"no target beyond step {trusted}"
+        why = f"The backtest trusts {trust} and the winner predicts {winner.step}"
+    elif end is not None and winner.step < end:
+        why = f"The winner predicts step {winner.step} of {end} planned, and nothing says what the others would bring"
+    else:
+        return ""
+    return f"{why}: the training goes on. `relex stop {config} --confirm --beyond-trust` stops it all the same."
+
+
+def finished(saving: Saving) -> str:
+    """Return that the run has written all its planned steps, or nothing."""
+    if saving.of == "predicted" or saving.steps > 0:
+        return ""
+    return f"The run has written step {saving.latest} of {saving.end} planned: nothing is left to stop."
+
+
+def current_decision(settings: Settings) -> tuple[Decision | None, str]:
+    """Return the newest decision that registered a winner, else the newest one, or why there is none.
+
+    Only decisions on the checkpoints and settings as they are now: a run that was started anew has not been decided.
+    """
+    decisions = read_decisions(settings)
+    current = [decision for decision in decisions if is_current(settings, decision)]
+    registered = [decision for decision in current if not refusal(decision)]
+    if current:
+        return (registered or current)[-1], ""
+    if decisions:
+        counted = "1 decision was" if len(decisions) == 1 else f"{len(decisions)} decisions were"
+        return (
+            None,
+            f"{counted} made about {settings.training_run}, on other checkpoints or settings than there are now.",
+        )
+    return None, f"Nothing is decided about {settings.training_run} yet."
+
+
+def is_current(settings: Settings, decision: Decision) -> bool:
+    """Whether the decision is on the checkpoints, as the watcher knows them, and on the settings as they are now."""
+    base = open_base(settings.base)
+    ledger = read_ledger(settings)
+    checkpoints = ledger.released | ledger.checkpoints
+    if not checkpoints:
+        now = time.time()
+        checkpoints = known(scan(settings.store, base, now=now), ledger, now=now)
+    inside = {step: checkpoints[str(step)].identity for step in decision.steps if str(step) in checkpoints}
+    return key_of(settings, base, inside) == decision.key

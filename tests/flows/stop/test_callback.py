@@ -1,5 +1,6 @@
 """StopOnFile in transformers' own Trainer, in one process and in two."""
 
+import importlib
 import logging
 import os
 import socket
@@ -61,3 +62,9 @@ def test_the_training_s_process_is_spared_what_only_relex_needs(two_ranks: Path)
     imported = set((two_ranks / "modules").read_text().splitlines())
     assert "flows.stop.callback" in imported
     assert not imported & {"prefect", "mlflow", "lm_eval", "math_verify", "typer", "relex", "evaluation", "deploy"}
+
+
+def test_a_trainer_that_imports_it_from_where_it_was_is_told_where_it_is() -> None:
+    sys.modules.pop("flows.stop_callback", None)
+    with pytest.warns(DeprecationWarning, match=r"flows\.stop\.callback now: import StopOnFile from there"):
+        assert importlib.import_module("flows.stop_callback").StopOnFile is StopOnFile

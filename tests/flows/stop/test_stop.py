@@ -16,16 +16,18 @@ from deploy.runs import record
 from deploy.tracking import connect
 from flows.cli.main import main
 from flows.errors import StopError
+from flows.settings import Settings
 from flows.state.decision import Model
 from flows.state.ledger import Ledger, Seen, write_ledger
+from flows.state.records import write_json
 from flows.state.windows import read_decisions
-from flows.stop.execute import Stop, read_stop, record_path, told
+from flows.stop.execute import Stop, message, read_stop, record_path
 from flows.stop.plan import saving
-from flows.stop.status import Outlook, confirm, outlook
+from flows.stop.status import Status, confirm, look
 from tests.helpers.stopped import COMMAND, configure, decided, runs
 from tests.helpers.straight_run import WriteCheckpoint
 
-Check = Callable[..., Outlook]
+Check = Callable[..., Status]
 
 
 @pytest.fixture
@@ -44,28 +46,28 @@ def ready(config: Path, store: None) -> Path:
 
 def stop(config: Path, **how: str) -> Stop:
     settings = configure(config)
-    return confirm(settings, outlook(config, settings), by="ada", **how)  # type: ignore[arg-type]
+    return confirm(settings, look(config, settings), by="ada", **how)  # type: ignore[arg-type]
 
 
-def look(config: Path) -> Outlook:
-    return outlook(config, configure(config))
+def standing(config: Path) -> Status:
+    return look(config, configure(config))
 
 
 def test_a_trusted_winner_stops_the_training_once_with_its_facts(ready: Path) -> None:
-    assert "`relex stop" in look(ready).sentence
+    assert "`relex stop" in standing(ready).sentence
     assert runs(ready) == []
     first = stop(ready)
     assert runs(ready) == ["tiny 40 200 models/relex/step-200 tiny-candidates version 1"]
     assert (first.state, first.exit_status, first.by) == ("stopped", 0, "ada")
     assert stop(ready) == first
     assert len(runs(ready)) == 1
-    assert "was stopped at" in look(ready).sentence
+    assert "was stopped at" in standing(ready).sentence
 
 
 def test_the_steps_saved_are_counted_from_the_step_the_run_has_reached_by_then(
     ready: Path, write_checkpoint: WriteCheckpoint
 ) -> None:
-    assert "has written step 60 of 200 planned: 140 steps are saved" in look(ready).sentence
+    assert "has written step 60 of 200 planned: 140 steps are saved" in standing(ready).sentence
     # The trainer saves once more when it is told to end.
     program = "import shutil; shutil.copytree('run/checkpoint-60', 'run/checkpoint-61')"
     configure(ready, stop_command=[sys.executable, "-c", program])
@@ -77,7 +79,7 @@ def test_the_steps_saved_are_counted_from_the_step_the_run_has_reached_by_then(
 
 def test_a_checkpoint_that_is_not_whole_is_not_counted(ready: Path, tmp_path: Path) -> None:
     (tmp_path / "run/checkpoint-80").mkdir()
-    assert "step 60 of 200" in look(ready).sentence
+    assert "step 60 of 200" in standing(ready).sentence
 
 
 def test_while_the_store_is_away_steps_are_counted_from_the_last_one_known(ready: Path, tmp_path: Path) -> None:
@@ -91,9 +93,9 @@ def test_while_the_store_is_away_steps_are_counted_from_the_last_one_known(ready
 def test_without_a_plan_steps_are_counted_up_to_the_prediction(ready: Path, write_checkpoint: WriteCheckpoint) -> None:
     configure(ready, total_steps=None)
     decided(ready)
-    assert "140 steps are saved up to the predicted step 200 (total_steps is not given)" in look(ready).sentence
+    assert "140 steps are saved up to the predicted step 200 (total_steps is not given)" in standing(ready).sentence
     write_checkpoint(220)
-    assert "no saved steps are known" in look(ready).sentence
+    assert "no saved steps are known" in standing(ready).sentence
 
 
 @pytest.mark.parametrize(
@@ -110,7 +112,7 @@ def test_what_stands_against_stopping_is_said_and_nothing_is_run(
     ready: Path, decision: dict[str, object], says: str
 ) -> None:
     decided(ready, **decision)  # type: ignore[arg-type]
-    assert says in look(ready).sentence
+    assert says in standing(ready).sentence
     with pytest.raises(StopError) as refusal:
         stop(ready)
     assert says in str(refusal.value)
@@ -120,7 +122,7 @@ def test_what_stands_against_stopping_is_said_and_nothing_is_run(
 
 def test_beyond_trust_somebody_must_say_so_and_a_refused_candidate_stops_nothing_whoever_says_so(ready: Path) -> None:
     decided(ready, trusted=78)
-    assert "--confirm --beyond-trust` stops it all the same" in look(ready).sentence
+    assert "--confirm --beyond-trust` stops it all the same" in standing(ready).sentence
     assert stop(ready, beyond_trust="allow").state == "stopped"
     assert len(runs(ready)) == 1
     record_path(configure(ready)).unlink()
@@ -131,7 +133,7 @@ def test_beyond_trust_somebody_must_say_so_and_a_refused_candidate_stops_nothing
 
 def test_the_newest_registered_winner_counts_also_after_a_later_refusal(ready: Path) -> None:
     decided(ready, window=60, verdict="keep training", winner=None)
-    found = look(ready)
+    found = standing(ready)
     assert found.order is not None
     assert found.order.window == 40
 
@@ -140,11 +142,11 @@ def test_a_run_that_is_not_decided_finished_or_without_a_way_to_stop_is_left_alo
     config: Path, store: None, write_checkpoint: WriteCheckpoint
 ) -> None:
     configure(config, total_steps=60)
-    assert look(config).sentence == "Nothing is decided about tiny yet."
+    assert standing(config).sentence == "Nothing is decided about tiny yet."
     decided(config)
-    assert "neither stop_command nor stop_file" in look(config).sentence
+    assert "neither stop_command nor stop_file" in standing(config).sentence
     configure(config, stop_command=COMMAND)
-    assert look(config).sentence == "The run has written step 60 of 60 planned: nothing is left to stop."
+    assert standing(config).sentence == "The run has written step 60 of 60 planned: nothing is left to stop."
     with pytest.raises(StopError, match="nothing is left to stop"):
         stop(config)
     assert runs(config) == []
@@ -157,7 +159,7 @@ def test_a_run_that_was_started_anew_is_not_stopped_on_the_decision_about_anothe
     path = write_checkpoint(25)
     weights = load_file(path / "model.safetensors")
     save_file({name: tensor + 1 for name, tensor in weights.items()}, path / "model.safetensors")
-    assert look(ready).sentence.startswith("1 decision was made about tiny, on other checkpoints or settings")
+    assert standing(ready).sentence.startswith("1 decision was made about tiny, on other checkpoints or settings")
     with pytest.raises(StopError, match="other checkpoints"):
         stop(ready)
     assert runs(ready) == []
@@ -179,7 +181,7 @@ def test_a_stop_file_holds_the_facts_and_leaves_nothing_else_behind(ready: Path,
         "written": "",
     }
     assert [path.name for path in (tmp_path / "signals").iterdir()] == ["STOP"]
-    assert "was told to stop at" in look(ready).sentence
+    assert "was told to stop at" in standing(ready).sentence
 
 
 def test_words_need_no_shell_and_what_they_say_is_kept(ready: Path, tmp_path: Path) -> None:
@@ -226,10 +228,10 @@ KILLED = """
 import sys
 from pathlib import Path
 from flows.settings import load_settings
-from flows.stop.status import confirm, outlook
+from flows.stop.status import confirm, look
 config = Path(sys.argv[1])
 settings = load_settings(config)
-confirm(settings, outlook(config, settings), by="ada")
+confirm(settings, look(config, settings), by="ada")
 """
 
 
@@ -238,7 +240,7 @@ def test_killed_while_the_command_runs_it_is_not_known_and_not_done_again_by_its
     configure(ready, stop_command=f"{COMMAND}; echo half; kill -9 $PPID")
     killed = subprocess.run([sys.executable, "-c", KILLED, str(ready)], check=False)
     assert killed.returncode == -9
-    found = look(ready)
+    found = standing(ready)
     assert "It is not known whether the training was stopped: stopping began at" in found.sentence
     assert found.record is not None
     assert Path(found.record.log).read_text() == "half\n"
@@ -253,7 +255,7 @@ def test_killed_while_the_command_runs_it_is_not_known_and_not_done_again_by_its
 def test_of_many_at_once_one_stops_it(ready: Path) -> None:
     configure(ready, stop_command=f"{COMMAND}; sleep 0.1")
     settings = configure(ready)
-    found = outlook(ready, settings)
+    found = look(ready, settings)
     ended: list[str] = []
     start = threading.Barrier(4)
 
@@ -274,7 +276,7 @@ def test_a_second_one_that_comes_while_the_command_takes_long_is_told_so(ready: 
     configure(ready, stop_command=f"{COMMAND}; until [ -e go ]; do sleep 0.05; done")
     first = threading.Thread(target=stop, args=(ready,))
     settings = configure(ready)
-    found = outlook(ready, settings)
+    found = look(ready, settings)
     first.start()
     try:
         while not runs(ready):
@@ -288,7 +290,55 @@ def test_a_second_one_that_comes_while_the_command_takes_long_is_told_so(ready: 
 
 
 def test_a_record_tells_who_and_when(ready: Path) -> None:
-    assert told(ready, stop(ready)).endswith("by ada. The run has written step 60 of 200 planned: 140 steps are saved.")
+    said = message(ready, stop(ready))
+    assert said.endswith("by ada. The run has written step 60 of 200 planned: 140 steps are saved.")
+
+
+STOPPED = """{
+ "state": "stopped",
+ "decision": "a1b2",
+ "by": "ada in the Prefect UI",
+ "began": "2026-11-20T10:00:00+00:00",
+ "log": "/runs/.relex/tiny/logs/stop.log",
+ "file": "/runs/STOP",
+ "ended": "2026-11-20T10:00:09+00:00",
+ "exit_status": 0,
+ "failure": "",
+ "saving": {
+  "latest": 60,
+  "end": 200,
+  "of": "planned"
+ },
+ "steps_saved": 140
+}
+"""
+DECLINED = """{
+ "state": "declined",
+ "decision": "a1b2",
+ "by": "bob",
+ "began": "2026-11-20T10:00:00+00:00",
+ "log": "",
+ "file": "",
+ "ended": "",
+ "exit_status": null,
+ "failure": "",
+ "saving": null
+}
+"""
+
+
+@pytest.mark.parametrize(("golden", "state", "saved"), [(STOPPED, "stopped", 140), (DECLINED, "declined", None)])
+def test_a_record_of_an_earlier_version_is_read_and_is_written_in_the_same_bytes(
+    settings: Settings, golden: str, state: str, saved: int | None
+) -> None:
+    path = record_path(settings)
+    path.parent.mkdir(parents=True)
+    path.write_text(golden)
+    record = read_stop(settings)
+    assert record is not None
+    assert (record.state, record.saving and record.saving.steps) == (state, saved)
+    write_json(path, record.to_json())
+    assert path.read_text() == golden
 
 
 def test_the_command_shows_and_does_nothing_until_it_is_confirmed(

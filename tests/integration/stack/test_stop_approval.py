@@ -28,9 +28,10 @@ from deploy.runs import record
 from deploy.tracking import connect, prepare
 from flows import approval
 from flows.deployments import stop_deployment
+from flows.stop import status
 from flows.stop.execute import Stop, read_stop
 from flows.stop.flow import CONTINUE, STOP, offer, stop_flow
-from flows.stop.status import confirm, outlook
+from flows.stop.status import confirm
 from tests.helpers.questions import look, question, resume, wait_for_state
 from tests.helpers.stopped import COMMAND, configure, decided, runs
 from tests.helpers.straight_run import WriteCheckpoint
@@ -168,7 +169,7 @@ def test_declined_nothing_is_run_and_it_is_on_record(deployed: Path, server: Sta
     assert stop.state == "declined"
     # Somebody may think better of it.
     settings = configure(deployed)
-    assert confirm(settings, outlook(deployed, settings), by="ada").state == "stopped"
+    assert confirm(settings, status.look(deployed, settings), by="ada").state == "stopped"
 
 
 @pytest.fixture
@@ -206,7 +207,7 @@ def test_what_was_stopped_by_hand_meanwhile_is_not_stopped_again(deployed: Path,
     _, run = offered(deployed, server)
     suspend(run)
     settings = configure(deployed)
-    confirm(settings, outlook(deployed, settings), by="ada")
+    confirm(settings, status.look(deployed, settings), by="ada")
     resume(server, run, answer=STOP)
     assert "was stopped at" in take_up(run)
     assert len(runs(deployed)) == 1
