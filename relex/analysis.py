@@ -146,7 +146,7 @@ def analyze(
         tuple(energies_R.tolist()),
         tuple(tuple(row.tolist()) for row in (coordinates_KR / latest).T),
         {module: tuple((row_K / row_K[-1]).tolist()) for module, row_K in leading.items() if float(row_K[-1]) != 0.0},
-        tuple(item.text for item in sanity.findings(gram)),
+        tuple(finding.text for finding in sanity.findings(gram)),
     )
 
 

@@ -38,7 +38,7 @@ def along(trajectory: Trajectory, prediction: Forecast, step: int, *, memory: in
         return 0.0
     source = Source(trajectory, tuple(prediction.vectors), memory, threads)
     row = trajectory.steps.index(step)
-    return sum(item.inner for item in anchored(source, prediction.vectors, row).values())
+    return sum(matrix.inner for matrix in anchored(source, prediction.vectors, row).values())
 
 
 def distance(gram: Gram, prediction: Forecast, step: int, *, added: float = 0.0) -> Distance | None:
@@ -55,7 +55,7 @@ def distance(gram: Gram, prediction: Forecast, step: int, *, added: float = 0.0)
     held_TM[:, len(prediction.steps) - 1] = 1.0
     real = _product(gram, real_TM, real_TM) ** 0.5
     # Beyond the combination: the squares of what is added, and twice its product with what it is added to.
-    beyond = sum(item.square + 2.0 * item.inner for item in prediction.vectors.values())
+    beyond = sum(matrix.square + 2.0 * matrix.inner for matrix in prediction.vectors.values())
     norm = max(0.0, _product(gram, predicted_TM, predicted_TM) + beyond) ** 0.5
     missed = max(0.0, _product(gram, predicted_TM - real_TM, predicted_TM - real_TM) + beyond - 2.0 * added)
     waited = _product(gram, held_TM - real_TM, held_TM - real_TM)
@@ -71,18 +71,18 @@ def distance(gram: Gram, prediction: Forecast, step: int, *, added: float = 0.0)
 
 def is_combination(prediction: Forecast) -> bool:
     """Whether every tensor is a combination of checkpoints, so that its coefficients say everything."""
-    return all(item.source in ("base", "combined", "latest") for item in prediction.tensors.values())
+    return all(tensor.source in ("base", "combined", "latest") for tensor in prediction.tensors.values())
 
 
 def _coefficients(gram: Gram, prediction: Forecast) -> Tensor:
     count = len(prediction.steps)
     found_TM = torch.zeros(len(gram.names), len(gram.steps), dtype=torch.float64)
     for row_M, name in zip(found_TM, gram.names, strict=True):
-        item = prediction.tensors[name]
-        if item.source == "latest":
+        tensor = prediction.tensors[name]
+        if tensor.source == "latest":
             row_M[count - 1] = 1.0
-        if item.source in ("combined", "rank-one"):
-            row_M[:count] = torch.tensor(item.coefficients, dtype=torch.float64)
+        if tensor.source in ("combined", "rank-one"):
+            row_M[:count] = torch.tensor(tensor.coefficients, dtype=torch.float64)
     return found_TM
 
 

@@ -154,7 +154,7 @@ def _alone(base: Weights, real: Checkpoint) -> Trajectory:
 
 def _compare(trajectory: Trajectory, models: Sequence[_Written], space: Workspace, unit: Unit) -> _Sums:
     spec = trajectory.tensors[unit.tensor]
-    found = _NOTHING
+    sums = _NOTHING
     for block in space.blocks(trajectory, unit, range(0 if spec.unchanged else 1)):
         for place, delta_N in _real(space, block):
             base_N, start = block.base[place], block.start + place.start
@@ -166,7 +166,7 @@ def _compare(trajectory: Trajectory, models: Sequence[_Written], space: Workspac
             if _finer(spec.dtype, base_N.dtype):
                 moved_N = real_N + base_N
                 lost = _square(moved_N.to(base_N.dtype) - moved_N)
-            found = found.plus(
+            sums = sums.plus(
                 _Sums(
                     missed=_square(predicted_N - real_N),
                     waited=_square(observed_N - real_N),
@@ -176,7 +176,7 @@ def _compare(trajectory: Trajectory, models: Sequence[_Written], space: Workspac
                     rounding=lost,
                 )
             )
-    return found
+    return sums
 
 
 def _real(space: Workspace, block: Block) -> Iterator[tuple[slice, Tensor]]:

@@ -1,6 +1,6 @@
 """A prediction as numbers: for every tensor, which coefficients, or which copy; of matrix methods, which vectors.
 
-No weight is read to make one (the vectors are found before, see `vectors`).
+No weight is read to make one (the vectors are found before, see `matrix_updates`).
 
 Shape suffixes: T = tensors that move, K = checkpoints.
 """
@@ -19,7 +19,7 @@ from relex.errors import TargetError
 from relex.gram import Gram
 from relex.predictors import Method
 from relex.predictors.predictor import MatrixPredictor, Window
-from relex.rank_one import Outer
+from relex.rank_one import RankOne
 from relex.trajectory import Trajectory
 
 FORMAT = 1
@@ -66,13 +66,14 @@ class Forecast:
     energy: float
     r_squared: float
     warnings: tuple[str, ...]
-    vectors: Mapping[str, Outer] = field(default_factory=dict, compare=False, repr=False)
+    vectors: Mapping[str, RankOne] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def digest(self) -> str:
         """Hex digest of everything that decides the bytes of the predicted weights, and of what they are called."""
         tensors = {
-            name: [item.source, item.coefficients, *filter(None, [item.vectors])] for name, item in self.tensors.items()
+            name: [tensor.source, tensor.coefficients, *filter(None, [tensor.vectors])]
+            for name, tensor in self.tensors.items()
         }
         content = {"format": FORMAT, "method": self.method, "target_step": self.target_step, "steps": self.steps}
         content |= {"base": self.base_digest, "checkpoints": self.digests, "dtype": self.dtype, "tensors": tensors}
@@ -88,8 +89,8 @@ class Forecast:
     def from_json(cls, content: Mapping[str, Any]) -> "Forecast":
         """Read back what to_json wrote."""
         tensors = {
-            name: TensorForecast(**(item | {"coefficients": tuple(item["coefficients"])}))
-            for name, item in content["tensors"].items()
+            name: TensorForecast(**(tensor | {"coefficients": tuple(tensor["coefficients"])}))
+            for name, tensor in content["tensors"].items()
         }
         lists = {key: tuple(content[key]) for key in ("steps", "digests", "warnings")}
         band = tuple(content["norm_band"]) if content["norm_band"] is not None else None
@@ -114,12 +115,12 @@ def forecast(
     *,
     target_step: int,
     dtype: str | None = None,
-    added: Mapping[str, Outer] | None = None,
+    added: Mapping[str, RankOne] | None = None,
 ) -> Forecast:
     """Predict the checkpoint at `target_step` from a trajectory and its Gram.
 
     `dtype` overrides the stored precision of the result (None: the base's, tensor by tensor), `added` is what a matrix
-    method adds (see `vectors.added`). Raises TargetError when the method's parameters do not fit the window.
+    method adds (see `matrix_updates.added`). Raises TargetError when the method's parameters do not fit the window.
     """
     if added is None and isinstance(method.predictor, MatrixPredictor):
         raise TargetError(
@@ -171,11 +172,13 @@ def forecast(
         tensors=tensors,
         amplification=float(coefficients_TK.abs().sum(-1).max()) if gram.names else 0.0,
         # Exact: in the order in which vectors were found, or in that in which they are kept, it is the same number.
-        norm=math.sqrt(max(0.0, math.fsum([norm**2, *(2.0 * item.inner + item.square for item in added.values())]))),
+        norm=math.sqrt(
+            max(0.0, math.fsum([norm**2, *(2.0 * matrix.inner + matrix.square for matrix in added.values())]))
+        ),
         norm_latest=float(spectrum.norm(gram.products, latest_K.expand_as(coefficients_TK))),
         norm_band=spectrum.norm_band(gram.products, steps_K, target_step),
         energy=spectrum.pooled(gram.products, energy_T),
         r_squared=spectrum.pooled(gram.products, r_squared_T),
-        warnings=tuple(item.text for item in sanity.findings(gram)),
+        warnings=tuple(finding.text for finding in sanity.findings(gram)),
         vectors=added,
     )

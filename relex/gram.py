@@ -255,16 +255,16 @@ def cached(
     known: Gram | None = None
     superseded: Path | None = None
     for path in sorted(directory.glob("*.safetensors")):
-        found = _load(path, base)
-        if found is None:
+        kept = _load(path, base)
+        if kept is None:
             continue
-        have = list(zip(found.steps, found.identities, strict=True))
+        have = list(zip(kept.steps, kept.identities, strict=True))
         # Only from the first on: the last bits of a product depend on its place in the tiles.
         if have[: len(wanted)] == wanted:
-            return found.rows(range(len(wanted)))
+            return kept.rows(range(len(wanted)))
         shared = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(have, wanted, strict=False))))
         if shared > (len(known.steps) if known is not None else 0):
-            known, superseded = found.rows(range(shared)), path if shared == len(have) else None
+            known, superseded = kept.rows(range(shared)), path if shared == len(have) else None
     gram = measure(trajectory, memory=memory, threads=threads, known=known, on_progress=on_progress)
     _save(gram, base, directory)
     if superseded is not None and superseded.name != f"{gram.digest}.safetensors":

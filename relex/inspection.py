@@ -77,7 +77,11 @@ def inspect(
     """
     opened = open_base(base, blocks=blocks)
     stored = scan(run, opened, now=time.time(), blocks=blocks)
-    ready = [item for item in stored if item.state is State.READY and (window is None or item.step <= window)]
+    ready = [
+        checkpoint
+        for checkpoint in stored
+        if checkpoint.state is State.READY and (window is None or checkpoint.step <= window)
+    ]
     straightness: Straightness | None = None
     by_tensor: dict[str, Straightness] = {}
     deltas: dict[int, float] = {}
@@ -95,15 +99,15 @@ def inspect(
         deltas = dict(zip(trajectory.steps, norms_K.tolist(), strict=True))
     steps = tuple(
         Step(
-            item.step,
-            item.state,
-            str(item.directory),
-            item.weights.layout if item.weights is not None else "",
-            _precisions(item.weights) if item.weights is not None else "",
-            item.reason,
-            deltas.get(item.step),
+            checkpoint.step,
+            checkpoint.state,
+            str(checkpoint.directory),
+            checkpoint.weights.layout if checkpoint.weights is not None else "",
+            _precisions(checkpoint.weights) if checkpoint.weights is not None else "",
+            checkpoint.reason,
+            deltas.get(checkpoint.step),
         )
-        for item in stored
+        for checkpoint in stored
     )
     parameters = sum(math.prod(entry.shape) for entry in opened.tensors.values())
     return Inspection(str(run), str(base), len(opened.tensors), parameters, steps, straightness, by_tensor, findings)

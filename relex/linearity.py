@@ -60,16 +60,16 @@ def weight_r_squared(
             # Of an adapter it is what is added to the base: R² and range are the same.
             yield block.stored[:, places].double()
 
-    found: dict[int, list[NDArray[np.float64]]] = {index: [] for index in drawn}
+    sampled: dict[int, list[NDArray[np.float64]]] = {index: [] for index in drawn}
     pieces = [unit for unit in units(trajectory) if unit.tensor in drawn]
     for done, (unit, part) in enumerate(in_order(work, pieces, spaces), start=1):
-        found[unit.tensor].append(part)
+        sampled[unit.tensor].append(part)
         if on_progress is not None:
             on_progress(done, len(pieces))
     trajectory.check_unchanged()
     return {
         trajectory.tensors[index].name: Sample(len(drawn[index]), np.concatenate(parts))
-        for index, parts in found.items()
+        for index, parts in sampled.items()
     }
 
 

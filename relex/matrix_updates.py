@@ -17,7 +17,7 @@ from relex.gram import Gram, keep
 from relex.predictors import Method
 from relex.predictors.predictor import MatrixPredictor
 from relex.progress import Progress
-from relex.rank_one import Outer
+from relex.rank_one import RankOne
 from relex.trajectory import Trajectory
 from relex.triplets import Source
 
@@ -33,7 +33,7 @@ def added(
     memory: int,
     threads: int,
     on_progress: Progress | None = None,
-) -> Iterator[dict[str, Outer] | None]:
+) -> Iterator[dict[str, RankOne] | None]:
     """Yield by tensor what each method adds at its target step, in their order; None for methods that add nothing.
 
     What several of them share is found when the first one is asked for. Raises TargetError when a method's parameters
@@ -45,12 +45,12 @@ def added(
         else None
         for method, target in wanted
     ]
-    known: dict[str, dict[str, Outer]] = {}
-    for item in asked:
-        if item is None:
+    known: dict[str, dict[str, RankOne]] = {}
+    for wish in asked:
+        if wish is None:
             yield None
             continue
-        method, predictor, aim = item
+        method, predictor, aim = wish
         key = _key(gram, predictor, aim)
         if key not in known:
             aims = {other[2] for other in asked if other is not None and _unit(other[1]) == _unit(predictor)}
@@ -61,19 +61,19 @@ def added(
 
 def _found(
     gram: Gram, source: Source, unit: MatrixPredictor, aims: Sequence[float], directory: Path
-) -> dict[str, dict[str, Outer]]:
+) -> dict[str, dict[str, RankOne]]:
     """Return the unit's vectors at every aim, by their keys: what is kept, and what has to be found, then kept too."""
     keys = {aim: _key(gram, unit, aim) for aim in aims}
     kept = {key: _load(directory / f"{key}.npz") for key in keys.values()}
-    found = {key: vectors for key, vectors in kept.items() if vectors is not None}
-    missing = [aim for aim, key in keys.items() if key not in found]
+    ready = {key: vectors for key, vectors in kept.items() if vectors is not None}
+    missing = [aim for aim, key in keys.items() if key not in ready]
     if missing:
         made = unit.vectors(source, missing)
         source.trajectory.check_unchanged()
         for aim, vectors in zip(missing, made, strict=True):
             keep(rank_one.to_bytes(vectors), directory / f"{keys[aim]}.npz")
-            found[keys[aim]] = vectors
-    return found
+            ready[keys[aim]] = vectors
+    return ready
 
 
 def _moving(trajectory: Trajectory, gram: Gram, method: Method) -> tuple[str, ...]:
@@ -101,7 +101,7 @@ def _key(gram: Gram, predictor: MatrixPredictor, aim: float) -> str:
     return sha256(json.dumps([FORMAT, gram.digest, _unit(predictor), aim]).encode()).hexdigest()
 
 
-def _load(path: Path) -> dict[str, Outer] | None:
+def _load(path: Path) -> dict[str, RankOne] | None:
     """Return the vectors saved at `path`, None when there are none."""
     try:
         return rank_one.from_bytes(path.read_bytes())

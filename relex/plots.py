@@ -188,12 +188,12 @@ def r_squared_histograms(path: Path, moments: Mapping[str, Moments]) -> None:
     """Draw R² on the step of many single values, a panel each kind, as shares of those that change; a PNG."""
     figure = Figure(figsize=(6.0 * len(moments), 4.0), dpi=110, layout="constrained")
     edges = np.linspace(0.0, 1.0, BINS + 1)
-    for axes, (what, item) in zip(figure.subplots(1, len(moments), squeeze=False)[0], moments.items(), strict=True):
-        axes.stairs(np.array(item.counts) / max(item.kept, 1), edges, fill=True, alpha=0.7)
-        if item.quartiles is not None:
-            axes.axvline(item.quartiles[1], color="black", linestyle="--", label=f"median {item.quartiles[1]:.3f}")
+    for axes, (what, moment) in zip(figure.subplots(1, len(moments), squeeze=False)[0], moments.items(), strict=True):
+        axes.stairs(np.array(moment.counts) / max(moment.kept, 1), edges, fill=True, alpha=0.7)
+        if moment.quartiles is not None:
+            axes.axvline(moment.quartiles[1], color="black", linestyle="--", label=f"median {moment.quartiles[1]:.3f}")
             axes.legend(fontsize=8, loc="upper left")
-        axes.set_title(f"{what}: {item.kept} of {item.drawn} change enough", fontsize=10)
+        axes.set_title(f"{what}: {moment.kept} of {moment.drawn} change enough", fontsize=10)
         axes.set_xlabel("R² on the training step")
         axes.set_ylabel("share of them")
         axes.set_xlim(0.0, 1.0)

@@ -20,7 +20,7 @@ Array = NDArray[np.float32]
 
 
 @dataclass(frozen=True, eq=False)
-class Outer:
+class RankOne:
     """left rightᵀ, of fp32 (M,) and (N,); `inner` is its inner product with the delta that it is added to."""
 
     left_M: Array
@@ -38,9 +38,9 @@ class Outer:
         left_M, right_N = self.left_M.astype(np.float64), self.right_N.astype(np.float64)
         return float((left_M @ left_M) * (right_N @ right_N))
 
-    def scaled(self, factor: float) -> "Outer":
+    def scaled(self, factor: float) -> "RankOne":
         """Return the matrix times `factor`."""
-        return Outer((self.left_M * np.float64(factor)).astype(np.float32), self.right_N, self.inner * factor)
+        return RankOne((self.left_M * np.float64(factor)).astype(np.float32), self.right_N, self.inner * factor)
 
     def elements(self, start: int, stop: int, *, dtype: torch.dtype) -> Tensor:
         """Return elements `start` to `stop` of the flat matrix; their bits do not depend on how many are asked for."""
@@ -51,23 +51,27 @@ class Outer:
         return rows_MN.view(-1)[start - first * columns : stop - first * columns]
 
 
-def to_bytes(vectors: Mapping[str, Outer]) -> bytes:
+def to_bytes(vectors: Mapping[str, RankOne]) -> bytes:
     """Return the vectors of tensors by name as an npz file; equal vectors give equal bytes."""
     arrays: dict[str, NDArray[np.generic]] = {}
     for name in sorted(vectors):
-        item = vectors[name]
-        arrays |= {f"{name}:left": item.left_M, f"{name}:right": item.right_N, f"{name}:inner": np.array(item.inner)}
+        matrix = vectors[name]
+        arrays |= {
+            f"{name}:left": matrix.left_M,
+            f"{name}:right": matrix.right_N,
+            f"{name}:inner": np.array(matrix.inner),
+        }
     file = io.BytesIO()
     np.savez(file, allow_pickle=False, **arrays)
     return file.getvalue()
 
 
-def from_bytes(content: bytes) -> dict[str, Outer]:
+def from_bytes(content: bytes) -> dict[str, RankOne]:
     """Read back what `to_bytes` returned; raises ValueError, OSError, KeyError or BadZipFile for anything else."""
     with np.load(io.BytesIO(content), allow_pickle=False) as file:
         names = [key.removesuffix(":left") for key in file.files if key.endswith(":left")]
         return {
-            name: Outer(file[f"{name}:left"], file[f"{name}:right"], float(file[f"{name}:inner"])) for name in names
+            name: RankOne(file[f"{name}:left"], file[f"{name}:right"], float(file[f"{name}:inner"])) for name in names
         }
 
 

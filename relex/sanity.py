@@ -41,13 +41,13 @@ class Finding:
 
 def findings(gram: Gram) -> list[Finding]:
     """Return everything that looks wrong, by step."""
-    return sorted([*far(gram), *duplicates(gram), *jumps(gram), *holes(gram.steps)], key=lambda item: item.step)
+    return sorted([*far(gram), *duplicates(gram), *jumps(gram), *holes(gram.steps)], key=lambda finding: finding.step)
 
 
 def refuse_duplicates(gram: Gram) -> None:
     """Raise DuplicateError for the first checkpoint that holds what the one before it holds."""
-    for item in duplicates(gram):
-        raise DuplicateError(item.text)
+    for duplicate in duplicates(gram):
+        raise DuplicateError(duplicate.text)
 
 
 def duplicates(gram: Gram) -> list[Finding]:
@@ -94,12 +94,12 @@ def jumps(gram: Gram) -> list[Finding]:
     """Return the steps at which the run as a whole moved far faster than it usually does, with the tensor that led."""
     norms_TK = increments(gram.products)
     rates_K = _rates(norms_TK.square().sum(0).sqrt(), gram.steps)
-    found = []
+    findings = []
     for place in _outliers(rates_K):
         share_T = norms_TK[:, place].square() / norms_TK.square().sum(1).clamp(min=torch.finfo(torch.float64).tiny)
         tensor = gram.names[int(share_T.argmax())]
         ratio = float(rates_K[place] / rates_K.median())
-        found.append(
+        findings.append(
             Finding(
                 "jump",
                 gram.steps[place],
@@ -108,7 +108,7 @@ def jumps(gram: Gram) -> list[Finding]:
                 " most of all. Did the learning rate change, or the run resume from elsewhere?",
             )
         )
-    return found
+    return findings
 
 
 def holes(steps: Sequence[int]) -> list[Finding]:

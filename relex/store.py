@@ -81,7 +81,7 @@ def scan(
         return tuple(_look(step, directory, run, base, now) for step, directory in steps)
     # Each takes a few requests that wait for nothing but the network.
     with ThreadPoolExecutor(_LOOKS) as pool:
-        return tuple(pool.map(lambda item: _look(item[0], item[1], run, base, now), steps))
+        return tuple(pool.map(lambda pair: _look(pair[0], pair[1], run, base, now), steps))
 
 
 def _look(step: int, directory: Directory, run: Directory, base: Weights, now: float) -> StoredCheckpoint:
@@ -132,15 +132,15 @@ def observed(
 
     A checkpoint inside the window that is not ready is refused, never left out: the fit would silently be another one.
     """
-    inside = [item for item in stored if window is None or item.step <= window]
+    inside = [checkpoint for checkpoint in stored if window is None or checkpoint.step <= window]
     if not stored:
         raise StoreError(
             f"{run} has no checkpoints: no directory in it is named checkpoint-N, step_N, global_step_N or the like."
             " Give the directory the trainer writes its checkpoints to."
         )
-    for item in inside:
-        if item.state is not State.READY:
-            raise CheckpointIncompleteError(f"step {item.step} is {item.state}: {item.reason}")
+    for checkpoint in inside:
+        if checkpoint.state is not State.READY:
+            raise CheckpointIncompleteError(f"step {checkpoint.step} is {checkpoint.state}: {checkpoint.reason}")
     if len(inside) < 2:
         limit = "" if window is None else f" at or before step {window}"
         raise StoreError(
@@ -148,4 +148,6 @@ def observed(
             f" {stored[0].step} to {stored[-1].step};"
             " a line needs 2. Save more often, or widen the window."
         )
-    return tuple(Checkpoint(item.step, item.weights) for item in inside if item.weights is not None)
+    return tuple(
+        Checkpoint(checkpoint.step, checkpoint.weights) for checkpoint in inside if checkpoint.weights is not None
+    )

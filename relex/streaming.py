@@ -118,9 +118,9 @@ def workspaces(
     """
     specs = trajectory.tensors
     wide = any(torch.float64 in (spec.base.dtype, spec.dtype) for spec in specs)
-    item = max(max(spec.base.dtype.itemsize, spec.dtype.itemsize) for spec in specs)
+    itemsize = max(max(spec.base.dtype.itemsize, spec.dtype.itemsize) for spec in specs)
     fixed = rows * CHUNK * (8 if wide else 4) + extra
-    per_chunk = (1 + rows) * CHUNK * item
+    per_chunk = (1 + rows) * CHUNK * itemsize
     # What reading an adapter takes is there once a checkpoint, whatever the number of threads.
     shared = held + sum(checkpoint.weights.scratch for checkpoint in trajectory.checkpoints)
     least = shared + fixed + per_chunk
@@ -133,11 +133,11 @@ def workspaces(
     memory -= shared
     threads = max(1, min(threads, memory // (fixed + per_chunk)))
     chunks = (memory // threads - fixed) // per_chunk
-    chunks = max(1, min(chunks, MAX_READ_BYTES // (CHUNK * item), UNIT // CHUNK))
+    chunks = max(1, min(chunks, MAX_READ_BYTES // (CHUNK * itemsize), UNIT // CHUNK))
     width = chunks * CHUNK
     return [
         Workspace(
-            raw=torch.empty(1 + rows, width * item, dtype=torch.uint8),
+            raw=torch.empty(1 + rows, width * itemsize, dtype=torch.uint8),
             deltas=torch.empty(rows, CHUNK, dtype=torch.float64 if wide else torch.float32),
             width=width,
         )

@@ -79,7 +79,7 @@ class Trajectory:
     def adapters(self) -> tuple[AdapterWeights, ...]:
         """The weights of the checkpoints when they are adapters; () when they are whole models."""
         weights = (checkpoint.weights for checkpoint in self.checkpoints)
-        return tuple(item for item in weights if isinstance(item, AdapterWeights))
+        return tuple(each for each in weights if isinstance(each, AdapterWeights))
 
     def check_unchanged(self) -> None:
         """Compare every file with what it was when the trajectory was opened; raises CheckpointChangedError."""

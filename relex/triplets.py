@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator, svds
 
 from relex.progress import Progress
-from relex.rank_one import Outer
+from relex.rank_one import RankOne
 from relex.streaming import CHUNK, Unit, Workspace, in_order, workspaces
 from relex.trajectory import TensorSpec, Trajectory
 
@@ -82,15 +82,15 @@ def triplets(
 
     def work(space: Workspace, unit: Unit) -> Triplets:
         matrix_MN = np.empty(_shape(source.trajectory.tensors[unit.tensor]))
-        found = []
+        leading = []
         for pair in pairs:
             _read(matrix_MN, source.trajectory, space, unit, pair)
-            found.append(_leading(matrix_MN))
-        left, sigma, right, norm = zip(*found, strict=True)
+            leading.append(_leading(matrix_MN))
+        left, sigma, right, norm = zip(*leading, strict=True)
         return Triplets(np.stack(left), np.array(sigma), np.stack(right), np.array(norm))
 
-    for done, (unit, item) in enumerate(in_order(work, pieces, spaces), start=1):
-        yield source.trajectory.tensors[unit.tensor].name, item
+    for done, (unit, decomposed) in enumerate(in_order(work, pieces, spaces), start=1):
+        yield source.trajectory.tensors[unit.tensor].name, decomposed
         if source.on_progress is not None:
             source.on_progress(done, len(pieces))
 
@@ -132,7 +132,7 @@ def _leading(matrix_MN: Array) -> tuple[Array, float, Array, float]:
     return left[:, 0], float(sigma[0]) * norm, right[0], norm
 
 
-def anchored(source: Source, added: Mapping[str, Outer], row: int) -> dict[str, Outer]:
+def anchored(source: Source, added: Mapping[str, RankOne], row: int) -> dict[str, RankOne]:
     """Return what is added to the delta of checkpoint number `row`, with its inner product with that delta."""
     index = {spec.name: place for place, spec in enumerate(source.trajectory.tensors)}
     pieces = [Unit(index[name], 0, source.trajectory.tensors[index[name]].count) for name in added]

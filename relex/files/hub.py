@@ -147,11 +147,11 @@ def _files(endpoint: str, repository: str, sha: str) -> Mapping[str, FileIdentit
     where = f"{SCHEME}{repository}@{sha}"
     url = f"{endpoint}/api/models/{repository}/tree/{sha}?recursive=true"
     return {
-        item["path"]: FileIdentity(
-            item["path"].rpartition("/")[2], item["size"], 0, (item.get("lfs") or {}).get("oid") or item["oid"]
+        entry["path"]: FileIdentity(
+            entry["path"].rpartition("/")[2], entry["size"], 0, (entry.get("lfs") or {}).get("oid") or entry["oid"]
         )
-        for item in _pages(url, where, endpoint=endpoint)
-        if item["type"] == "file"
+        for entry in _pages(url, where, endpoint=endpoint)
+        if entry["type"] == "file"
     }
 
 

@@ -34,13 +34,13 @@ class LocalDirectory:
 
     def files(self) -> Mapping[str, FileIdentity]:
         """Return the files directly in it by name."""
-        found = {}
+        identities = {}
         for entry in sorted(os.scandir(self.path), key=lambda entry: entry.name):
             # It may go meanwhile, or be a link to nothing.
             with contextlib.suppress(FileNotFoundError):
                 if entry.is_file():
-                    found[entry.name] = _identity(entry.name, entry.stat())
-        return found
+                    identities[entry.name] = _identity(entry.name, entry.stat())
+        return identities
 
     def children(self) -> tuple[str, ...]:
         """Return the sorted names of the directories directly in it."""

@@ -47,14 +47,14 @@ class ObjectStore:
         """Ask for every object below the location, a thousand a request; markers of empty directories are none."""
         with self._asking():
             try:
-                found = self._system.find(self._root, detail=True)
+                listed = self._system.find(self._root, detail=True)
             except FileNotFoundError as error:
                 if "bucket does not exist" in str(error):
                     raise
-                found = {}
+                listed = {}
         return {
             path.removeprefix(f"{self._root}/"): _identity(path, info)
-            for path, info in found.items()
+            for path, info in listed.items()
             if path.startswith(f"{self._root}/") and not path.endswith("/") and info["type"] == "file"
         }
 
@@ -145,11 +145,11 @@ def open_store(location: str) -> ObjectStore:
 
 
 def _failures() -> tuple[type[Exception], ...]:
-    found: list[type[Exception]] = [OSError]
+    errors: list[type[Exception]] = [OSError]
     for module, name in _RAISED:
         with contextlib.suppress(ImportError):
-            found.append(getattr(importlib.import_module(module), name))
-    return tuple(found)
+            errors.append(getattr(importlib.import_module(module), name))
+    return tuple(errors)
 
 
 def _said(error: Exception) -> str:

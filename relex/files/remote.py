@@ -139,10 +139,10 @@ class RemoteDirectory:
         """Return None: stores have no holes."""
 
     def _listed(self, name: str) -> FileIdentity:
-        found = self.tree.files.get(name)
-        if found is None:
+        identity = self.tree.files.get(name)
+        if identity is None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), f"{self.location}/{name}")
-        return found
+        return identity
 
 
 @lru_cache(maxsize=1024)  # a watcher reads the same config.json of every checkpoint every few seconds

@@ -58,14 +58,14 @@ def open_archive(directory: Directory, name: str, *, start: int, stop: int) -> A
         raise ValueError("it does not end as a zip archive does")
     try:
         with zipfile.ZipFile(window) as library:
-            found = sorted(library.infolist(), key=lambda info: info.header_offset)
-            ends = [*(info.header_offset for info in found[1:]), library.start_dir]
+            members = sorted(library.infolist(), key=lambda info: info.header_offset)
+            ends = [*(info.header_offset for info in members[1:]), library.start_dir]
     except (zipfile.BadZipFile, struct.error, NotImplementedError) as error:
         raise ValueError(str(error)) from error
-    if not found or found[0].header_offset != 0:
+    if not members or members[0].header_offset != 0:
         raise ValueError("its first record is not at its start")
     records: dict[str, Record] = {}
-    for info, after in zip(found, ends, strict=True):
+    for info, after in zip(members, ends, strict=True):
         if info.filename in records:
             raise ValueError(f"it has two records {info.filename}")
         records[info.filename] = _record(window, info, after)
@@ -120,10 +120,10 @@ class _Window:
         block = self.directory.read(self.name, self.start + first, self.start + stop)
         # Of a large archive one has the first records and one the directory and the last.
         self.blocks = (*self.blocks[-1:], (first, block))
-        found = block[position - first : position - first + count]
-        if len(found) < count:
+        content = block[position - first : position - first + count]
+        if len(content) < count:
             raise ValueError(f"it ends at byte {first + len(block)}, before byte {position + count}")
-        return found
+        return content
 
 
 def _record(window: _Window, info: zipfile.ZipInfo, after: int) -> Record:

@@ -2,6 +2,10 @@
 
 The pickle module is not involved: its opcodes run on a small machine here, which knows those that torch.save and DCP
 write and calls nothing but the builders it is given. Time and memory are bounded by the length of the content.
+
+torch.load(weights_only=True) is no substitute: it refuses DCP's `.metadata` and the ShardedTensor of FSDP1, makes the
+objects of the others (a DTensor with its device mesh), and does not say where in the file the bytes of a tensor lie,
+which is what a range of a remote file is read by. Seen with torch 2.13.
 """
 
 import pickletools
@@ -297,8 +301,8 @@ def _step(machine: _Machine, code: str, argument: Any) -> None:
         items = machine.pop_mark()
         machine.put(machine.stack[-1], items)
     elif code == "APPEND":
-        item = stack.pop()
-        machine.append(stack[-1], [item])
+        last = stack.pop()
+        machine.append(stack[-1], [last])
     elif code == "APPENDS":
         items = machine.pop_mark()
         machine.append(machine.stack[-1], items)

@@ -73,13 +73,13 @@ def _parse(directory: Directory, file: FileIdentity) -> Header:
     if not isinstance(content, dict):
         raise TypeError(f"its header holds a JSON {type(content).__name__}")
     metadata = content.pop("__metadata__", {})
-    found = sorted(
-        (_entry(name, item, where=f"{directory}/{file.name}") for name, item in content.items()),
+    entries = sorted(
+        (_entry(name, described, where=f"{directory}/{file.name}") for name, described in content.items()),
         key=lambda entry: entry[1:],
     )
     position = 0
     tensors = {}
-    for (name, dtype, shape), begin, end in found:
+    for (name, dtype, shape), begin, end in entries:
         if begin != position or end - begin != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"tensor {name} of shape {list(shape)} lies at bytes {begin} to {end}, after {position}")
         position = end
@@ -89,18 +89,18 @@ def _parse(directory: Directory, file: FileIdentity) -> Header:
     return Header(tensors, metadata if isinstance(metadata, dict) else {})
 
 
-def _entry(name: str, item: Any, *, where: str) -> tuple[tuple[str, torch.dtype, tuple[int, ...]], int, int]:
-    if not isinstance(item, dict) or not item.keys() >= {"dtype", "shape", "data_offsets"}:
+def _entry(name: str, described: Any, *, where: str) -> tuple[tuple[str, torch.dtype, tuple[int, ...]], int, int]:
+    if not isinstance(described, dict) or not described.keys() >= {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"tensor {name} has no dtype, shape and place")
-    if item["dtype"] not in DTYPES:
+    if described["dtype"] not in DTYPES:
         raise CheckpointMismatchError(
-            f"{where}: tensor {name} has dtype {item['dtype']}, which cannot be extrapolated;"
+            f"{where}: tensor {name} has dtype {described['dtype']}, which cannot be extrapolated;"
             f" known are {', '.join(DTYPES)}. Save the checkpoint in the trainer's own precision."
         )
-    shape, offsets = item["shape"], item["data_offsets"]
+    shape, offsets = described["shape"], described["data_offsets"]
     if not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
         raise ValueError(f"tensor {name} has shape {shape} and place {offsets}")
-    return (name, DTYPES[item["dtype"]], tuple(shape)), offsets[0], offsets[1]
+    return (name, DTYPES[described["dtype"]], tuple(shape)), offsets[0], offsets[1]
 
 
 def _counts(values: Any) -> bool:

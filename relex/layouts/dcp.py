@@ -147,9 +147,9 @@ def _parse(content: Any, names: Collection[str]) -> tuple[dict[str, _Stored], di
         places[index["fqn"], _counts(index.get("offset") or ())] = file, start, start + length
         sizes[file] = max(sizes.get(file, 0), start + length)
     tensors = {
-        name: _fields(item, "metadata.TensorStorageMetadata")
-        for name, item in top["state_dict_metadata"].items()
-        if item.name != f"{_MODULE}.metadata.BytesStorageMetadata"
+        name: _fields(stored, "metadata.TensorStorageMetadata")
+        for name, stored in top["state_dict_metadata"].items()
+        if stored.name != f"{_MODULE}.metadata.BytesStorageMetadata"
     }
     return {own: _stored(name, tensors[name], places) for own, name in _model(tensors, names).items()}, sizes
 
@@ -184,11 +184,11 @@ def _stored(
     return _Stored(dtype.name, _counts(fields["size"]), tuple(boxes))
 
 
-def _fields(item: Any, kind: str) -> Any:
+def _fields(made: Any, kind: str) -> Any:
     """Return the state of a record of one of DCP's own classes."""
-    if not isinstance(item, Made) or item.name != f"{_MODULE}.{kind}":
-        raise TypeError(f"a {item.name if isinstance(item, Made) else type(item).__name__} stands for a {kind}")
-    return item.state
+    if not isinstance(made, Made) or made.name != f"{_MODULE}.{kind}":
+        raise TypeError(f"a {made.name if isinstance(made, Made) else type(made).__name__} stands for a {kind}")
+    return made.state
 
 
 def _counts(values: Any) -> tuple[int, ...]:

@@ -50,7 +50,7 @@ def open_weights(directory: Directory, *, base: Weights) -> Weights:
             f" shape {list(base.tensors[missing[0]].shape)}. The files of the rank that held it are missing: wait, or"
             " save the checkpoint again. If they are all there, give the base this run was started from."
         )
-    tensors = {name: _entry(name, found, directory, base) for name, found in boxes.items()}
+    tensors = {name: _entry(name, parts, directory, base) for name, parts in boxes.items()}
     return make_weights(NAME, directory, tensors, files, base.config)
 
 
@@ -79,7 +79,7 @@ def _origins(header: Header, file: FileIdentity, directory: Directory) -> dict[s
     """Return where in its whole tensor each box of one file begins."""
     try:
         said = json.loads(header.metadata["DCP_SHARDING_INFO"])
-        return {name: _origin(said[name]["saved_offsets"], item) for name, item in header.tensors.items()}
+        return {name: _origin(said[name]["saved_offsets"], tensor) for name, tensor in header.tensors.items()}
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointMismatchError(
             f"{directory}/{file.name} does not say where in the whole tensors its parts lie (DCP_SHARDING_INFO:"
@@ -87,7 +87,7 @@ def _origins(header: Header, file: FileIdentity, directory: Directory) -> dict[s
         ) from error
 
 
-def _origin(said: Any, item: StoredTensor) -> tuple[int, ...]:
-    if not isinstance(said, list) or len(said) != len(item.shape) or any(type(value) is not int for value in said):
-        raise ValueError(f"{item.name} of shape {list(item.shape)} begins at {said}")
+def _origin(said: Any, tensor: StoredTensor) -> tuple[int, ...]:
+    if not isinstance(said, list) or len(said) != len(tensor.shape) or any(type(value) is not int for value in said):
+        raise ValueError(f"{tensor.name} of shape {list(tensor.shape)} begins at {said}")
     return tuple(said)

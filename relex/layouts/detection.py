@@ -39,9 +39,9 @@ def open_complete(step: int, directory: Directory, *, run: Directory, base: Weig
 def open_any(directory: Directory, *, base: Weights) -> Weights:
     """Open the weights in a step directory, or in the directory itself; complete or not is not asked."""
     for layout in LAYOUTS:
-        found = layout.find(directory)
-        if found is not None:
-            return layout.open_weights(found, base=base)
+        opened = layout.find(directory)
+        if opened is not None:
+            return layout.open_weights(opened, base=base)
     refuse_known(directory)
     raise CheckpointIncompleteError(
         f"{directory} has neither {hf.SINGLE_FILE} nor {hf.INDEX_FILE}. If the trainer is still writing, wait;"

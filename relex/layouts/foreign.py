@@ -86,10 +86,10 @@ def refuse_known(directory: Directory) -> None:
     places = dict(_tree(directory, "", _DEPTH))
     for known in _FORMATS:
         for place, names in places.items():
-            found = known.files(names) if re.fullmatch(known.place, place) else []
-            if found:
+            foreign = known.files(names) if re.fullmatch(known.place, place) else []
+            if foreign:
                 raise CheckpointIncompleteError(
-                    f"{directory} holds {known.what}: {'/'.join(filter(None, (place, found[0])))} is not read:"
+                    f"{directory} holds {known.what}: {'/'.join(filter(None, (place, foreign[0])))} is not read:"
                     f" {known.way_out}"
                 )
 

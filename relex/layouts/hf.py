@@ -65,9 +65,9 @@ def open_model(directory: Directory, *, config: Mapping[str, Any]) -> Weights:
                 f"{directory}/{INDEX_FILE} places {missing[0]} in {shard}, which holds {len(stored)} tensors but not"
                 " that one. If the trainer is still writing, wait; otherwise save the checkpoint again."
             )
-        for name, item in stored.items():
+        for name, entry in stored.items():
             if expected is None or name in expected:
-                tensors[name] = whole(name, item.dtype, item.shape, shard, item.offset)
+                tensors[name] = whole(name, entry.dtype, entry.shape, shard, entry.offset)
         files.append(present[shard])
     return make_weights(NAME, directory, tensors, files, config)
 

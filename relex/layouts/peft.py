@@ -91,7 +91,7 @@ def open_weights(directory: Directory, *, base: Weights) -> AdapterWeights:
     settings = read_json(directory, CONFIG_FILE)
     _check_settings(directory, settings)
     header = read_header(directory, present[WEIGHTS_FILE]).tensors
-    stored = {name.replace("_fsdp_wrapped_module.", "").removeprefix(PREFIX): item for name, item in header.items()}
+    stored = {name.replace("_fsdp_wrapped_module.", "").removeprefix(PREFIX): entry for name, entry in header.items()}
     opened = _Opened(directory, settings, stored, base)
     tensors: dict[str, TensorEntry] = {
         name: Unchanged(name, entry.dtype, entry.shape, ()) for name, entry in base.tensors.items()
@@ -127,10 +127,10 @@ def _check_settings(directory: Directory, settings: Mapping[str, Any]) -> None:
 def _adapted(opened: _Opened) -> dict[str, TensorEntry]:
     """Return what is stored as factors, by the name of the base's tensor."""
     modules: dict[str, dict[str, TensorEntry]] = {}
-    for name, item in opened.stored.items():
+    for name, entry in opened.stored.items():
         match = _LORA.fullmatch(name)
         if match is not None:
-            part = whole(name, item.dtype, item.shape, WEIGHTS_FILE, item.offset)
+            part = whole(name, entry.dtype, entry.shape, WEIGHTS_FILE, entry.offset)
             modules.setdefault(match["module"], {})[match["part"]] = part
     tied = opened.settings.get("ensure_weight_tying")
     return {
@@ -202,21 +202,21 @@ def _replaced(opened: _Opened) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     """Return what is stored in full (modules_to_save, trained biases) by canonical name, and its name in the file."""
     tensors: dict[str, TensorEntry] = {}
     keys: dict[str, str] = {}
-    for key, item in opened.stored.items():
+    for key, entry in opened.stored.items():
         if _LORA.fullmatch(key):
             continue
         name = key.replace(".base_layer.", ".")
         like = opened.base.tensors.get(opened.embedding if name == HEAD and opened.embedding else name)
         shape = like.shape if like is not None else None
-        if shape != item.shape:
+        if shape != entry.shape:
             has = f"has it with shape {list(shape)}" if shape is not None else "does not have"
             raise CheckpointMismatchError(
-                f"{opened.directory}/{WEIGHTS_FILE} holds {name} with shape {list(item.shape)}, and the base"
+                f"{opened.directory}/{WEIGHTS_FILE} holds {name} with shape {list(entry.shape)}, and the base"
                 f" {opened.base.directory} {has}. Give the base this run was started from, its vocabulary resized as"
                 " the trainer does."
             )
         if not key.endswith(".base_layer.weight"):  # which is a copy of the base
-            tensors[name] = whole(name, item.dtype, item.shape, WEIGHTS_FILE, item.offset)
+            tensors[name] = whole(name, entry.dtype, entry.shape, WEIGHTS_FILE, entry.offset)
             keys[name] = key
     return tensors, keys
 

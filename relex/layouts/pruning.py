@@ -49,8 +49,8 @@ class Limit:
 
 def setting_of(name: str) -> str:
     """Return what the trainer that names a step directory so calls the number of checkpoints it keeps."""
-    found = [setting for prefix, setting in _SETTINGS.items() if name.startswith(prefix)]
-    return found[0] if found else "the trainer's number of kept checkpoints"
+    settings = [setting for prefix, setting in _SETTINGS.items() if name.startswith(prefix)]
+    return settings[0] if settings else "the trainer's number of kept checkpoints"
 
 
 def find_limit(run: Directory) -> Limit | None:

@@ -76,10 +76,10 @@ def _split(placement: Any) -> int | None:
 
 def _attributes(state: Any) -> dict[str, Any]:
     """Return the attributes of an object from its pickled state; with slots it is a pair, the slots second."""
-    found = state[1] if isinstance(state, tuple) else state
-    if not isinstance(found, dict):
+    content = state[1] if isinstance(state, tuple) else state
+    if not isinstance(content, dict):
         raise TypeError("it has no attributes")
-    return found
+    return content
 
 
 def _integers(values: Any) -> tuple[int, ...]:

@@ -19,15 +19,17 @@ _NAMES = (
 
 def step_directories(run: Directory) -> dict[int, Directory]:
     """Return the step directories of a training run by ascending training step; other names are not looked at."""
-    found: dict[int, Directory] = {}
+    directories: dict[int, Directory] = {}
     for name in run.children():
         step = _step(name)
         if step is None:
             continue
-        if step in found:
-            raise StoreError(f"{run} has two directories for step {step}: {found[step].name} and {name}. Keep one.")
-        found[step] = run.enter(name)
-    return dict(sorted(found.items()))
+        if step in directories:
+            raise StoreError(
+                f"{run} has two directories for step {step}: {directories[step].name} and {name}. Keep one."
+            )
+        directories[step] = run.enter(name)
+    return dict(sorted(directories.items()))
 
 
 def _step(name: str) -> int | None:

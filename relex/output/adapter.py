@@ -1,6 +1,6 @@
 """A prediction as a PEFT adapter directory, complete or absent, instead of a whole model.
 
-Every adapted module gets the factors of smallest rank that hold its predicted delta (see `cut`); what the run's
+Every adapted module gets the factors of smallest rank that hold its predicted delta (see `truncation`); what the run's
 adapters hold in full, as modules_to_save, is predicted in full.
 """
 
@@ -23,7 +23,7 @@ from relex.layouts.weights import embedding_name
 from relex.output import manifest, truncation
 from relex.output.combine import chunks, needed_rows, predicted
 from relex.output.manifest import AdapterRecord, FileRecord
-from relex.output.truncation import Cut
+from relex.output.truncation import Truncated
 from relex.output.writer import ModelWriter, OutputTensor, open_writer, side_files
 from relex.progress import Progress
 from relex.streaming import CHUNK, Unit, Workspace, as_bytes, in_order, units, workspaces
@@ -82,12 +82,12 @@ def write_adapter(
         if on_progress is not None:
             on_progress(done, len(first) + len(second))
 
-    def find(_: Workspace, unit: Unit) -> Cut:
-        return truncation.cut(trajectory, trajectory.tensors[unit.tensor], forecast)
+    def find(_: Workspace, unit: Unit) -> Truncated:
+        return truncation.truncate(trajectory, trajectory.tensors[unit.tensor], forecast)
 
-    cuts: dict[str, Cut] = {}
-    for unit, found in in_order(find, first, spaces):
-        cuts[trajectory.tensors[unit.tensor].name] = found
+    cuts: dict[str, Truncated] = {}
+    for unit, truncated in in_order(find, first, spaces):
+        cuts[trajectory.tensors[unit.tensor].name] = truncated
         tell()
     writer = open_writer(directory, adapter_digest(forecast), _outputs(trajectory, cuts))
     if writer is None:
@@ -96,7 +96,7 @@ def write_adapter(
     def write(space: Workspace, unit: Unit) -> None:
         spec = trajectory.tensors[unit.tensor]
         if spec.relative:
-            _write_factors(writer, trajectory, spec, found=cuts[spec.name])
+            _write_factors(writer, trajectory, spec, truncated=cuts[spec.name])
         else:
             _write_whole(writer, trajectory, forecast, space=space, unit=unit)
 
@@ -108,8 +108,8 @@ def write_adapter(
                 tell()
             writer.close(WEIGHTS_FILE)
         trajectory.check_unchanged()
-        ranks = {name.removesuffix(".weight"): found.rank for name, found in cuts.items()}
-        errors = {name.removesuffix(".weight"): found.error for name, found in cuts.items()}
+        ranks = {name.removesuffix(".weight"): truncated.rank for name, truncated in cuts.items()}
+        errors = {name.removesuffix(".weight"): truncated.error for name, truncated in cuts.items()}
 
         def provenance(files: Mapping[str, FileRecord]) -> Any:
             made = manifest.make(forecast, trajectory, files, command=command)
@@ -142,22 +142,22 @@ def _settings(latest: AdapterWeights, ranks: Mapping[str, int]) -> dict[str, Any
     return {key: value for key, value in latest.settings.items() if key != "runtime_config"} | own
 
 
-def _outputs(trajectory: Trajectory, cuts: Mapping[str, Cut]) -> list[OutputTensor]:
-    found = []
+def _outputs(trajectory: Trajectory, cuts: Mapping[str, Truncated]) -> list[OutputTensor]:
+    outputs = []
     for spec in trajectory.tensors:
         if spec.relative:
             rank, entry = cuts[spec.name].rank, spec.adapted[-1]
             for factor in (entry.left, entry.right):
                 for key, transposed in _factor_keys(trajectory, entry, factor):
                     shape = (rank, factor.length) if transposed else (factor.length, rank)
-                    found.append(OutputTensor(key, torch.float32, shape, rank * factor.length * 4, WEIGHTS_FILE))
+                    outputs.append(OutputTensor(key, torch.float32, shape, rank * factor.length * 4, WEIGHTS_FILE))
         elif _whole(spec):
             size = spec.count * spec.dtype.itemsize
-            found += [
+            outputs += [
                 OutputTensor(key, spec.dtype, spec.base.shape, size, WEIGHTS_FILE)
                 for key in _whole_keys(trajectory, spec)
             ]
-    return found
+    return outputs
 
 
 def _factor_keys(trajectory: Trajectory, entry: LowRank, factor: Factor) -> list[tuple[str, bool]]:
@@ -181,31 +181,31 @@ def _whole_keys(trajectory: Trajectory, spec: TensorSpec) -> list[str]:
     return [PREFIX + key for key in keys]
 
 
-def _write_factors(writer: ModelWriter, trajectory: Trajectory, spec: TensorSpec, *, found: Cut) -> None:
+def _write_factors(writer: ModelWriter, trajectory: Trajectory, spec: TensorSpec, *, truncated: Truncated) -> None:
     entry = spec.adapted[-1]
     for side in (left_side, right_side):
         factor = side(entry)
         keys = _factor_keys(trajectory, entry, factor)
-        for start, tile_PR in truncation.mixed(found, side, length=factor.length):
+        for start, tile_PR in truncation.mixed(truncated, side, length=factor.length):
             for key, transposed in keys:
                 if transposed:
                     for row, values in enumerate(tile_PR.T.contiguous()):
                         writer.write(key, (row * factor.length + start) * 4, as_bytes(values))
                 else:
-                    writer.write(key, start * found.rank * 4, as_bytes(tile_PR.contiguous().view(-1)))
+                    writer.write(key, start * truncated.rank * 4, as_bytes(tile_PR.contiguous().view(-1)))
 
 
 def _write_whole(
     writer: ModelWriter, trajectory: Trajectory, forecast: Forecast, *, space: Workspace, unit: Unit
 ) -> None:
     spec = trajectory.tensors[unit.tensor]
-    item, keys = forecast.tensors[spec.name], _whole_keys(trajectory, spec)
-    rows = needed_rows(item, len(spec.entries))
+    made, keys = forecast.tensors[spec.name], _whole_keys(trajectory, spec)
+    rows = needed_rows(made, len(spec.entries))
     for block in space.blocks(trajectory, unit, rows):
         for place, deltas in chunks(space, block, spec):
             base, stored = block.base[place], block.stored[:, place]
-            chunk = predicted(item, rows, base, stored=stored, deltas=deltas).to(spec.dtype)
-            if item.source == "combined" and not bool(torch.isfinite(chunk).all()):
+            chunk = predicted(made, rows, base, stored=stored, deltas=deltas).to(spec.dtype)
+            if made.source == "combined" and not bool(torch.isfinite(chunk).all()):
                 raise NonFiniteError(
                     f"{spec.name} predicted at step {forecast.target_step} by {forecast.method} leaves the range of"
                     f" {spec.dtype}. Give a nearer target."

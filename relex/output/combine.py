@@ -14,15 +14,15 @@ from relex.streaming import Block, Workspace
 from relex.trajectory import TensorSpec
 
 
-def needed_rows(item: TensorForecast, count: int) -> list[int]:
+def needed_rows(forecast: TensorForecast, count: int) -> list[int]:
     """Return the numbers of the checkpoints, of `count`, that a tensor is made from."""
-    if item.source == "latest":
+    if forecast.source == "latest":
         return [count - 1]
-    return [row for row, value in enumerate(item.coefficients) if value != 0.0]
+    return [row for row, value in enumerate(forecast.coefficients) if value != 0.0]
 
 
 def predicted(
-    item: TensorForecast,
+    forecast: TensorForecast,
     rows: Sequence[int],
     base: Tensor,
     *,
@@ -35,14 +35,14 @@ def predicted(
     `stored` and `deltas` (R, N) are of the checkpoints numbered `rows`; `stored` is None where only deltas are stored.
     `added` (N,) is what is added to a rank-one tensor.
     """
-    if item.source == "base":
+    if forecast.source == "base":
         return base
-    if item.source == "latest":
+    if forecast.source == "latest":
         return stored[-1].contiguous() if stored is not None else deltas[-1] + base.to(deltas.dtype)
     total = torch.zeros_like(base, dtype=deltas.dtype)
     for position, row in enumerate(rows):
-        if item.coefficients[row] != 0.0:
-            total.add_(deltas[position], alpha=item.coefficients[row])
+        if forecast.coefficients[row] != 0.0:
+            total.add_(deltas[position], alpha=forecast.coefficients[row])
     if added is not None:
         total.add_(added)
     return total.add_(base.to(total.dtype))

@@ -141,7 +141,7 @@ def with_vectors(forecast: Forecast, directory: Path) -> Forecast:
 
     Raises OutputError when they are not those it was made with.
     """
-    expected = {name: item.vectors for name, item in forecast.tensors.items() if item.vectors}
+    expected = {name: tensor.vectors for name, tensor in forecast.tensors.items() if tensor.vectors}
     path = directory / rank_one.FILE_NAME
     if not expected:
         return forecast
@@ -149,10 +149,10 @@ def with_vectors(forecast: Forecast, directory: Path) -> Forecast:
         vectors = rank_one.from_bytes(path.read_bytes())
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
         raise OutputError(f"{path} cannot be read ({error}). Bring it back, or predict again.") from error
-    found = {name: item.digest for name, item in vectors.items()}
-    if found != expected:
+    digests = {name: matrix.digest for name, matrix in vectors.items()}
+    if digests != expected:
         raise OutputError(
-            f"{path} holds vectors of {len(found)} tensors that are not those of the {len(expected)} in {FILE_NAME}."
+            f"{path} holds vectors of {len(digests)} tensors that are not those of the {len(expected)} in {FILE_NAME}."
             " Bring it back, or predict again."
         )
     return replace(forecast, vectors=vectors)
@@ -165,10 +165,10 @@ def verify(directory: Path) -> Manifest:
         path = directory / name
         if not path.is_file():
             raise OutputError(f"{path} is missing; the manifest lists it with {expected.size} bytes. Predict again.")
-        found = FileRecord.of(path)
-        if found != expected:
+        record = FileRecord.of(path)
+        if record != expected:
             raise OutputError(
-                f"{path} has {found.size} bytes, sha256 {found.sha256[:12]}…; the manifest says {expected.size} bytes,"
-                f" {expected.sha256[:12]}…. Delete {directory} and predict again."
+                f"{path} has {record.size} bytes, sha256 {record.sha256[:12]}…; the manifest says {expected.size}"
+                f" bytes, {expected.sha256[:12]}…. Delete {directory} and predict again."
             )
     return manifest

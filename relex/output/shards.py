@@ -118,14 +118,14 @@ def fill(
         for block in space.blocks(trajectory, unit, needed):
             for place, deltas in chunks(space, block, spec):
                 for i in filling[spec.name]:
-                    item, writer = forecasts[i].tensors[spec.name], writers[i]
+                    tensor, writer = forecasts[i].tensors[spec.name], writers[i]
                     dtype = writer.tensors[spec.name].dtype
                     base, stored = block.base[place], None if spec.relative else block.stored[:, place]
                     vectors = forecasts[i].vectors.get(spec.name)
                     start = block.start + place.start
                     added = vectors.elements(start, start + len(base), dtype=deltas.dtype) if vectors else None
-                    chunk = predicted(item, needed, base, stored=stored, deltas=deltas, added=added).to(dtype)
-                    if (item.source in ("combined", "rank-one") or spec.relative) and not bool(
+                    chunk = predicted(tensor, needed, base, stored=stored, deltas=deltas, added=added).to(dtype)
+                    if (tensor.source in ("combined", "rank-one") or spec.relative) and not bool(
                         torch.isfinite(chunk).all()
                     ):
                         raise NonFiniteError(
@@ -176,11 +176,11 @@ def write_shard(shard: Shard, *, blocks: BlockCache | None = None) -> None:
             )
     plans = [manifest.read(partial) for partial in shard.partials]
     trajectory = reopen(plans[0], blocks=blocks)
-    found = _inputs(trajectory)
-    if found != shard.inputs:
+    inputs = _inputs(trajectory)
+    if inputs != shard.inputs:
         raise CheckpointChangedError(
             f"the base {plans[0].base} or a checkpoint of steps {trajectory.steps[0]} to {trajectory.steps[-1]} is not"
-            f" what it was when {shard.file} was planned (files {found[:12]}…, then {shard.inputs[:12]}…). Was the run"
+            f" what it was when {shard.file} was planned (files {inputs[:12]}…, then {shard.inputs[:12]}…). Was the run"
             " resumed, or is it mounted elsewhere on this machine? Run again when it is quiet."
         )
     forecasts = [
@@ -209,4 +209,4 @@ def reopen(plan: Manifest, *, blocks: BlockCache | None = None) -> Trajectory:
 
 def _inputs(trajectory: Trajectory) -> str:
     weights = (trajectory.base, *(checkpoint.weights for checkpoint in trajectory.checkpoints))
-    return sha256(" ".join(item.identity for item in weights).encode()).hexdigest()
+    return sha256(" ".join(each.identity for each in weights).encode()).hexdigest()

@@ -25,7 +25,7 @@ TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
-class Cut:
+class Truncated:
     """A predicted delta as far as it is kept: how the stacked factors of each side are mixed, (S, R) fp64, to its own.
 
     `entries` and `weights` are of the checkpoints it is made from (of none: it is zero); `error` is the relative
@@ -44,16 +44,16 @@ class Cut:
         return self.left_SR.shape[1]
 
 
-def cut(trajectory: Trajectory, spec: TensorSpec, forecast: Forecast) -> Cut:
-    """Return the delta of one tensor, cut to the smallest rank within TOLERANCE; raises NonFiniteError."""
-    item = forecast.tensors[spec.name]
-    rows = needed_rows(item, len(spec.entries))
+def truncate(trajectory: Trajectory, spec: TensorSpec, forecast: Forecast) -> Truncated:
+    """Return the delta of one tensor, truncated to the smallest rank within TOLERANCE; raises NonFiniteError."""
+    predicted = forecast.tensors[spec.name]
+    rows = needed_rows(predicted, len(spec.entries))
     if not rows:
-        return Cut((), (), torch.zeros(0, 1), torch.zeros(0, 1), 0.0)
+        return Truncated((), (), torch.zeros(0, 1), torch.zeros(0, 1), 0.0)
     entries = tuple(spec.adapted[row] for row in rows)
     weights = tuple(trajectory.adapters[row] for row in rows)
     scales = [
-        entry.scale * (item.coefficients[row] if item.source == "combined" else 1.0)
+        entry.scale * (predicted.coefficients[row] if predicted.source == "combined" else 1.0)
         for entry, row in zip(entries, rows, strict=True)
     ]
     ranks = torch.tensor([entry.left.rank for entry in entries])
@@ -73,22 +73,22 @@ def cut(trajectory: Trajectory, spec: TensorSpec, forecast: Forecast) -> Cut:
     error = float(tails[kept] / tails[0]) if float(tails[0]) > 0 else 0.0
     left_SR = scale_S[:, None] * (right.T @ vh[:kept].T) * root
     right_SR = scale_S[:, None] * (left.T @ u[:, :kept]) * root
-    return Cut(entries, weights, left_SR, right_SR, error)
+    return Truncated(entries, weights, left_SR, right_SR, error)
 
 
-def mixed(found: Cut, side: Side, *, length: int) -> Iterator[tuple[int, Tensor]]:
-    """Yield one side of a cut as (first position, (P, R) fp32), tile by tile; `length` is that of the whole side."""
-    if not found.entries:
+def mixed(truncated: Truncated, side: Side, *, length: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield one side of it as (first position, (P, R) fp32), tile by tile; `length` is that of the whole side."""
+    if not truncated.entries:
         for start in range(0, length, TILE):
-            yield start, torch.zeros(min(TILE, length - start), found.rank)
+            yield start, torch.zeros(min(TILE, length - start), truncated.rank)
         return
-    mix_SR = found.left_SR if side is left_side else found.right_SR
-    for number, stacked_SP in enumerate(tiles(found.weights, found.entries, side)):
+    mix_SR = truncated.left_SR if side is left_side else truncated.right_SR
+    for number, stacked_SP in enumerate(tiles(truncated.weights, truncated.entries, side)):
         yield number * TILE, (stacked_SP.T @ mix_SR).float()
 
 
 def memory(spec: TensorSpec) -> int:
-    """Return the bytes that `cut` and `mixed` take for one tensor."""
+    """Return the bytes that `truncate` and `mixed` take for one tensor."""
     ranks = sum(entry.left.rank for entry in spec.adapted)
     return 8 * (6 * ranks**2 + 4 * ranks * TILE)
 

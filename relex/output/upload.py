@@ -65,13 +65,15 @@ def is_uploaded(location: str, digest: str) -> bool:
     store = open_store(location)
     present = store.list()
     if manifest.FILE_NAME in present:
-        found = manifest.read(location)
-        if found.digest == digest:
-            whole = all(name in present and present[name].size == item.size for name, item in found.files.items())
+        published = manifest.read(location)
+        if published.digest == digest:
+            whole = all(
+                name in present and present[name].size == record.size for name, record in published.files.items()
+            )
             if whole and CLAIM in present:
                 store.remove(CLAIM)
             return whole
-        what = f"the prediction {found.digest[:12]}…, not {digest[:12]}…"
+        what = f"the prediction {published.digest[:12]}…, not {digest[:12]}…"
     elif CLAIM in present:
         claimed = store.fetch(CLAIM, 0, present[CLAIM].size).decode(errors="replace")
         if claimed == digest:
@@ -99,8 +101,8 @@ def upload(directory: Path, location: str) -> None:
     for name in (*sorted(made.files.keys() - {last}), manifest.FILE_NAME, last):
         store.send(directory / name, name)
     present = store.list()
-    for name, item in made.files.items():
+    for name, record in made.files.items():
         size = present[name].size if name in present else None
-        if size != item.size:
-            raise OutputError(f"{location}/{name} has {size} bytes once sent and {item.size} here. Run again.")
+        if size != record.size:
+            raise OutputError(f"{location}/{name} has {size} bytes once sent and {record.size} here. Run again.")
     store.remove(CLAIM)

@@ -166,10 +166,10 @@ def open_writer(out: Path, digest: str, tensors: Sequence[OutputTensor]) -> Mode
     None: it is there already, finished. Raises OutputError when something else is, or another process is writing it.
     """
     if out.exists() or out.is_symlink():
-        found = read(out).digest if (out / FILE_NAME).is_file() else None
-        if found == digest:
+        present = read(out).digest if (out / FILE_NAME).is_file() else None
+        if present == digest:
             return None
-        what = f"the prediction {found[:12]}…, not {digest[:12]}…" if found else "something relex did not write"
+        what = f"the prediction {present[:12]}…, not {digest[:12]}…" if present else "something relex did not write"
         raise OutputError(f"output {out} exists and holds {what}. Delete it, or give another --out.")
     made_parent = not out.parent.exists()
     try:
@@ -207,10 +207,10 @@ def join_writer(partial: Path, tensors: Sequence[OutputTensor]) -> ModelWriter:
 
 def side_files(base: Weights, latest: Weights) -> dict[str, bytes]:
     """Return config, tokenizer and generation files by name: the base's, and what only the latest checkpoint has."""
-    found: dict[str, Directory] = {}
+    owners: dict[str, Directory] = {}
     for directory in (latest.directory, base.directory):
-        found |= {name: directory for name in directory.files() if any(fnmatch(name, one) for one in SIDE_FILES)}
-    return {name: directory.read(name) for name, directory in sorted(found.items())}
+        owners |= {name: directory for name in directory.files() if any(fnmatch(name, one) for one in SIDE_FILES)}
+    return {name: directory.read(name) for name, directory in sorted(owners.items())}
 
 
 def try_lock(directory: Path) -> int | None:

@@ -199,8 +199,8 @@ def parse_method(spec: str) -> Method:
     if row is None:
         raise TargetError(f"method {name!r} is not known; known are {', '.join(METHODS)}.")
     parameters = {}
-    for item in filter(None, tail.split(",")):
-        key, _, value = item.partition("=")
+    for part in filter(None, tail.split(",")):
+        key, _, value = part.partition("=")
         read = row.parameters.get(key.strip())
         if read is None:
             known = ", ".join(row.parameters) or "none"

@@ -4,7 +4,7 @@ Per attention or MLP matrix and checkpoint, x_t = ||delta_t||_F u_t with u_t the
 least squares regression of one component of y on x, inverted at the target, gives x*; the prediction is W_0 + x* v^T
 with v the last checkpoint's leading right singular vector. All other tensors are copied from the latest checkpoint.
 The paper's y is the accuracy over that of the finished run, which is not known while it runs: here y is the step, or
-measured accuracies. Every checkpoint of every matrix is decomposed once, for all targets (see `leading` for what that
+measured accuracies. Every checkpoint of every matrix is decomposed once, for all targets (see `triplets` for what that
 takes). Shape suffixes: K = checkpoints, M = rows of the matrix.
 """
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from relex.errors import TargetError
 from relex.predictors.predictor import Window
-from relex.rank_one import Outer
+from relex.rank_one import RankOne
 from relex.triplets import Source, triplets
 
 Array = NDArray[np.float64]
@@ -64,20 +64,20 @@ class AlphaRL:
         """Return what the regression is read at: the goal, whatever the target, or the target step."""
         return float(target_step) if self.goal is None else self.goal
 
-    def vectors(self, source: Source, aims: Sequence[float]) -> list[dict[str, Outer]]:
+    def vectors(self, source: Source, aims: Sequence[float]) -> list[dict[str, RankOne]]:
         """Return what is added to the base at each aim, by tensor.
 
         Raises TargetError for a step without accuracy and for accuracies that are all the same, MemoryBudgetError.
         """
         y_K = self._measured(source.trajectory.steps)
-        found: list[dict[str, Outer]] = [{} for _ in aims]
-        for name, item in triplets(source, [(row, None) for row in range(source.count)]):
-            signs_K = neighbour_signs(item.left_PM)
-            x_KM = (signs_K * item.norm_P)[:, None] * item.left_PM
-            right_N = (signs_K[-1] * item.right_PN[-1]).astype(np.float32)
-            for outers, aim in zip(found, aims, strict=True):
-                outers[name] = Outer(inverse_regression(x_KM, y_K, aim).astype(np.float32), right_N)
-        return found
+        matrices: list[dict[str, RankOne]] = [{} for _ in aims]
+        for name, decomposed in triplets(source, [(row, None) for row in range(source.count)]):
+            signs_K = neighbour_signs(decomposed.left_PM)
+            x_KM = (signs_K * decomposed.norm_P)[:, None] * decomposed.left_PM
+            right_N = (signs_K[-1] * decomposed.right_PN[-1]).astype(np.float32)
+            for by_name, aim in zip(matrices, aims, strict=True):
+                by_name[name] = RankOne(inverse_regression(x_KM, y_K, aim).astype(np.float32), right_N)
+        return matrices
 
     def _measured(self, steps: Sequence[int]) -> Array:
         if self.accuracies is None:
@@ -133,10 +133,10 @@ def inverse_regression(x_KM: Array, y_K: Array, target: float) -> Array:
     length = float(np.linalg.norm(weights_M))
     # A matrix that went to one place and stayed there is expected to be there.
     if length == 0.0:
-        found: Array = mean_M
-        return found
+        stayed_M: Array = mean_M
+        return stayed_M
     score_K = scaled_KM @ (weights_M / length)
     loading_M = scaled_KM.T @ score_K / (score_K @ score_K)
     slope = float(score_K @ centred_K / (score_K @ score_K))
-    found = mean_M + spread_M * loading_M * ((target - y_K.mean()) / slope)
-    return found
+    predicted_M: Array = mean_M + spread_M * loading_M * ((target - y_K.mean()) / slope)
+    return predicted_M

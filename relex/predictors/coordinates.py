@@ -117,10 +117,10 @@ def _sinusoid_at(steps: Array, values: Array, target: float) -> float:
         return _sinusoid(times, parameters) - scaled
 
     start = [3.0 / np.sqrt(2.0), frequency, 0.0, 0.0]
-    found = least_squares(
+    fit = least_squares(
         error, start, method="lm", ftol=_PRECISION, xtol=_PRECISION, gtol=_PRECISION, max_nfev=_EVALUATIONS
     )
-    return centre + spread * float(_sinusoid(np.array([(target - first) / length]), found.x)[0])
+    return centre + spread * float(_sinusoid(np.array([(target - first) / length]), fit.x)[0])
 
 
 def _sinusoid(times: Array, parameters: Array) -> Array:

@@ -8,7 +8,7 @@ so have 1-D tensors, which are their own vector. The prediction is W_last + alph
 Its horizon is k checkpoints times alpha, whatever the target step, which only names the output; checkpoints should be
 evenly spaced. Tensors with a side longer than LONGEST (embeddings) or of three dimensions are the latest checkpoint's.
 
-Three decompositions a checkpoint and matrix (see `leading`), and training that grows with rows plus columns of all
+Three decompositions a checkpoint and matrix (see `triplets`), and training that grows with rows plus columns of all
 tensors times checkpoints: 1000 epochs on one core took 75 s for 0.4 M parameters and 24 checkpoints, which makes most
 of a day for 1.5 B parameters and 75.
 Shape suffixes: K = checkpoints, D = length of a vector, S = series (one a tensor), P = differences.
@@ -28,7 +28,7 @@ from relex.errors import TargetError
 from relex.predictors import next_network
 from relex.predictors.predictor import Window
 from relex.progress import Progress
-from relex.rank_one import Outer
+from relex.rank_one import RankOne
 from relex.triplets import Pair, Source, Triplets, anchored, triplets
 
 LONGEST = 1 << 15
@@ -85,7 +85,7 @@ class Next:
         """Return how many checkpoints ahead it looks, whatever the target."""
         return float(self.ahead)
 
-    def vectors(self, source: Source, aims: Sequence[float]) -> list[dict[str, Outer]]:
+    def vectors(self, source: Source, aims: Sequence[float]) -> list[dict[str, RankOne]]:
         """Return what is added to the latest checkpoint, by tensor: the same at every aim.
 
         Raises TargetError when no checkpoint of the window lies `ahead` of another, MemoryBudgetError.
@@ -104,8 +104,8 @@ class Next:
         begun, total = 0, self.epochs * sum(cost.values())
         predicted: dict[tuple[str, Part], Array] = {}
         for key, series in collected.items():
-            found_SD = self._predict(series, _telling(source.on_progress, begun, cost[key], total))
-            predicted |= {(item.tensor, key[0]): vector_D for item, vector_D in zip(series, found_SD, strict=True)}
+            made_SD = self._predict(series, _telling(source.on_progress, begun, cost[key], total))
+            predicted |= {(one.tensor, key[0]): vector_D for one, vector_D in zip(series, made_SD, strict=True)}
             begun += self.epochs * cost[key]
         added = {name: _outer(predicted, name) for name in shapes}
         return [anchored(source, added, source.count - 1)] * len(aims)
@@ -120,22 +120,22 @@ class Next:
         kept = 4 * len(pairs) * sum(sum(shape) + 1 for shape in shapes.values())
         # Once as they are collected and, of one network at a time, once more as its samples.
         held = 2 * kept + next_network.memory(longest)
-        found: dict[tuple[Part, int], list[_Series]] = {}
-        for name, item in triplets(source, pairs, names=list(shapes), held=held):
-            for part, values_PD in _parts(item, reference=count - 1):
+        collected: dict[tuple[Part, int], list[_Series]] = {}
+        for name, decomposed in triplets(source, pairs, names=list(shapes), held=held):
+            for part, values_PD in _parts(decomposed, reference=count - 1):
                 series = _Series(name, values_PD[:count], values_PD[count : 2 * count], values_PD[2 * count :])
-                found.setdefault((part, values_PD.shape[1]), []).append(series)
-        return found
+                collected.setdefault((part, values_PD.shape[1]), []).append(series)
+        return collected
 
     def _predict(self, series: Sequence[_Series], on_epoch: Callable[[int], None]) -> Array:
         """Train on all pairs of the window and return (S, D) what is predicted from its last checkpoint."""
         count = len(series[0].targets_PD)
         return next_network.learn(
-            _rows([item.globals_KD[:count] for item in series]),
-            _rows([item.locals_KD[:count] for item in series]),
-            _rows([item.targets_PD for item in series]),
-            _rows([item.globals_KD[-1:] for item in series]),
-            _rows([item.locals_KD[-1:] for item in series]),
+            _rows([one.globals_KD[:count] for one in series]),
+            _rows([one.locals_KD[:count] for one in series]),
+            _rows([one.targets_PD for one in series]),
+            _rows([one.globals_KD[-1:] for one in series]),
+            _rows([one.locals_KD[-1:] for one in series]),
             epochs=self.epochs,
             seed=self.seed,
             on_epoch=on_epoch,
@@ -146,34 +146,34 @@ def _rows(parts: Sequence[Array]) -> Tensor:
     return torch.from_numpy(np.concatenate(parts))
 
 
-def _parts(item: Triplets, *, reference: int) -> Iterator[tuple[Part, Array]]:
+def _parts(decomposed: Triplets, *, reference: int) -> Iterator[tuple[Part, Array]]:
     """Yield the parts (P, D) that are learnt, with signs that agree with those of one difference."""
-    if item.right_PN.shape[1] == 1:
-        yield "vector", (item.left_PM * item.sigma_P[:, None] * item.right_PN).astype(np.float32)
+    if decomposed.right_PN.shape[1] == 1:
+        yield "vector", (decomposed.left_PM * decomposed.sigma_P[:, None] * decomposed.right_PN).astype(np.float32)
         return
-    signs_P = reference_signs(item, reference)[:, None]
-    yield "left", (signs_P * item.left_PM).astype(np.float32)
-    yield "sigma", item.sigma_P[:, None].astype(np.float32)
-    yield "right", (signs_P * item.right_PN).astype(np.float32)
+    signs_P = reference_signs(decomposed, reference)[:, None]
+    yield "left", (signs_P * decomposed.left_PM).astype(np.float32)
+    yield "sigma", decomposed.sigma_P[:, None].astype(np.float32)
+    yield "right", (signs_P * decomposed.right_PN).astype(np.float32)
 
 
-def reference_signs(item: Triplets, reference: int) -> NDArray[np.float64]:
+def reference_signs(decomposed: Triplets, reference: int) -> NDArray[np.float64]:
     """Return (P,) the signs with which every u and v point the way of those of one difference.
 
     Of that one the largest entry of u is made positive, since its own sign is the library's choice.
     """
-    left_M = item.left_PM[reference]
+    left_M = decomposed.left_PM[reference]
     own = -1.0 if left_M[np.abs(left_M).argmax()] < 0 else 1.0
-    agreement_P = own * (item.left_PM @ left_M + item.right_PN @ item.right_PN[reference])
+    agreement_P = own * (decomposed.left_PM @ left_M + decomposed.right_PN @ decomposed.right_PN[reference])
     return np.where(agreement_P < 0, -1.0, 1.0)
 
 
-def _outer(predicted: dict[tuple[str, Part], Array], name: str) -> Outer:
+def _outer(predicted: dict[tuple[str, Part], Array], name: str) -> RankOne:
     vector_D = predicted.get((name, "vector"))
     if vector_D is not None:
-        return Outer(vector_D, np.ones(1, dtype=np.float32))
+        return RankOne(vector_D, np.ones(1, dtype=np.float32))
     left_M, right_N = (_normalised(predicted[name, part]) for part in ("left", "right"))
-    return Outer(left_M * predicted[name, "sigma"], right_N)
+    return RankOne(left_M * predicted[name, "sigma"], right_N)
 
 
 def _normalised(vector_D: Array) -> Array:

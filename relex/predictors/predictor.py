@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from relex.rank_one import Outer
+from relex.rank_one import RankOne
 from relex.triplets import Source
 
 
@@ -61,5 +61,5 @@ class MatrixPredictor(Predictor, Protocol):
     def aim(self, target_step: int) -> float:
         """Return what the vectors depend on of the target: targets with one aim have the same vectors."""
 
-    def vectors(self, source: Source, aims: Sequence[float]) -> list[dict[str, Outer]]:
+    def vectors(self, source: Source, aims: Sequence[float]) -> list[dict[str, RankOne]]:
         """Return what is added, at each aim, to the tensors of `source`, in one pass; a tensor may be left out."""

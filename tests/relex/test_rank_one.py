@@ -18,7 +18,7 @@ from relex.forecast import Forecast
 from relex.output import manifest
 from relex.output.materialise import rebuild
 from relex.predictors import parse_method
-from relex.rank_one import FILE_NAME, Outer, from_bytes, to_bytes
+from relex.rank_one import FILE_NAME, RankOne, from_bytes, to_bytes
 from tests.helpers import peft_files
 from tests.helpers.trajectories import MIB, SHAPES, Run, content, drift, load, predict, write_run
 
@@ -78,8 +78,8 @@ def test_without_its_vectors_nothing_is_rebuilt(run: Run, tmp_path: Path, damage
 
 def test_vectors_are_the_same_bytes_whenever_they_are_written() -> None:
     vectors = {
-        "b": Outer(np.ones(3, np.float32), np.zeros(2, np.float32), 0.1),
-        "a": Outer(*np.eye(2, dtype=np.float32)),
+        "b": RankOne(np.ones(3, np.float32), np.zeros(2, np.float32), 0.1),
+        "a": RankOne(*np.eye(2, dtype=np.float32)),
     }
     written = to_bytes(vectors)
     assert to_bytes(dict(reversed(vectors.items()))) == written
