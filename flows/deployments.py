@@ -15,7 +15,7 @@ from prefect.schedules import Interval
 from prefect.types.entrypoint import EntrypointType
 
 from flows.arguments import run_module
-from flows.decide.flow import extrapolate
+from flows.decide.flow import decide
 from flows.drift.flow import drift
 from flows.runner import serve
 from flows.settings import Settings, load_settings
@@ -23,14 +23,17 @@ from flows.state.events import TARGET_REACHED, WINDOW_READY, resource
 from flows.stop.flow import stop_flow
 from flows.watch.flow import RUN_SECONDS, SCHEDULE_SECONDS, watch
 
+# Flows that earlier versions deployed under the name of the training run; `extrapolate` is `decide` now.
+_FORMER_FLOWS = ("extrapolate",)
+
 
 def deployments(
     config: Path, *, tracking_uri: str, run_seconds: float = RUN_SECONDS, schedule_seconds: float = SCHEDULE_SECONDS
 ) -> list[RunnerDeployment]:
     """Return the deployments of one training run, the watcher's first.
 
-    The watcher runs every `schedule_seconds`; the extrapolation starts on the window event, drift when the run reaches
-    what was predicted, and the question whether to stop is asked by the extrapolation.
+    The watcher runs every `schedule_seconds`; the decision starts on the window event, drift when the run reaches what
+    was predicted, and the question whether to stop is asked by the decision.
     """
     settings = load_settings(config)
     where = str(config.absolute())
@@ -41,7 +44,7 @@ def deployments(
         schedule=Interval(timedelta(seconds=schedule_seconds)),
         entrypoint_type=EntrypointType.MODULE_PATH,
     )
-    extrapolation = extrapolate.to_deployment(
+    decision = decide.to_deployment(
         name=settings.training_run,
         description=f"Decides {_on(settings)}, {_until(settings)}.",
         parameters={"config": where, "tracking_uri": tracking_uri},
@@ -57,10 +60,10 @@ def deployments(
         entrypoint_type=EntrypointType.MODULE_PATH,
     )
     assert isinstance(watcher, RunnerDeployment)  # outside an event loop nothing is left to await
-    assert isinstance(extrapolation, RunnerDeployment)
+    assert isinstance(decision, RunnerDeployment)
     return [
         watcher,
-        extrapolation,
+        decision,
         drift_deployment(config, settings, tracking_uri=tracking_uri),
         stop_deployment(config, settings, tracking_uri=tracking_uri),
     ]
@@ -122,7 +125,8 @@ def main(
     Example: python -m flows.deployments relex.yaml --tracking-uri http://127.0.0.1:5000
     """
     served = deployments(config, tracking_uri=tracking_uri, run_seconds=run_seconds, schedule_seconds=schedule_seconds)
-    asyncio.run(serve(served, name="relex", at_once=served[0]))
+    former = [f"{flow}/{served[0].name}" for flow in _FORMER_FLOWS]
+    asyncio.run(serve(served, name="relex", at_once=served[0], former=former))
 
 
 if __name__ == "__main__":

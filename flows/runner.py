@@ -13,21 +13,44 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import StateType
 from prefect.deployments.flow_runs import arun_deployment
 from prefect.deployments.runner import RunnerDeployment
+from prefect.exceptions import ObjectNotFound
 from prefect.runner import Runner
 from prefect.states import Crashed
 
 
-async def serve(served: Sequence[RunnerDeployment], *, name: str, at_once: RunnerDeployment | None = None) -> None:
+async def serve(
+    served: Sequence[RunnerDeployment],
+    *,
+    name: str,
+    at_once: RunnerDeployment | None = None,
+    former: Sequence[str] = (),
+) -> None:
     """Register the deployments, start a run of the one that is to begin at once, and serve.
 
-    Left to its schedule, it would start up to a period later.
+    Left to its schedule, it would start up to a period later. `former` are deployments that an earlier version served
+    in their place, as flow/deployment: their triggers would go on making runs that nobody takes up.
     """
     runner = Runner(name=name, pause_on_shutdown=False)
+    for former_name in former:
+        await remove(former_name)
     for deployment in served:
         await clear(await runner.aadd_deployment(deployment))
     if at_once is not None:
         await arun_deployment(f"{at_once.flow_name}/{at_once.name}", timeout=0, as_subflow=False)
     await runner.start()
+
+
+async def remove(name: str) -> None:
+    """Remove the deployment `flow/deployment` with its triggers and the runs that wait for it, where there is one."""
+    async with get_client() as client:
+        try:
+            deployment = await client.read_deployment_by_name(name)
+        except ObjectNotFound:
+            return
+        await clear(deployment.id)
+        # A server keeps the triggers of a deployment that is gone.
+        await client.delete_resource_owned_automations(f"prefect.deployment.{deployment.id}")
+        await client.delete_deployment(deployment.id)
 
 
 async def clear(deployment: UUID) -> None:

@@ -20,10 +20,11 @@ from deploy import registry
 from evaluation.answers.harness import Progress
 from evaluation.benchmarks.overlap import refuse_overlap
 from evaluation.verdict.gate import Gate, gate
+from flows.decide import procedure
 from flows.decide.gate_results import gate_results_path, write_gate_results
 from flows.decide.page import draw, page, show
 from flows.decide.predict import Predicted, predict
-from flows.decide.procedure import Stages, decide
+from flows.decide.procedure import Stages
 from flows.decide.record import metrics, record
 from flows.decide.score import reports, score
 from flows.decide.workers import spreading
@@ -144,8 +145,8 @@ champion_task = task(name="champion", retries=3, retry_delay_seconds=5, cache_po
 register_task = task(name="register", retries=3, retry_delay_seconds=5, cache_policy=NO_CACHE)(register_decision)
 
 
-@flow(name="extrapolate", flow_run_name="extrapolate {key}")
-def extrapolate(config: str, steps: list[int], key: str, tracking_uri: str) -> State[Any]:
+@flow(name="decide", flow_run_name="decide {key}")
+def decide(config: str, steps: list[int], key: str, tracking_uri: str) -> State[Any]:
     """Decide one window of the training run described in the file `config`.
 
     The file is read once: what is edited in it meanwhile is for the next window.
@@ -165,7 +166,7 @@ def extrapolate(config: str, steps: list[int], key: str, tracking_uri: str) -> S
             gate_task,
         )
         try:
-            decision = decide(settings, steps, key, stages, attempt=_attempt(settings, steps))
+            decision = procedure.decide(settings, steps, key, stages, attempt=_attempt(settings, steps))
         except (CheckpointDamagedError, DuplicateError, NonFiniteError, TargetError) as error:
             # Trying again would find the same: it is a decision, and "no" is an answer.
             decision = Decision(

@@ -36,7 +36,7 @@ from tests.integration.stack.test_pipeline import wait_for
 
 ROUNDS = int(os.environ.get("RELEX_KILL_ROUNDS", "2"))
 SEED = int(os.environ.get("RELEX_KILL_SEED", "0"))
-VICTIMS = ("prefect", "serving", "extrapolate", "watch")
+VICTIMS = ("prefect", "serving", "decide", "watch")
 STEPS = (10, 20, 25, 40)
 NAMES = ("left", "right")
 ACCESS = ("somebody", "no-one-may-read-this")
@@ -209,13 +209,13 @@ def test_nothing_is_lost_or_doubled_whatever_is_killed(
 
         told = ""
         for position, step in enumerate((*STEPS, None)):
-            if position == moment and victim != "extrapolate":
+            if position == moment and victim != "decide":
                 told = _kill(place, killed_run, victim, delay=delay, done=lambda: decided(killed_run))  # noqa: B023
             if step is not None:
                 for run in runs:
                     run.save(step, seed=2 + index)
                 time.sleep(random_.uniform(0, 1))
-        if victim == "extrapolate":
+        if victim == "decide":
             told = _kill(place, killed_run, victim, delay=delay, done=lambda: decided(killed_run))  # noqa: B023
         time.sleep(random_.uniform(0, 2))
         running = _up(place, runs)

@@ -139,7 +139,7 @@ def test_killing_watcher_flow_and_evaluation_ends_in_one_registered_version(
             (found for found in descendants(served, "evaluation.answers.worker") if found.pid != child.pid), None
         ),
     )
-    flow = wait_for("the flow", lambda: running("extrapolate"))
+    flow = wait_for("the flow", lambda: running("decide"))
     flow.send_signal(signal.SIGKILL)
     assert read_decisions(settings) == []
 
@@ -162,21 +162,21 @@ def test_killing_watcher_flow_and_evaluation_ends_in_one_registered_version(
 
     # Both kills are on record.
     states = {(run["flow"], run["state"]) for run in flow_runs(servers)}
-    assert {("watch", "CRASHED"), ("extrapolate", "CRASHED"), ("extrapolate", "COMPLETED")} <= states
+    assert {("watch", "CRASHED"), ("decide", "CRASHED"), ("decide", "COMPLETED")} <= states
 
 
 def decide_now(config: Path, servers: Stack, environment: dict[str, str]) -> str:
     """Run the flow on the window that is due, twice, in a process of its own; return what it logged."""
     code = (
         "import sys, time; from pathlib import Path\n"
-        "from flows.decide.flow import extrapolate; from flows.watch.announce import full_window\n"
+        "from flows.decide.flow import decide; from flows.watch.announce import full_window\n"
         "from flows.state.windows import window_key\n"
         "from flows.settings import load_settings; from relex.store import open_base, scan\n"
         "s = load_settings(Path(sys.argv[1])); base = open_base(s.base)\n"
         "stored = scan(s.checkpoints, base, now=time.time()); steps = full_window(stored, s.end)\n"
         "key = window_key(s, base, [item for item in stored if item.step in steps])\n"
-        "extrapolate(config=sys.argv[1], steps=steps, key=key, tracking_uri=sys.argv[2])\n"
-        "extrapolate(config=sys.argv[1], steps=steps, key=key, tracking_uri=sys.argv[2])\n"
+        "decide(config=sys.argv[1], steps=steps, key=key, tracking_uri=sys.argv[2])\n"
+        "decide(config=sys.argv[1], steps=steps, key=key, tracking_uri=sys.argv[2])\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(config), servers.mlflow_url],

@@ -21,9 +21,9 @@ from tests.helpers.straight_run import make_old
 DECIDE = """
 import sys
 from pathlib import Path
-from flows.decide.flow import extrapolate
+from flows.decide.flow import decide
 config, key, tracking_uri = sys.argv[1:]
-extrapolate(config=config, steps=[10, 25], key=key, tracking_uri=tracking_uri)
+decide(config=config, steps=[10, 25], key=key, tracking_uri=tracking_uri)
 """
 
 
