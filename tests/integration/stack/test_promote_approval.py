@@ -55,6 +55,7 @@ def test_a_promotion_is_approved_in_the_ui_by_whoever_serves_it_then(servers: St
         ask(servers, "approved", None, by="ada")
 
 
+@pytest.mark.slow
 def test_declined_nothing_is_promoted_and_who_asks_again_is_asked_again(servers: Stack, tmp_path: Path) -> None:
     store = Registry(tmp_path, servers.mlflow_url)
     store.add(1, GOOD, name="declined")

@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-import httpx
 import psutil
 import pytest
 from prefect import flow
@@ -21,11 +19,10 @@ from prefect.exceptions import Pause
 from prefect.flow_engine import run_flow
 from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
 
-from deploy.local import daemon, stack
-from deploy.local.server import PREFECT, answers, launch, still_starting
+from deploy.local import stack
 from deploy.local.stack import Stack
 from deploy.runs import record
-from deploy.tracking import connect, prepare
+from deploy.tracking import connect
 from flows import approval
 from flows.deployments import stop_deployment
 from flows.stop import status
@@ -37,22 +34,11 @@ from tests.helpers.stopped import COMMAND, configure, decided, runs
 from tests.helpers.straight_run import WriteCheckpoint
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """A Prefect server, and this process talking to it."""
-    home = tmp_path_factory.mktemp("home").resolve()
-    try:
-        found, began = launch(home, PREFECT), time.monotonic()
-        with httpx.Client(trust_env=False, timeout=2) as client:
-            while not answers(client, home, found, PREFECT):
-                seconds = time.monotonic() - began
-                found = still_starting(home, found, PREFECT, seconds=seconds, limit=120)
-                time.sleep(0.1)
-        api = f"{found.url}/api"
-        with temporary_settings({PREFECT_API_URL: api, PREFECT_LOGGING_TO_API_ENABLED: False}):
-            yield Stack(home, str(found.url), api, prepare(home / "mlflow").tracking_uri)
-    finally:
-        daemon.stop(home, ["prefect"])
+@pytest.fixture
+def server(servers: Stack) -> Iterator[Stack]:
+    """The servers, and this process talking to them."""
+    with temporary_settings({PREFECT_API_URL: servers.prefect_api_url, PREFECT_LOGGING_TO_API_ENABLED: False}):
+        yield servers
 
 
 @pytest.fixture
