@@ -3,7 +3,7 @@
 The deltas are D = U diag(sigma) Vᵀ, the coordinates C = U diag(sigma). Whatever a temporal model predicts for them at
 the target, c_hat, is sum_k c_k delta_k with c = U diag(1 / sigma) c_hat. Polynomial and sinusoid are what the RELEX
 paper (arXiv 2605.21468) compares its line with; here the abscissa is the real training step, not the row number.
-Shape suffixes: T = tensors, K = checkpoints, R = rank.
+Shape suffixes: T = tensors, K = checkpoints, R = rank, N = series (tensors x rank).
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from numpy.polynomial import Polynomial
+from numpy.polynomial import polynomial, polyutils
 from numpy.typing import NDArray
 from scipy.optimize import least_squares
 from torch import Tensor
@@ -63,44 +63,45 @@ class Coordinates(Predictor):
                 f" no more than the window's {count}. Widen the window, or choose others."
             )
         values_TK, vectors_TKK = window.eigen
-        if values_TK.dim() == 1:
-            return self._of_one(values_TK, vectors_TKK, window.steps_K, target_step)
-        pairs = zip(values_TK, vectors_TKK, strict=True)
-        return torch.stack([self._of_one(*pair, window.steps_K, target_step) for pair in pairs])
-
-    def _of_one(self, values_K: Tensor, vectors_KK: Tensor, steps_K: Tensor, target_step: float) -> Tensor:
-        sigma_R = values_K[-self.rank :].clamp(min=0.0).sqrt()
-        basis_KR = vectors_KK[:, -self.rank :]
+        sigma_TR = values_TK[..., -self.rank :].clamp(min=0.0).sqrt()
+        basis_TKR = vectors_TKK[..., -self.rank :]
         # The sign of an eigenvector is the library's choice, and a sinusoid's fit may depend on it.
-        basis_KR = basis_KR * torch.where(basis_KR[-1] < 0, -1.0, 1.0)
-        steps, target = steps_K.numpy(), float(target_step)
-        predicted = [
-            self._predict(steps, (basis_KR[:, r] * sigma_R[r]).numpy(), target) if sigma_R[r] > 0 else 0.0
-            for r in range(self.rank)
-        ]
-        scaled_R = torch.where(sigma_R > _NULL * sigma_R[-1], torch.tensor(predicted, dtype=torch.float64) / sigma_R, 0)
-        return torch.mv(basis_KR, scaled_R)
+        basis_TKR = basis_TKR * torch.where(basis_TKR[..., -1:, :] < 0, -1.0, 1.0)
+        series_KN = (basis_TKR * sigma_TR[..., None, :]).movedim(-2, 0).reshape(count, -1).numpy()
+        predicted_N = self._predict(window.steps_K.numpy(), series_KN, float(target_step))
+        predicted_TR = torch.from_numpy(predicted_N).reshape(sigma_TR.shape)
+        scaled_TR = torch.where(sigma_TR > _NULL * sigma_TR[..., -1:], predicted_TR / sigma_TR, 0.0)
+        return torch.matmul(basis_TKR, scaled_TR[..., None])[..., 0]
 
     @property
     def _described(self) -> str:
         return f"polynomial of degree {self.degree}" if self.curve == "polynomial" else "sinusoid"
 
-    def _predict(self, steps: Array, values: Array, target: float) -> float:
+    def _predict(self, steps: Array, series_KN: Array, target: float) -> Array:
+        """Return (N,) where each series is at the target."""
         points = self.last or len(steps)
-        steps, values = steps[-points:], values[-points:]
+        steps, series_KN = steps[-points:], series_KN[-points:]
         gap = float(np.median(np.diff(steps)))
         ahead = self.refit * gap
         while self.refit and target > steps[-1] + ahead:
             new = steps[-1] + gap * np.arange(1, self.refit + 1)
-            made = np.array([self._at(steps, values, step) for step in new])
-            steps, values = np.append(steps, new)[-points:], np.append(values, made)[-points:]
-        return self._at(steps, values, target)
+            made_AN = np.stack([self._at(steps, series_KN, step) for step in new])
+            steps, series_KN = np.append(steps, new)[-points:], np.concatenate([series_KN, made_AN])[-points:]
+        return self._at(steps, series_KN, target)
 
-    def _at(self, steps: Array, values: Array, target: float) -> float:
+    def _at(self, steps: Array, series_KN: Array, target: float) -> Array:
         if self.curve == "polynomial":
-            # Fitted on steps scaled to -1..1, without which a cubic in steps of thousands is all rounding.
-            return float(Polynomial.fit(steps, values, self.degree)(target))
-        return _sinusoid_at(steps, values, target)
+            return _polynomial_weights(steps, self.degree, target) @ series_KN
+        return np.array([_sinusoid_at(steps, values, target) for values in series_KN.T])
+
+
+def _polynomial_weights(steps: Array, degree: int, target: float) -> Array:
+    """Return (K,) w with w @ values = the least-squares polynomial of the values at `target`."""
+    # Fitted on steps scaled to -1..1, without which a cubic in steps of thousands is all rounding.
+    offset, scale = polyutils.mapparms([steps[0], steps[-1]], [-1.0, 1.0])
+    coefficients_DK = polynomial.polyfit(offset + scale * steps, np.eye(len(steps)), degree)
+    weights: Array = polynomial.polyval(offset + scale * target, coefficients_DK)
+    return weights
 
 
 def _sinusoid_at(steps: Array, values: Array, target: float) -> float:
