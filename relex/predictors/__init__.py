@@ -140,23 +140,6 @@ METHODS: Mapping[str, Row] = {
 }
 
 
-HEADINGS = ("method", "what it does", "parameters", "paper", "backtest")
-
-
-def table() -> list[tuple[str, str, str, str, str]]:
-    """Return a line of text a method, under HEADINGS: what `relex methods` prints and the documentation has."""
-    return [
-        (
-            name,
-            row.summary,
-            row.written,
-            f"arXiv {row.paper}" if row.paper else "",
-            f"{row.backtest}: {row.why}" if row.why else row.backtest,
-        )
-        for name, row in METHODS.items()
-    ]
-
-
 def option_help() -> str:
     """Return what the help of an option says that takes a method: how it is written, and every method there is."""
     rows = (f"{name} ({row.written})" if row.parameters else name for name, row in METHODS.items())

@@ -139,7 +139,7 @@ def test_the_method_that_is_written_as_an_example_needs_its_file_and_its_row(
         assert float(written["model.weight"].mean()) == pytest.approx(505.0)
     assert relex("chord:back=5") == 1
     assert "back is 5, and the window has 5 checkpoints. Give 1 to 4." in capsys.readouterr().err
-    assert any(line[0] == "chord" and line[2] == "back=1" for line in predictors.table())
+    assert "chord (back=1)" in predictors.option_help()
 
 
 def files_of_the_code() -> list[Any]:

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from docs import reference
 from flows.cli.main import main
-from relex.predictors import METHODS, Row, table
+from relex.predictors import METHODS, Row
 from relex.predictors.predictor import Predictor, Window
 from tests.helpers.straight_run import WriteCheckpoint, make_old
 
@@ -95,7 +96,7 @@ def test_a_method_is_one_file_and_one_row_to_the_end(
         with pytest.raises(SystemExit):
             main()
         assert "chord (back=1)" in " ".join(capsys.readouterr().out.split())
-    assert ("chord", row.summary, "back=1", "arXiv 0000.00000", "yes") in table()
+    assert "| `chord` | line through two checkpoints | `back=1` |" in reference.methods()
 
 
 def test_a_method_that_fits_no_window_has_an_empty_line_and_one_without_a_backtest_is_refused(
