@@ -1,13 +1,12 @@
 """From the observed steps of one window to candidate model directories, in one pass for all methods and targets."""
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flows.errors import WindowError
 from flows.settings import Settings
 from flows.state.decision import Backtested, Model
-from flows.state.ledger import known, read_ledger, segment
+from flows.state.snapshot import look_at
 from flows.state.windows import window_directory, window_key
 from relex.backtest.convergence import Convergence, converge, propose
 from relex.extrapolation import Request, extrapolate
@@ -18,7 +17,7 @@ from relex.layouts.weights import Weights
 from relex.output.shards import Spread
 from relex.predictors import parse_method
 from relex.progress import Tell, telling
-from relex.store import StoredCheckpoint, observed, open_base, scan
+from relex.store import StoredCheckpoint, observed
 from relex.trajectory import Trajectory, open_trajectory
 
 
@@ -52,19 +51,16 @@ def predict(
     other processes. Raises WindowError when the store no longer holds what the window was announced with, and
     RelexError.
     """
-    base = open_base(settings.base, blocks=blocks)
-    now = time.time()
-    stored = scan(settings.store, base, now=now, blocks=blocks)
-    seen = known(stored, read_ledger(settings), now=now)
-    stored = segment(stored, seen)
-    inside = [item for item in stored if item.step <= max(steps)]
-    found = window_key(settings, base, inside)
-    if found != key:
+    run = look_at(settings, settings.store, blocks=blocks)
+    inside = [checkpoint for checkpoint in run.newest if checkpoint.step <= max(steps)]
+    actual_key = window_key(settings, run.base, inside)
+    if actual_key != key:
         raise WindowError(
-            f"window {key} was announced with steps {list(steps)}, the store and the settings now make it {found} with"
-            f" steps {[item.step for item in inside]}. The watcher announces that one; nothing is left to do here."
+            f"window {key} was announced with steps {list(steps)}, the store and the settings now make it {actual_key}"
+            f" with steps {[checkpoint.step for checkpoint in inside]}. The watcher announces that one; nothing is left"
+            " to do here."
         )
-    trajectory, converged = backtest_window(settings, base, inside, tell=tell)
+    trajectory, converged = backtest_window(settings, run.base, inside, tell=tell)
     last = trajectory.steps[-1]
     proposed = propose(
         converged,
@@ -95,7 +91,7 @@ def predict(
         for item, request, made in zip(proposed, requests[1:], forecasts[1:], strict=True)
     )
     observed_model = Model("observed", last, str(requests[0].directory))
-    written = tuple(seen[str(item.step)].written for item in inside)
+    written = tuple(run.known[str(checkpoint.step)].written for checkpoint in inside)
     return Predicted(observed_model, candidates, forecasts[0].warnings, _told(converged), written)
 
 

@@ -1,6 +1,5 @@
 """Which old predictions can be compared with what the run has reached, and why others cannot (yet)."""
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,13 +7,14 @@ from pathlib import Path
 from flows.drift.record import Compared, read_one
 from flows.settings import Settings
 from flows.state.decision import Decision, Model
-from flows.state.ledger import Seen, known, left_behind, read_ledger
+from flows.state.ledger import Seen, left_behind
+from flows.state.snapshot import look_at
 from flows.state.windows import read_decisions
 from relex.files.block_cache import BlockCache
 from relex.files.location import open_directory
 from relex.layouts.weights import Weights
 from relex.output.manifest import FILE_NAME
-from relex.store import Checkpoint, State, StoredCheckpoint, open_base, scan
+from relex.store import Checkpoint, State, StoredCheckpoint
 
 # Where a run does not save its target, the next checkpoint stands for it when it is this share of the jump beyond.
 _BEYOND = 0.05
@@ -48,7 +48,7 @@ def reached(settings: Settings, stored: Sequence[StoredCheckpoint], seen: Mappin
     stands for a target when it is of the same segment of the run as the window, and the target itself or the first
     one saved after it, at most 5 % of the jump beyond.
     """
-    return [item for item in _outlook(settings, stored, seen) if isinstance(item, Reached)]
+    return [prediction for prediction in _status(settings, stored, seen) if isinstance(prediction, Reached)]
 
 
 def look(
@@ -58,15 +58,13 @@ def look(
     run = open_directory(settings.checkpoints, blocks=blocks)
     if settings.drift == "off" or not run.exists():
         return None
-    now = time.time()
-    base, ledger = open_base(settings.base, blocks=blocks), read_ledger(settings)
-    stored = scan(run, base, now=now, blocks=blocks)
-    found = list(_outlook(settings, stored, ledger.released | known(stored, ledger, now=now)))
-    due = [item for item in found if isinstance(item, Reached)]
-    return base, due, [item for item in found if isinstance(item, Waiting)]
+    now = look_at(settings, run, blocks=blocks)
+    predictions = list(_status(settings, now.stored, now.ever))
+    due = [prediction for prediction in predictions if isinstance(prediction, Reached)]
+    return now.base, due, [prediction for prediction in predictions if isinstance(prediction, Waiting)]
 
 
-def _outlook(
+def _status(
     settings: Settings, stored: Sequence[StoredCheckpoint], seen: Mapping[str, Seen]
 ) -> Iterator[Reached | Waiting]:
     if settings.drift == "off":

@@ -1,7 +1,6 @@
 """What stopping a training run on a decision would do, and what it would save."""
 
 import shlex
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +9,10 @@ from typing import Any, Literal
 from flows.errors import StopError
 from flows.settings import Settings
 from flows.state.decision import Decision
-from flows.state.ledger import known, read_ledger, segment
+from flows.state.ledger import read_ledger
+from flows.state.snapshot import look_at
 from relex.errors import RelexError
-from relex.store import State, open_base, scan
+from relex.store import State
 
 
 @dataclass(frozen=True)
@@ -130,14 +130,11 @@ def saving(settings: Settings, decision: Decision) -> Saving:
 
     While the store cannot be read, from the latest step known before.
     """
-    ledger = read_ledger(settings)
-    now = time.time()
     try:
-        stored = scan(settings.checkpoints, open_base(settings.base), now=now)
-        newest = segment(stored, known(stored, ledger, now=now))
+        newest = look_at(settings, settings.checkpoints).newest
         written = [checkpoint.step for checkpoint in newest if checkpoint.state is State.READY]
     except RelexError:
-        written = [int(step) for step in ledger.checkpoints]
+        written = [int(step) for step in read_ledger(settings).checkpoints]
     latest = max(written, default=decision.steps[-1])
     if settings.total_steps is not None:
         return Saving(latest, settings.total_steps, "planned")

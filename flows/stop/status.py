@@ -4,7 +4,6 @@ A stop is due when the decision registered a winner and the backtest trusts its 
 still stop, who says so; on anything else nobody may.
 """
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,11 +11,12 @@ from typing import Any, Literal
 from flows.errors import StopError
 from flows.settings import Settings
 from flows.state.decision import Decision
-from flows.state.ledger import known, read_ledger
+from flows.state.ledger import read_ledger
+from flows.state.snapshot import look_at
 from flows.state.windows import key_of, read_decisions
 from flows.stop.execute import Stop, message, read_stop, stop_training
 from flows.stop.plan import Order, Saving, order, refusal, saving
-from relex.store import open_base, scan
+from relex.store import open_base
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,6 @@ def is_current(settings: Settings, decision: Decision) -> bool:
     ledger = read_ledger(settings)
     checkpoints = ledger.released | ledger.checkpoints
     if not checkpoints:
-        now = time.time()
-        checkpoints = known(scan(settings.store, base, now=now), ledger, now=now)
+        checkpoints = dict(look_at(settings, settings.store).known)
     inside = {step: checkpoints[str(step)].identity for step in decision.steps if str(step) in checkpoints}
     return key_of(settings, base, inside) == decision.key

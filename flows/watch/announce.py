@@ -10,26 +10,18 @@ from dataclasses import replace
 
 from flows.settings import Settings
 from flows.state.events import CHECKPOINT_READY, WINDOW_READY, Event, Sent, event
-from flows.state.ledger import Ledger, known, left_behind, segment, written_at
+from flows.state.ledger import Ledger, written_at
+from flows.state.snapshot import Snapshot
 from flows.state.windows import claimed, decided, window_key
-from relex.layouts.weights import Weights
 from relex.store import State, StoredCheckpoint
 
 
-def tick(
-    settings: Settings,
-    base: Weights,
-    stored: tuple[StoredCheckpoint, ...],
-    ledger: Ledger,
-    *,
-    now: float,
-    end: int | None,
-) -> tuple[list[Event], Ledger]:
-    """Return the events that are due at time `now`, and the ledger as it is once they are sent.
+def tick(settings: Settings, run: Snapshot, *, end: int | None) -> tuple[list[Event], Ledger]:
+    """Return the events that are due at that time, and the ledger as it is once they are sent.
 
     `end` is the last step of the window that is to be decided, if one is (see flows.watch.due).
     """
-    checkpoints = known(stored, ledger, now=now)
+    stored, ledger, checkpoints = run.stored, run.ledger, run.known
     events = [
         event(
             CHECKPOINT_READY,
@@ -41,14 +33,14 @@ def tick(
         if item.weights is not None and ledger.checkpoints.get(str(item.step)) != checkpoints[str(item.step)]
     ]
     # What another run or segment left in the ledger is forgotten; what this one has lost is not.
-    gone = set(lost(settings, stored, ledger)) - left_behind(stored, checkpoints)
+    gone = set(lost(settings, stored, ledger)) - run.left_behind
     windows = dict(ledger.windows)
-    steps = [] if end is None else full_window(segment(stored, checkpoints), end)
+    steps = [] if end is None else full_window(run.newest, end)
     if steps and not gone:
-        key = window_key(settings, base, [item for item in stored if item.step in steps])
+        key = window_key(settings, run.base, [item for item in stored if item.step in steps])
         sent = windows.get(key, Sent(0, 0.0))
-        if sent.due(now) and not decided(settings, key) and not claimed(settings, key):
-            windows[key] = Sent(sent.times + 1, now)
+        if sent.due(run.now) and not decided(settings, key) and not claimed(settings, key):
+            windows[key] = Sent(sent.times + 1, run.now)
             payload = {"training_run": settings.training_run, "key": key, "steps": steps, "attempt": sent.times + 1}
             # The attempt is part of the id: a server ignores an id it has seen.
             events.append(event(WINDOW_READY, settings, f"{key} {sent.times + 1}", payload))

@@ -17,8 +17,9 @@ from flows.drift.announce import announce, write_sent
 from flows.errors import WatchError
 from flows.settings import Settings
 from flows.state.events import CHECKPOINT_READY
-from flows.state.ledger import Ledger, Seen, known, left_behind, read_ledger, segment, write_ledger
+from flows.state.ledger import Ledger, Seen, left_behind, read_ledger, segment, write_ledger
 from flows.state.lock import held
+from flows.state.snapshot import Snapshot
 from flows.state.windows import decided, key_of
 from flows.watch import outbox
 from flows.watch.announce import full_window, lost, tick
@@ -87,17 +88,15 @@ def _look(settings: Settings, pins: Pins | None, on_look: Look | None) -> str:
         if ledger.released:
             ledger = _after_release(settings, pins, base, ledger, now=now)
         stored = _pinned(settings, pins, base, now=now, released=bool(ledger.released))
-    checkpoints = known(stored, ledger, now=now)
-    newest = segment(stored, checkpoints)
-    behind = left_behind(stored, checkpoints)
-    ours = {step: seen for step, seen in (ledger.released | checkpoints).items() if int(step) not in behind}
+    snapshot = Snapshot(base, ledger, stored, now)
+    ours = {step: seen for step, seen in snapshot.ever.items() if int(step) not in snapshot.left_behind}
 
     def tell(what: str, done: int, total: int) -> None:
         if on_look is not None:
             on_look(0.0, f"{settings.training_run}: backtest, {what} {100 * done // max(total, 1)} %")
 
-    armed = arm(settings, base, newest, ours, tell=tell)
-    events, ledger = tick(settings, base, stored, ledger, now=now, end=armed.end)
+    armed = arm(settings, base, snapshot.newest, ours, tell=tell)
+    events, ledger = tick(settings, snapshot, end=armed.end)
     drifted, sent = announce(settings, stored, ledger, now=now) if settings.drift != "off" else ([], {})
     # A window and a target are announced until somebody works on them; for a checkpoint nobody has to.
     outbox.keep(settings, [item for item in events if item.name == CHECKPOINT_READY], now=now)
@@ -105,7 +104,7 @@ def _look(settings: Settings, pins: Pins | None, on_look: Look | None) -> str:
         emit_event(event.name, {"prefect.resource.id": event.resource}, payload=event.payload, id=event.id)
         logger.info("%s %s", event.name, event.payload)
     if pins is not None:
-        ledger = _with_release(armed, newest, ledger)
+        ledger = _with_release(armed, snapshot.newest, ledger)
     # After sending: what a crash in between repeats has the same id, and is claimed once.
     if ledger != before:
         write_ledger(settings, ledger)
@@ -149,10 +148,8 @@ def _after_release(settings: Settings, pins: Pins, base: Weights, ledger: Ledger
     """
     newest = max(seen.written for seen in ledger.released.values())
     end = max(map(int, ledger.released)) if settings.window == "auto" else settings.window
-    live = scan(settings.checkpoints, base, now=now)
-    again = [
-        step for step, seen in known(live, Ledger(), now=now).items() if int(step) <= end and seen.written > newest
-    ]
+    live = Snapshot(base, Ledger(), scan(settings.checkpoints, base, now=now), now)
+    again = [step for step, seen in live.known.items() if int(step) <= end and seen.written > newest]
     if not again and decided(settings, _key(settings, base, ledger.released)):
         pins.release()
         return ledger

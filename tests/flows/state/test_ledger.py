@@ -13,6 +13,7 @@ from flows.settings import Settings
 from flows.state.events import CHECKPOINT_READY, WINDOW_READY, Event
 from flows.state.ledger import Ledger, left_behind, read_ledger, write_ledger
 from flows.state.records import write_json
+from flows.state.snapshot import Snapshot
 from flows.state.windows import claim, claimed, decision_path, window_key
 from flows.watch.announce import full_window, tick
 from flows.watch.due import Armed
@@ -24,7 +25,7 @@ from tests.helpers.straight_run import WriteCheckpoint, make_old
 
 def look(settings: Settings, ledger: Ledger, now: float) -> tuple[list[Event], Ledger]:
     base, stored = store(settings, now)
-    return tick(settings, base, stored, ledger, now=now, end=settings.end)
+    return tick(settings, Snapshot(base, ledger, stored, now), end=settings.end)
 
 
 def store(settings: Settings, now: float) -> tuple[Weights, tuple[StoredCheckpoint, ...]]:

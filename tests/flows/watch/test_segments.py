@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save
 from flows.settings import Settings, load_settings
 from flows.state.events import WINDOW_READY
 from flows.state.ledger import left_behind, read_ledger, write_ledger
+from flows.state.snapshot import Snapshot
 from flows.watch.announce import tick
 from flows.watch.pins import Pins
 from relex.store import StoredCheckpoint, open_base, scan
@@ -120,7 +121,7 @@ class Watcher:
         kept = scan(self.settings.store, base, now=now) if Path(self.settings.store).exists() else ()
         stored = tuple(item for item in kept if item.step <= end)
         before = read_ledger(self.settings)
-        events, ledger = tick(self.settings, base, stored, before, now=now, end=WINDOW)
+        events, ledger = tick(self.settings, Snapshot(base, before, stored, now), end=WINDOW)
         if ledger != before:
             write_ledger(self.settings, ledger)
         steps = [event.payload["steps"] for event in events if event.name == WINDOW_READY]
