@@ -31,6 +31,7 @@ def inspect(run: Run, base: Base, reading: Reading, as_json: Json = False) -> No
     Example: relex inspect runs/qwen --base models/qwen-base
     """
     from relex.inspection import inspect as inspect_run
+    from relex.progress import telling
 
     with reading.session() as (bars, blocks):
         inspection = inspect_run(
@@ -41,7 +42,7 @@ def inspect(run: Run, base: Base, reading: Reading, as_json: Json = False) -> No
             threads=reading.threads,
             window=reading.window,
             blocks=blocks,
-            on_progress=lambda done, total: bars("reading", done, total),
+            on_progress=telling(bars, "reading"),
         )
     if as_json:
         print_json(asdict(inspection))
@@ -97,6 +98,7 @@ def backtest(
     Example: relex backtest runs/qwen --base models/qwen-base
     """
     from relex.backtest.backtest import backtest_run
+    from relex.progress import telling
 
     with reading.session() as (bars, blocks):
         tested = backtest_run(
@@ -108,7 +110,7 @@ def backtest(
             window=reading.window,
             methods=method or (),
             blocks=blocks,
-            on_progress=lambda done, total: bars("reading", done, total),
+            on_progress=telling(bars, "reading"),
         )
     if as_json:
         print_json(tested.to_json())

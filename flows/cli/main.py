@@ -68,7 +68,3 @@ def main() -> None:
 def _refuse(reason: str) -> None:
     err.print(f"relex: {reason}", markup=False, highlight=False, soft_wrap=True)
     sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()

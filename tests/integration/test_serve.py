@@ -83,7 +83,7 @@ def ask(client: httpx.Client) -> str:
 def test_the_champion_answers_chats_also_while_it_changes_and_nothing_outlives_the_command(tmp_path: Path) -> None:
     promote(tmp_path, says="7")
     process = subprocess.Popen(
-        [sys.executable, "-m", "flows.cli.main", "serve", "digits", "--port", "0", "--poll-seconds", "0.5", "--json"],
+        [sys.executable, "-m", "flows.cli", "serve", "digits", "--port", "0", "--poll-seconds", "0.5", "--json"],
         # On shared cores the threads of a tiny model only fight each other.
         env={**os.environ, "RELEX_HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "PATH": str(tmp_path)},
         stdout=subprocess.PIPE,

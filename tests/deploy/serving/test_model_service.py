@@ -275,7 +275,7 @@ def test_asked_to_end_it_leaves_no_process(home: Home) -> None:
     home.promote(1)
     words = ["--home", str(home.path), "--port", "0", "--engine", ANSWERING, "--json"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "flows.cli.main", "serve", "digits", *words], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "flows.cli", "serve", "digits", *words], stdout=subprocess.PIPE, text=True
     )
     try:
         assert process.stdout is not None

@@ -280,7 +280,7 @@ def test_a_trainer_that_stops_early_is_refused_and_trained_again_by_the_next_cal
 @pytest.mark.slow
 def test_a_terminated_command_ends_its_trainer(scene: Scene) -> None:
     settings = begin(scene, "terminated", "--hang-in", "0001/run-1")
-    argv = [sys.executable, "-m", "flows.cli.main", "reground", str(scene.root / "terminated.yaml")]
+    argv = [sys.executable, "-m", "flows.cli", "reground", str(scene.root / "terminated.yaml")]
     with subprocess.Popen(argv, cwd=ROOT) as command:
         try:
             end = time.monotonic() + 120

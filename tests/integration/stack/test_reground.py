@@ -44,7 +44,7 @@ def test_grpo_goes_on_from_a_jump_that_was_judged(
     argv = [
         sys.executable,
         "-m",
-        "flows.cli.main",
+        "flows.cli",
         "reground",
         str(config),
         "--stack",
