@@ -21,7 +21,7 @@ from relex.predictors import parse_method
 _REMOTE_POLL_SECONDS = 30.0
 
 Step = Annotated[int, Field(gt=0)]
-# Of two branches a wrong value would be told twice.
+# Of two branches a wrong value would be said twice.
 _ONE = Discriminator(lambda value: "auto" if value == "auto" else GIVEN)
 Auto = Annotated[Literal["auto"], Tag("auto")]
 StepOrAuto = Annotated[Annotated[Step, Tag(GIVEN)] | Auto, _ONE]

@@ -14,8 +14,8 @@ from flows.cli.options import HOME, Home, Json, Registered, out, print_json, pri
 from flows.console import plain_table, print_line, print_warnings
 
 if TYPE_CHECKING:
-    from flows.promote.listing import Listing
     from flows.promote.promotion import Promotion
+    from flows.promote.versions import ModelVersions
 
 commands = typer.Typer(rich_markup_mode=None)
 _command = partial(commands.command, rich_help_panel="Registered models")
@@ -41,11 +41,11 @@ def models(
     """
     from deploy import registry
     from deploy.local import stack
-    from flows.promote.listing import listing
+    from flows.promote.versions import list_versions
 
     uri = stack.tracking_uri(home)
     listings = [
-        listing(each, tracking_uri=uri, downloads=home / "models", contents="read" if verify else "sizes")
+        list_versions(each, tracking_uri=uri, downloads=home / "models", contents="read" if verify else "sizes")
         for each in ([name] if name is not None else registry.names(tracking_uri=uri))
     ]
     if as_json:
@@ -57,7 +57,7 @@ def models(
         show_models(out, each)
 
 
-def show_models(console: Console, listed: "Listing") -> None:
+def show_models(console: Console, listed: "ModelVersions") -> None:
     """Print the registered predictions, newest first, and how the champion came to be it."""
     if not listed.versions:
         console.print(f"no prediction of {listed.name} is registered")

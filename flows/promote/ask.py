@@ -43,14 +43,14 @@ def ask(running: Stack, name: str, version: int | None, *, by: str) -> Asked:
     champion = registry.champion(name, tracking_uri=running.mlflow_url)
     if champion is not None and champion.digest == candidate.digest:
         raise PromotionError(f"{candidate.title} is the champion already, as {champion.title}.")
-    judgement = judge(candidate, champion, tracking_uri=running.mlflow_url)
-    if not judgement.passed:
-        raise PromotionError(f"{candidate.title} would not be promoted. {judgement.reason}")
+    clearance = judge(candidate, champion, tracking_uri=running.mlflow_url)
+    if not clearance.passed:
+        raise PromotionError(f"{candidate.title} would not be promoted. {clearance.reason}")
     spawn_promoter(running)
     against = "none" if champion is None else champion.digest
     attempt = 0
     while True:
-        parameters = {"name": name, "version": candidate.version, "by": by, "question": judgement.reason}
+        parameters = {"name": name, "version": candidate.version, "by": by, "question": clearance.reason}
         run = _started(running, parameters, key=f"{candidate.title} {candidate.digest} {against} {attempt}")
         if run.state is None or not run.state.is_final():
             return Asked(name, candidate.version, str(run.id), page_url(run))

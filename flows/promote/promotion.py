@@ -91,19 +91,19 @@ def _judge(
     gates = [_gate(latest, latest.candidate, scored, margin=latest.margin) for scored in observed]
     if champion is not None:
         theirs = [GateResults.from_json(text) for text in registry.gate_reports(champion, tracking_uri=tracking_uri)]
-        found = _against(champion, candidate, latest, [*reversed(ours), *reversed(theirs)])
-        if isinstance(found, str):
-            return _refusal(found)
-        gates.append(found)
-    failed = [item for item in gates if not item.passed]
+        compared = _compared(champion, candidate, latest, [*reversed(ours), *reversed(theirs)])
+        if isinstance(compared, str):
+            return _refusal(compared)
+        gates.append(compared)
+    failed = [each for each in gates if not each.passed]
     return Clearance(
         passed=not failed,
-        reason=" ".join(item.sentence for item in failed or gates),
+        reason=" ".join(each.sentence for each in failed or gates),
         metrics=gate_metrics(gates),
     )
 
 
-def _against(
+def _compared(
     champion: RegisteredModelVersion,
     candidate: RegisteredModelVersion,
     terms: GateResults,
@@ -114,11 +114,11 @@ def _against(
     for theirs in _of(champion, known):
         for ours in _of(candidate, known):
             try:
-                found = _gate(terms, ours, replace(theirs, model=replace(theirs.model, role="champion")), margin=0.0)
+                compared = _gate(terms, ours, replace(theirs, model=replace(theirs.model, role="champion")), margin=0.0)
             except ComparisonError as error:
                 reason = str(error)
             else:
-                return found
+                return compared
     return (
         f"{candidate.title} cannot be compared with the champion, {champion.title}: {reason} A decision made from now"
         " on scores this champion beside its candidate: promote what that registers."
@@ -133,8 +133,8 @@ def _of(version: RegisteredModelVersion, known: Sequence[GateResults]) -> Iterat
 
 
 def _gate(terms: GateResults, ours: Scored, theirs: Scored, *, margin: float) -> Gate:
-    found = gate(ours.report, theirs.report, margin=margin, confidence=terms.confidence, comparisons=terms.looks)
-    return replace(found, candidate=ours.model.title, reference=theirs.model.title)
+    judged = gate(ours.report, theirs.report, margin=margin, confidence=terms.confidence, comparisons=terms.looks)
+    return replace(judged, candidate=ours.model.title, reference=theirs.model.title)
 
 
 def _refusal(reason: str) -> Clearance:

@@ -1,27 +1,23 @@
-"""One cycle of a re-grounding: real steps by the user's trainer, a jump, and a judgement (see `judgement`).
+"""One cycle of a re-grounding: real steps by the user's trainer, a jump, and a verdict on it (see `judge`).
 
 Each of the three phases ends in one small file that is complete or absent, and a phase whose file is there is not done
 again. A cycle directory holds run-A/ (the trainer's checkpoints, A the attempt), models/, trained.json, jumped.json and
 cycle.json.
 """
 
-import json
 import math
 import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
-
-from pydantic import TypeAdapter
 
 from deploy.local import daemon
 from evaluation.verdict.gate import Gate
 from flows.errors import TrainerError
 from flows.reground.settings import RegroundSettings
 from flows.reground.trainer import TEMPLATES, fill, run_trainer
-from flows.state.records import write_json
+from flows.state.records import read_json, write_json
 from relex.errors import CheckpointDamagedError, DuplicateError, NonFiniteError
 from relex.extrapolation import Request, extrapolate
 from relex.files.location import open_directory
@@ -30,8 +26,6 @@ from relex.predictors import parse_method
 from relex.progress import Tell
 from relex.store import Checkpoint, observed, open_base, scan
 from relex.trajectory import open_trajectory
-
-Record = TypeVar("Record")
 
 
 @dataclass(frozen=True)
@@ -112,10 +106,10 @@ def train(settings: RegroundSettings, plan: Plan, *, tell: Tell) -> Trained:
     directory = settings.cycle_directory(plan.number)
     path = directory / "trained.json"
     if path.is_file():
-        return read_record(path, Trained)
+        return read_json(path, Trained)
     name = f"cycle-{plan.number}"
     daemon.stop(settings.home, [name])
-    earlier = [int(found.name.removeprefix("run-")) for found in directory.glob("run-*")]
+    earlier = [int(run.name.removeprefix("run-")) for run in directory.glob("run-*")]
     # A new name: should anything still write into a former one, it does not write into this.
     out = directory / f"run-{max(earlier, default=0) + 1}"
     for attempt in earlier:
@@ -129,7 +123,7 @@ def train(settings: RegroundSettings, plan: Plan, *, tell: Tell) -> Trained:
         tell(f"cycle {plan.number}: train", min(reached, settings.real_steps), settings.real_steps)
 
     seconds = run_trainer(settings.home, name, command, directory=settings.directory, on_wait=on_wait)
-    steps = tuple(item.step for item in _checkpoints(plan, out, settings.real_steps))
+    steps = tuple(checkpoint.step for checkpoint in _checkpoints(plan, out, settings.real_steps))
     if steps[-1] != settings.real_steps:
         raise TrainerError(
             f"the trainer of {name} was told {settings.real_steps} steps and its last checkpoint in {out} is of step"
@@ -149,7 +143,7 @@ def jump(settings: RegroundSettings, plan: Plan, trained: Trained, *, tell: Tell
     directory = settings.cycle_directory(plan.number)
     path = directory / "jumped.json"
     if path.is_file():
-        return read_record(path, Jumped)
+        return read_json(path, Jumped)
     began = time.monotonic()
     last = trained.real_steps
     reached = plan.start_step + last
@@ -186,15 +180,9 @@ def tidy(settings: RegroundSettings, cycle: Cycle) -> None:
     """Remove what a finished cycle does not leave to the next, if the settings say so."""
     if settings.keep == "chosen":
         directory = settings.cycle_directory(cycle.number)
-        for found in (*directory.glob("run-*"), *directory.glob("models/*/step-*")):
-            if str(found) != cycle.model:
-                shutil.rmtree(found)
-
-
-def read_record(path: Path, kind: type[Record]) -> Record:
-    """Read back what write_json wrote of a dataclass."""
-    content: Any = json.loads(path.read_bytes())
-    return TypeAdapter(kind).validate_python(content)
+        for path in (*directory.glob("run-*"), *directory.glob("models/*/step-*")):
+            if str(path) != cycle.model:
+                shutil.rmtree(path)
 
 
 def _checkpoints(plan: Plan, out: Path, steps: int) -> tuple[Checkpoint, ...]:

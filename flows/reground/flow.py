@@ -33,13 +33,13 @@ def reground(config: str) -> State[Any]:
     settings = load_reground_settings(Path(config))
     key = f"reground-{settings.training_run}"
 
-    def show(found: Regrounding) -> None:
-        create_markdown_artifact(page(found), key=f"{key}-cycles", description=found.cycles[-1].reason)
+    def show(regrounding: Regrounding) -> None:
+        create_markdown_artifact(page(regrounding), key=f"{key}-cycles", description=regrounding.cycles[-1].reason)
 
-    found = run_cycles(
+    regrounding = run_cycles(
         settings,
         phases=Phases(train_task, jump_task, judge_task),
         tell=ProgressArtifact(key, "reground"),
         on_cycle=show,
     )
-    return Completed(message=f"{found.ended}: {found.model}")
+    return Completed(message=f"{regrounding.ended}: {regrounding.model}")

@@ -7,9 +7,9 @@ from pathlib import Path
 from evaluation.answers.harness import Progress, evaluate
 from evaluation.verdict.gate import Gate, gate
 from evaluation.verdict.report import Report
-from flows.reground.cycle import Cycle, Jumped, Plan, Trained, read_record
+from flows.reground.cycle import Cycle, Jumped, Plan, Trained
 from flows.reground.settings import RegroundSettings
-from flows.state.records import write_json
+from flows.state.records import read_json, write_json
 from relex.progress import Tell
 
 
@@ -22,7 +22,7 @@ def judge(settings: RegroundSettings, plan: Plan, trained: Trained, jumped: Jump
     """
     path = settings.cycle_directory(plan.number) / "cycle.json"
     if path.is_file():
-        return read_record(path, Cycle)
+        return read_json(path, Cycle)
     began = time.monotonic()
     reached = plan.start_step + trained.real_steps
     what = f"cycle {plan.number}: score"

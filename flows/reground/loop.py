@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from flows.errors import RegroundError
-from flows.reground.cycle import Cycle, Jumped, Plan, Trained, jump, read_record, tidy, train
+from flows.reground.cycle import Cycle, Jumped, Plan, Trained, jump, tidy, train
 from flows.reground.judge import judge, score
 from flows.reground.settings import Reference, RegroundSettings
 from flows.state.lock import held
-from flows.state.records import write_json
+from flows.state.records import read_json, write_json
 from relex.output.download import local_model
 from relex.progress import Tell
 
@@ -89,14 +89,14 @@ class Regrounding:
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON types; what was saved is there when there is a reference and its accuracy was reached."""
         names = ("model", "accuracy", "step", "real_steps", "training_seconds", "other_seconds", "reached")
-        found: dict[str, Any] = {name: getattr(self, name) for name in names}
-        found["jumped_steps"] = self.step - self.real_steps
+        content: dict[str, Any] = {name: getattr(self, name) for name in names}
+        content["jumped_steps"] = self.step - self.real_steps
         if self.reference is not None and self.reached:
-            found["saved_steps"] = self.reference.steps - self.real_steps
+            content["saved_steps"] = self.reference.steps - self.real_steps
             if self.reference.seconds is not None:
-                found["saved_seconds"] = self.reference.seconds - self.training_seconds
+                content["saved_seconds"] = self.reference.seconds - self.training_seconds
         reference = None if self.reference is None else self.reference.model_dump()
-        return found | asdict(self) | {"reference": reference}
+        return content | asdict(self) | {"reference": reference}
 
 
 def reground(
@@ -118,31 +118,32 @@ def reground(
             raise RegroundError(f"another process is at work in {settings.home}. Wait for it, or stop it.")
         start = _start(settings, tell)
         cycles: list[Cycle] = []
-        found = _summary(settings, start, cycles)
+        regrounding = _summary(settings, start, cycles)
         while True:
-            write_json(settings.home / "reground.json", found.to_json())
-            if found.ended:
-                return found
-            plan = Plan(len(cycles) + 1, found.model, found.step)
+            write_json(settings.home / "reground.json", regrounding.to_json())
+            if regrounding.ended:
+                return regrounding
+            plan = Plan(len(cycles) + 1, regrounding.model, regrounding.step)
             trained = phases.train(settings, plan, tell=tell)
             jumped = phases.jump(settings, plan, trained, tell=tell)
             cycles.append(phases.judge(settings, plan, trained, jumped, tell=tell))
             tidy(settings, cycles[-1])
-            found = _summary(settings, start, cycles)
+            regrounding = _summary(settings, start, cycles)
             if on_cycle is not None:
-                on_cycle(found)
+                on_cycle(regrounding)
 
 
 def _summary(settings: RegroundSettings, start: Start, cycles: Sequence[Cycle]) -> Regrounding:
-    found = Regrounding(
+    regrounding = Regrounding(
         settings.training_run, start, tuple(cycles), settings.target_accuracy, settings.reference, ended=""
     )
     ended = ""
-    if found.reached:
-        ended = f"accuracy {found.accuracy:.4f} on {start.benchmark} is the target {settings.target_accuracy} or above"
-    elif found.step >= settings.total_steps:
-        ended = f"step {found.step} is the total {settings.total_steps} or above"
-    return replace(found, ended=ended)
+    if regrounding.reached:
+        target = f"the target {settings.target_accuracy} or above"
+        ended = f"accuracy {regrounding.accuracy:.4f} on {start.benchmark} is {target}"
+    elif regrounding.step >= settings.total_steps:
+        ended = f"step {regrounding.step} is the total {settings.total_steps} or above"
+    return replace(regrounding, ended=ended)
 
 
 def _start(settings: RegroundSettings, tell: Tell) -> Start:
@@ -159,7 +160,7 @@ def _start(settings: RegroundSettings, tell: Tell) -> Start:
     )
     path = settings.home / "start.json"
     if path.is_file():
-        begun = read_record(path, Start)
+        begun = read_json(path, Start)
         for what, ours, theirs in (
             (f"base {settings.base}", start.digest, begun.digest),
             (f"benchmark {settings.selection}", start.benchmark_digest, begun.benchmark_digest),

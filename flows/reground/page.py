@@ -11,24 +11,24 @@ from flows.reground.loop import Regrounding
 HEADINGS = ("cycle", "start", "trained", "jumped", "accuracy", "with jump", "kept", "seconds")
 
 
-def show(console: Console, found: Regrounding) -> None:
+def show(console: Console, regrounding: Regrounding) -> None:
     """Print it on a terminal."""
-    console.print(plain_table(*HEADINGS, rows=rows(found)))
-    print_warnings(console, [text for cycle in found.cycles for text in cycle.warnings])
-    for line in summary(found):
+    console.print(plain_table(*HEADINGS, rows=rows(regrounding)))
+    print_warnings(console, [text for cycle in regrounding.cycles for text in cycle.warnings])
+    for line in summary(regrounding):
         console.print(line, soft_wrap=True, highlight=False)
 
 
-def page(found: Regrounding) -> str:
+def page(regrounding: Regrounding) -> str:
     """Return it as Markdown."""
-    lines = [f"# {found.training_run}: re-grounding", "", *(f"{line}  " for line in summary(found)), ""]
-    lines += markdown_table(HEADINGS, rows(found))
-    for cycle in found.cycles:
+    lines = [f"# {regrounding.training_run}: re-grounding", "", *(f"{line}  " for line in summary(regrounding)), ""]
+    lines += markdown_table(HEADINGS, rows(regrounding))
+    for cycle in regrounding.cycles:
         lines += ["", f"- Cycle {cycle.number}: {cycle.reason}", *(f"  - Warning: {text}" for text in cycle.warnings)]
     return "\n".join(lines) + "\n"
 
 
-def rows(found: Regrounding) -> list[tuple[str, ...]]:
+def rows(regrounding: Regrounding) -> list[tuple[str, ...]]:
     """Return one row a cycle under HEADINGS; start is the step it starts from, seconds are of training."""
     return [
         (
@@ -41,29 +41,29 @@ def rows(found: Regrounding) -> list[tuple[str, ...]]:
             "yes" if cycle.jumped_steps else "no",
             f"{cycle.training_seconds:.0f}",
         )
-        for cycle in found.cycles
+        for cycle in regrounding.cycles
     ]
 
 
-def summary(found: Regrounding) -> list[str]:
+def summary(regrounding: Regrounding) -> list[str]:
     """Return in a few lines where it is, what it cost and what it saved."""
-    content = found.to_json()
-    start = found.start
+    content = regrounding.to_json()
+    start = regrounding.start
     lines = [
-        f"Accuracy {start.accuracy:.4f} → {found.accuracy:.4f} on {start.n} problems of {start.benchmark}, step"
-        f" {found.step}: {found.real_steps} steps trained in {found.training_seconds:.0f} s, {content['jumped_steps']}"
-        f" jumped; predicting and scoring took {found.other_seconds:.0f} s.",
-        *_saved(found, content),
-        f"Ended: {found.ended}." if found.ended else "More cycles follow.",
-        f"Model: {found.model}",
+        f"Accuracy {start.accuracy:.4f} → {regrounding.accuracy:.4f} on {start.n} problems of {start.benchmark}, step"
+        f" {regrounding.step}: {regrounding.real_steps} steps trained in {regrounding.training_seconds:.0f} s,"
+        f" {content['jumped_steps']} jumped; predicting and scoring took {regrounding.other_seconds:.0f} s.",
+        *_saved(regrounding, content),
+        f"Ended: {regrounding.ended}." if regrounding.ended else "More cycles follow.",
+        f"Model: {regrounding.model}",
     ]
     return lines
 
 
-def _saved(found: Regrounding, content: Mapping[str, Any]) -> list[str]:
-    if found.reference is None or "saved_steps" not in content:
+def _saved(regrounding: Regrounding, content: Mapping[str, Any]) -> list[str]:
+    if regrounding.reference is None or "saved_steps" not in content:
         return []
-    text = f"Plain RL took {found.reference.steps} steps to it: {content['saved_steps']} saved"
-    if found.reference.seconds is not None:
-        text += f", and {content['saved_seconds']:.0f} of {found.reference.seconds:.0f} s of training"
+    text = f"Plain RL took {regrounding.reference.steps} steps to it: {content['saved_steps']} saved"
+    if regrounding.reference.seconds is not None:
+        text += f", and {content['saved_seconds']:.0f} of {regrounding.reference.seconds:.0f} s of training"
     return [f"{text}."]

@@ -3,7 +3,11 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter
+
+Record = TypeVar("Record")
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -16,3 +20,9 @@ def write_json(path: Path, content: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     hidden.replace(path)
+
+
+def read_json(path: Path, kind: type[Record]) -> Record:
+    """Read back a dataclass that was written as its fields; further keys are passed over."""
+    content: Any = json.loads(path.read_bytes())
+    return TypeAdapter(kind).validate_python(content)

@@ -14,8 +14,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import TypeAdapter
-
 from deploy import runs
 from deploy.errors import DeployError
 from deploy.local.daemon import last_log_line
@@ -23,7 +21,7 @@ from flows.errors import StopError
 from flows.settings import Settings
 from flows.state.decision import Decision
 from flows.state.lock import held
-from flows.state.records import write_json
+from flows.state.records import read_json, write_json
 from flows.stop.plan import Order, Saving, saving
 
 logger = logging.getLogger(__name__)
@@ -60,7 +58,7 @@ class Stop:
 def read_stop(settings: Settings) -> Stop | None:
     """Return what is on record about stopping this training run, None where nothing was ever tried."""
     path = record_path(settings)
-    return TypeAdapter(Stop).validate_json(path.read_bytes()) if path.is_file() else None
+    return read_json(path, Stop) if path.is_file() else None
 
 
 def record_path(settings: Settings) -> Path:

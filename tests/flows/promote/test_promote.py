@@ -16,7 +16,7 @@ from deploy.registry import CHAMPION
 from deploy.tracking import connect, prepare
 from flows.cli.main import main
 from flows.errors import PromotionError
-from flows.promote.listing import listing
+from flows.promote.versions import list_versions
 from tests.helpers import ROOT
 from tests.helpers.mlflow_server import serve
 from tests.helpers.predictions import write_prediction
@@ -216,7 +216,7 @@ def test_the_listing_tells_versions_champion_numbers_and_whether_the_weights_are
     flip(second.weights / "model.safetensors")
 
     def states(contents: str) -> list[tuple[int, int | None, str]]:
-        found = listing("tiny", tracking_uri=store.uri, downloads=store.home, contents=contents)  # type: ignore[arg-type]
+        found = list_versions("tiny", tracking_uri=store.uri, downloads=store.home, contents=contents)  # type: ignore[arg-type]
         assert found.champion == 2
         return [(item.row.version, item.promoted, item.state.split(":")[0]) for item in found.versions]
 

@@ -12,7 +12,7 @@ from deploy.tracking import local_path
 
 
 @dataclass(frozen=True)
-class Listed:
+class ListedVersion:
     """One registered prediction; `state` says whether its weights are what was registered.
 
     `promoted` is its version of the registered model itself, None while it was never promoted.
@@ -36,12 +36,12 @@ class Listed:
 
 
 @dataclass(frozen=True)
-class Listing:
+class ModelVersions:
     """Every registered prediction of `name`, newest first, the version that is champion, and how it came to be it."""
 
     name: str
     champion: int | None
-    versions: tuple[Listed, ...]
+    versions: tuple[ListedVersion, ...]
     trail: tuple[Entry, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -49,7 +49,9 @@ class Listing:
         return asdict(self)
 
 
-def listing(name: str, *, tracking_uri: str, downloads: Path, contents: Literal["read", "sizes"] = "sizes") -> Listing:
+def list_versions(
+    name: str, *, tracking_uri: str, downloads: Path, contents: Literal["read", "sizes"] = "sizes"
+) -> ModelVersions:
     """Look at what is registered; with "read" every byte of the weights is compared with what was registered.
 
     Of remote weights nothing is said unless they are to be read, which brings them to `downloads`.
@@ -58,7 +60,7 @@ def listing(name: str, *, tracking_uri: str, downloads: Path, contents: Literal[
     trail = champions.history(name, tracking_uri=tracking_uri)
     promoted = {entry.digest: entry.to_version for entry in trail if entry.moved}
 
-    def look(row: RegisteredModelVersion) -> Listed:
+    def look(row: RegisteredModelVersion) -> ListedVersion:
         state = "remote, not read"
         if contents == "read" or local_path(row.weights) is not None:
             try:
@@ -66,10 +68,10 @@ def listing(name: str, *, tracking_uri: str, downloads: Path, contents: Literal[
                 state = "verified" if contents == "read" else "sizes match"
             except CandidateError as error:
                 state = f"damaged: {error}"
-        return Listed(row, state, promoted.get(row.digest))
+        return ListedVersion(row, state, promoted.get(row.digest))
 
     rows = registry.models(name, tracking_uri=tracking_uri)
-    return Listing(name, None if champion is None else champion.version, tuple(map(look, rows)), tuple(trail))
+    return ModelVersions(name, None if champion is None else champion.version, tuple(map(look, rows)), tuple(trail))
 
 
 def _bounds(row: RegisteredModelVersion) -> dict[str, float]:
