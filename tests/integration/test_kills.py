@@ -32,7 +32,7 @@ from evaluation.benchmarks.benchmark import write_benchmark
 from flows.settings import Settings, load_settings
 from flows.state.events import CHECKPOINT_READY, WINDOW_READY, resource
 from flows.state.windows import read_decisions
-from tests.integration.stack.test_pipeline import wait_for
+from tests.helpers.waiting import wait_for
 
 ROUNDS = int(os.environ.get("RELEX_KILL_ROUNDS", "2"))
 SEED = int(os.environ.get("RELEX_KILL_SEED", "0"))
@@ -235,7 +235,7 @@ def test_nothing_is_lost_or_doubled_whatever_is_killed(
         wait_for(
             f"every checkpoint event of {run.name}",
             lambda: len(_events(running, run, CHECKPOINT_READY)) >= expected.total() or None,  # noqa: B023
-            seconds=60,
+            seconds=240,
         )
         assert Counter(event["payload"]["step"] for event in _events(running, run, CHECKPOINT_READY)) == expected
         decisions = read_decisions(run.settings)

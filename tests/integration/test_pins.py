@@ -15,6 +15,7 @@ import yaml
 from flows.settings import Settings, load_settings
 from flows.state.ledger import read_ledger
 from relex.store import State, open_base, scan
+from tests.helpers.waiting import wait_for
 
 WINDOW = 20
 STEPS = 24
@@ -72,13 +73,6 @@ def configure(directory: Path, base: Path, pin: str) -> Path:
     return path
 
 
-def wait_for(what: Callable[[], bool], *, seconds: float = 120.0) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
 def saved(log: Path) -> dict[int, str]:
     return dict(json.loads(line) for line in log.read_text().splitlines()) if log.exists() else {}
 
@@ -98,11 +92,11 @@ def test_a_trainer_that_keeps_one_checkpoint_loses_no_step_of_the_window(
 ) -> None:
     settings = load_settings(configure(tmp_path, base, "link"))
     watcher = start("tests.integration.pinning_watcher", tmp_path / "relex.yaml", log="watcher.log")
-    wait_for(lambda: (settings.home / "watcher.lock").exists())
+    wait_for("the watcher", lambda: (settings.home / "watcher.lock").exists())
     log = tmp_path / "saved"
     trainer = start("tests.integration.pruning_trainer", base, settings.checkpoints, STEPS, 0.15, log, log="train.log")
-    assert trainer.wait(180) == 0, (tmp_path / "train.log").read_text()
-    wait_for(lambda: "window full" in (tmp_path / "watcher.log").read_text())
+    assert trainer.wait(600) == 0, (tmp_path / "train.log").read_text()
+    wait_for("the full window", lambda: "window full" in (tmp_path / "watcher.log").read_text())
     digests = saved(log)
     assert kept(settings) == {step: digests[step] for step in range(1, WINDOW + 1)}
     assert [sent.times for sent in read_ledger(settings).windows.values()] == [1]
@@ -115,7 +109,7 @@ def test_a_trainer_that_keeps_one_checkpoint_loses_no_step_of_the_window(
     settings.home.joinpath("ledger.json").unlink()
     start("tests.integration.pinning_watcher", tmp_path / "relex.yaml", log="said.log")
     said = "save_total_limit is 1, and a window of 20 steps with a checkpoint every 1 needs 20: the trainer will delete"
-    wait_for(lambda: said in (tmp_path / "said.log").read_text())
+    wait_for("the reason", lambda: said in (tmp_path / "said.log").read_text())
 
 
 @pytest.mark.slow
@@ -125,16 +119,16 @@ def test_a_killed_watcher_loses_only_what_was_deleted_while_none_was_running(
     settings = load_settings(configure(tmp_path, base, "link"))
     log = tmp_path / "saved"
     first = start("tests.integration.pinning_watcher", tmp_path / "relex.yaml", log="first.log")
-    wait_for(lambda: (settings.home / "watcher.lock").exists())
+    wait_for("the watcher", lambda: (settings.home / "watcher.lock").exists())
     trainer = start("tests.integration.pruning_trainer", base, settings.checkpoints, STEPS, 0.8, log, log="train.log")
-    wait_for(lambda: len(saved(log)) >= 5)
+    wait_for("five checkpoints", lambda: len(saved(log)) >= 5)
     first.kill()
     first.wait()
     before = len(saved(log))
-    wait_for(lambda: len(saved(log)) >= before + 3)
+    wait_for("three more", lambda: len(saved(log)) >= before + 3)
     start("tests.integration.pinning_watcher", tmp_path / "relex.yaml", log="second.log")
-    assert trainer.wait(180) == 0, (tmp_path / "train.log").read_text()
-    wait_for(lambda: "checkpoints are missing" in (tmp_path / "second.log").read_text())
+    assert trainer.wait(600) == 0, (tmp_path / "train.log").read_text()
+    wait_for("the hole", lambda: "checkpoints are missing" in (tmp_path / "second.log").read_text())
     digests, pins = saved(log), kept(settings)
     assert pins.items() <= digests.items()
     assert pins.keys() >= set(range(1, before))

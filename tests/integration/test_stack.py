@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -22,6 +22,7 @@ from deploy.runs import record
 from evaluation.benchmarks.benchmark import write_benchmark
 from flows.cli import main
 from flows.processes import revive_watchers, spawn_watcher
+from tests.helpers.waiting import wait_for
 
 UP = """
 import sys
@@ -71,13 +72,6 @@ def _pids(home: Path) -> dict[str, int | None]:
     return {found.name: found.pid for found in stack.status(home)}
 
 
-def _wait(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def test_up_twice_is_one_set_of_servers(running: Stack) -> None:
     before = _pids(running.home)
     assert stack.up(running.home) == running
@@ -125,7 +119,7 @@ def test_a_killed_server_is_started_again_at_its_address_with_its_data(running: 
     assert before["mlflow"] is not None
     left = daemon.processes(running.home, "mlflow")
     os.kill(before["mlflow"], signal.SIGKILL)
-    _wait(lambda: {found.state for found in stack.status(running.home)} == {"running", "dead"})
+    wait_for("the dead server", lambda: {found.state for found in stack.status(running.home)} == {"running", "dead"})
     with pytest.raises(StackError, match="mlflow is dead"):
         stack.running(running.home)
     assert stack.up(running.home) == running
@@ -182,7 +176,7 @@ def test_a_server_of_another_version_is_outdated(quiet: Path) -> None:
         assert not is_outdated(
             client, Daemon("mlflow", None, "http://127.0.0.1:9", "running", quiet, ("mlflow",)), MLFLOW
         )
-        _wait(lambda: is_outdated(client, found, MLFLOW))
+        wait_for("the answer of another version", lambda: is_outdated(client, found, MLFLOW))
 
 
 def test_spawning_a_live_name_again_leaves_it_alone_and_refuses_to_make_it_something_else(quiet: Path) -> None:
@@ -191,7 +185,7 @@ def test_spawning_a_live_name_again_leaves_it_alone_and_refuses_to_make_it_somet
     with pytest.raises(StackError, match=r"sleeper is running as `sleep 1000` and was asked for as `sleep 2000`"):
         stack.spawn(quiet, "sleeper", ["sleep", "2000"])
     os.kill(int(first.pid or 0), signal.SIGKILL)
-    _wait(lambda: stack.status(quiet)[0].state == "dead")
+    wait_for("the end of the process", lambda: stack.status(quiet)[0].state == "dead")
     again = stack.spawn(quiet, "sleeper", ["sleep", "1000"])
     assert (again.state, again.pid == first.pid) == ("running", False)
 
@@ -203,7 +197,9 @@ def test_watchers_that_died_are_started_again_and_those_that_were_stopped_are_no
     os.kill(int(killed.pid or 0), signal.SIGKILL)
     # Before it finds that there is no such config.
     os.kill(int(live.pid or 0), signal.SIGSTOP)
-    _wait(lambda: [found.state for found in stack.status(quiet)] == ["stopped", "dead", "running"])
+    wait_for(
+        "the dead watcher", lambda: [found.state for found in stack.status(quiet)] == ["stopped", "dead", "running"]
+    )
     (revived,) = revive_watchers(running)
     assert (revived.name, revived.argv, revived.pid == killed.pid) == (killed.name, killed.argv, False)
     assert revived.argv[3] == str(quiet / "b.yaml")
@@ -236,7 +232,7 @@ def test_a_spawned_process_has_its_environment_and_hears_an_interrupt(quiet: Pat
         found = stack.spawn(quiet, "child", [sys.executable, "-c", program], environment={"COLOUR": "green"})
     finally:
         signal.signal(signal.SIGINT, before)
-    _wait(lambda: "green" in found.log.read_text())
+    wait_for("the first line", lambda: "green" in found.log.read_text())
     assert "default_int_handler" in found.log.read_text()
 
 
@@ -247,7 +243,7 @@ def test_down_ends_even_a_grandchild_that_ignores_it(quiet: Path) -> None:
     born = f"subprocess.Popen([sys.executable, '-c', {deaf!r}], start_new_session=True)"
     program = f"import subprocess, sys, time; {born}; time.sleep(1000)"
     found = stack.spawn(quiet, "parent", [sys.executable, "-c", program])
-    _wait(lambda: "deaf" in found.log.read_text())
+    wait_for("the first line", lambda: "deaf" in found.log.read_text())
     family = daemon.processes(quiet, "parent")
     assert len(family) == 2
     stack.down(quiet)

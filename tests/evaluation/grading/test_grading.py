@@ -350,7 +350,7 @@ def test_the_comparing_process_dies_with_a_killed_one_even_while_it_computes() -
                 time.sleep(0.01)
         finally:
             parent.kill()
-    _, alive = psutil.wait_procs([process], timeout=10)
+    _, alive = psutil.wait_procs([process], timeout=120)
     for each in alive:
         each.kill()
     assert not alive

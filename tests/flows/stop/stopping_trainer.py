@@ -39,11 +39,14 @@ class Points(Dataset[dict[str, torch.Tensor]]):
 
 
 class WriteAtStep(TrainerCallback):
-    def __init__(self, path: Path, step: int, *, seconds: float) -> None:
-        self._path, self._step, self._seconds = path, step, seconds
+    def __init__(self, path: Path, step: int, *, seconds: float, after: Path | None = None) -> None:
+        """Write `path` at the end of `step`, `seconds` after `after` is there."""
+        self._path, self._step, self._seconds, self._after = path, step, seconds, after
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step == self._step:
+            while self._after is not None and not self._after.exists():
+                time.sleep(0.01)
             time.sleep(self._seconds)
             self._path.write_text("{}")
 
@@ -68,8 +71,10 @@ def train(out: Path, callbacks: list[TrainerCallback]) -> int:
 def run_rank(out: Path, port: str, rank: int) -> None:
     places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
     os.environ.update(places | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-    late = [WriteAtStep(out / "STOP", 5, seconds=1.0)] if rank == 1 else []
-    step = train(out, [*late, StopOnFile(out / "STOP")])
+    here = out / "first-rank-looks"
+    # The second rank writes the file after the first has looked for it.
+    before = WriteAtStep(out / "STOP", 5, seconds=1.0, after=here) if rank else WriteAtStep(here, 5, seconds=0)
+    step = train(out, [before, StopOnFile(out / "STOP")])
     out.joinpath(f"rank-{rank}").write_text(str(step))
 
 

@@ -136,7 +136,14 @@ def test_a_watcher_waits_while_a_store_does_not_answer(hub: Hub, remote: RemoteR
 
     trainer = threading.Thread(target=push, daemon=True)
     trainer.start()
-    watch_store(settings, seconds=3.0, on_look=lambda progress, text: seen.append(text))
+
+    def look(progress: float, text: str) -> None:
+        seen.append(text)
+        if text.endswith("window full"):
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        watch_store(settings, seconds=120.0, on_look=look)
     trainer.join()
     assert seen[0].startswith("remote: waiting: hf://org/later: the Hub has no such repository")
     assert seen[-1].endswith("window full")

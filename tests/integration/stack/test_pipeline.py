@@ -5,10 +5,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
 
 import httpx
 import psutil
@@ -25,18 +23,8 @@ from flows.state.windows import read_decisions
 from relex.files.local import LocalDirectory
 from relex.layouts.steps import step_directories
 from relex.output import manifest
+from tests.helpers.waiting import wait_for
 from tests.integration.stack.conftest import STEPS, TrainedRun, write_config
-
-Found = TypeVar("Found")
-
-
-def wait_for(what: str, look: Callable[[], Found | None], *, seconds: float = 240) -> Found:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if (found := look()) is not None:
-            return found
-        time.sleep(0.1)
-    pytest.fail(f"{what} did not come within {seconds:.0f} s")
 
 
 def descendants(pid: int, *words: str) -> list[psutil.Process]:
@@ -99,7 +87,7 @@ def serve(servers: Stack, server_environment: dict[str, str]) -> Iterator[Serve]
     for process in started:
         if process.is_running():
             process.terminate()
-            process.wait(30)
+            process.wait(120)
 
 
 def _steps(trained: TrainedRun) -> dict[int, Path]:
@@ -125,7 +113,7 @@ def test_killing_watcher_flow_and_evaluation_ends_in_one_registered_version(
     wait_for("the first checkpoints", lambda: read_ledger(settings).checkpoints or None)
     watcher = wait_for("the watcher", lambda: running("watch"))
     watcher.send_signal(signal.SIGKILL)
-    watcher.wait(10)
+    watcher.wait(60)
 
     # The window fills while nobody looks; the next watcher finds it.
     last = _steps(trained)[STEPS]
@@ -293,7 +281,7 @@ def test_a_new_watcher_settles_what_a_killed_one_left_and_watches_its_own_run(
     wait_for("the first watcher", lambda: watching(first, "RUNNING"))
     for process in [killed, *killed.children(recursive=True)]:
         process.kill()
-    killed.wait(10)
+    killed.wait(60)
     # The same training run, its config in another place, as after moving the directory while the stack was down.
     second = write_config(new, trained, name="moved", targets=[150])
     shutil.copytree(trained.checkpoints, load_settings(second).checkpoints)

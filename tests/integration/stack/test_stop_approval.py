@@ -63,7 +63,7 @@ def serving(config: Path, server: Stack) -> Iterator[psutil.Popen]:
     finally:
         for process in (*served.children(recursive=True), served):
             process.kill()
-        served.wait(10)
+        served.wait(60)
 
 
 def offer_to_stop(config: Path, server: Stack, **changes: Any) -> str:

@@ -57,7 +57,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, server_environment: Mappin
             )
             stack.callback(process.wait)
             stack.callback(process.kill)
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 240
             while not file.exists() and time.monotonic() < deadline:
                 time.sleep(0.05)
         yield str(yaml.safe_load(file.read_text())["address"])
@@ -128,7 +128,7 @@ def in_a_flow(
     assert state.state_details.flow_run_id is not None
     only = FlowRunFilter(id=FlowRunFilterId(any_=[state.state_details.flow_run_id]))
     with get_client(sync_client=True) as client:
-        for _ in range(100):
+        for _ in range(1200):
             runs = client.read_task_runs(flow_run_filter=only)
             # The server hears of them a moment later.
             if runs and all(run.state is not None and run.state.is_final() for run in runs):

@@ -25,7 +25,7 @@ from tests.helpers.dcp_files import WORLD, quiet_tree, save, write_dcp_run
 from tests.helpers.random_faults import states
 from tests.helpers.trajectories import Run, content, drift, predict, quiet, write, write_model
 
-GLOO_SECONDS = 120
+GLOO_SECONDS = 400
 
 
 @pytest.fixture(scope="session")

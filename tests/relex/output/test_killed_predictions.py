@@ -64,7 +64,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
         capture_output=True,
         text=True,
         check=True,
-        timeout=120,
+        timeout=400,
     )
     assert done.stdout.splitlines() == [f"{point} -9" for point in POINTS], done.stderr
     return Scene(run, whole, root / "killed")
@@ -90,7 +90,7 @@ def test_a_killed_prediction_is_absent_and_the_next_call_finishes_it(scene: Scen
 
 def test_nothing_hidden_is_left_when_all_is_done(scene: Scene, tmp_path: Path) -> None:
     """Another prediction of that name takes away what the killed one left."""
-    subprocess.run(_child(scene.run.base.parent, tmp_path, "rename-2"), env=_environment(), check=True, timeout=120)
+    subprocess.run(_child(scene.run.base.parent, tmp_path, "rename-2"), env=_environment(), check=True, timeout=400)
     assert len(list(tmp_path.glob(".rename-2.*.partial"))) == 1
     trajectory = scene.run.open()
     write(trajectory, predict(trajectory, target=300), tmp_path / "rename-2")

@@ -60,7 +60,7 @@ def written_by_processes(root: Path, out: Path, *, workers: int, point: str = "n
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=400,
     )
     assert done.returncode == 0, done.stderr
     lines = [line.split(" ", 1) for line in done.stdout.splitlines()]
