@@ -8,7 +8,7 @@ import httpx
 
 from deploy.local.stack import Stack
 from tests.helpers.straight_run import WriteCheckpoint
-from tests.integration.stack.test_pipeline import wait_for
+from tests.helpers.waiting import wait_for
 
 # As the flow that decides was deployed before it was called `decide`, with a run that waits for it.
 FORMER = """
