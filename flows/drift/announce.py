@@ -1,6 +1,5 @@
 """Targets that the run has reached, announced until what was compared with them is kept and shown."""
 
-import json
 from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +10,7 @@ from flows.drift.record import is_comparing, read_compared, told
 from flows.settings import Settings
 from flows.state.events import TARGET_REACHED, Event, Sent, event
 from flows.state.ledger import Ledger
-from flows.state.records import write_json
+from flows.state.records import read_json, write_json
 from relex.store import StoredCheckpoint
 
 
@@ -52,7 +51,7 @@ def write_sent(settings: Settings, sent: dict[str, Sent]) -> None:
 
 def _read_sent(settings: Settings) -> dict[str, Sent]:
     path = _sent_path(settings)
-    return {name: Sent(**item) for name, item in json.loads(path.read_bytes()).items()} if path.is_file() else {}
+    return read_json(path, dict[str, Sent]) if path.is_file() else {}
 
 
 def _sent_path(settings: Settings) -> Path:

@@ -1,15 +1,14 @@
 """What came of old predictions, each in one small file: drift/KEY/METHOD-step-N.json in the training run's state."""
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from flows.settings import Settings
 from flows.state.lock import held
-from flows.state.records import write_json
+from flows.state.records import read_json, write_json
 from relex.drift import Drift
 from relex.predictors import parse_method
 
@@ -65,15 +64,6 @@ class Compared:
             and self.drift.skill + self.drift.rounding < self.promised
         )
 
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> "Compared":
-        """Read back what was written as plain JSON types."""
-        parsed: dict[str, Any] = {"accuracies": tuple(Against(**item) for item in content["accuracies"])}
-        if (found := content["drift"]) is not None:
-            band = found["norm_band"]
-            parsed["drift"] = Drift(**(dict(found) | {"norm_band": tuple(band) if band is not None else None}))
-        return cls(**(dict(content) | parsed))
-
 
 @contextmanager
 def comparing(settings: Settings) -> Iterator[bool]:
@@ -102,13 +92,13 @@ def keep(settings: Settings, row: Compared) -> None:
 def read_one(settings: Settings, key: str, method: str, target: int) -> Compared | None:
     """Return the comparison of one prediction, None when there is none yet."""
     path = _path(settings, key, method, target)
-    return Compared.from_json(json.loads(path.read_bytes())) if path.is_file() else None
+    return read_json(path, Compared) if path.is_file() else None
 
 
 def read_compared(settings: Settings) -> list[Compared]:
     """Return every comparison made so far, by window, step and method."""
     paths = settings.home.glob("drift/*/*.json")
-    found = [Compared.from_json(json.loads(path.read_bytes())) for path in paths]
+    found = [read_json(path, Compared) for path in paths]
     return sorted(found, key=lambda row: (row.observed, row.target, row.method, row.key))
 
 

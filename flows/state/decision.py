@@ -105,23 +105,7 @@ class Decision:
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "Decision":
         """Read back what to_json wrote."""
-
-        def scores(items: Sequence[Mapping[str, Any]]) -> tuple[Score, ...]:
-            return tuple(Score(**(dict(item) | {"model": Model(**item["model"])})) for item in items)
-
-        parsed: dict[str, Any] = {
-            "steps": tuple(content["steps"]),
-            "written": tuple(content.get("written", ())),
-            "warnings": tuple(content["warnings"]),
-            "selection": scores(content["selection"]),
-            "dropped": scores(content.get("dropped", ())),
-            "report": scores(content["report"]),
-            "gates": tuple(map(TypeAdapter(Gate).validate_python, content["gates"])),
-            "winner": Model(**content["winner"]) if content["winner"] else None,
-        }
-        if (found := content.get("backtested")) is not None:
-            parsed["backtested"] = Backtested(**(dict(found) | {"looks": tuple(found["looks"])}))
-        return cls(**(dict(content) | parsed))
+        return TypeAdapter(cls).validate_python(content)
 
 
 def gate_metrics(gates: Sequence[Gate]) -> dict[str, float]:

@@ -6,13 +6,12 @@ without writing it again, as with other save steps: everything about it is as if
 """
 
 import contextlib
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 
 from flows.settings import Settings
 from flows.state.events import Sent
-from flows.state.records import write_json
+from flows.state.records import read_json, write_json
 from relex.files.directory import Directory, Kind
 from relex.store import StoredCheckpoint
 
@@ -82,14 +81,7 @@ def segment(stored: Collection[StoredCheckpoint], checkpoints: Mapping[str, Seen
 def read_ledger(settings: Settings) -> Ledger:
     """Read the ledger; an absent one is empty."""
     path = settings.home / "ledger.json"
-    if not path.is_file():
-        return Ledger()
-    content = json.loads(path.read_bytes())
-    checkpoints, released = (
-        {step: Seen(**seen) for step, seen in content[name].items()} for name in ("checkpoints", "released")
-    )
-    windows = {key: Sent(**sent) for key, sent in content["windows"].items()}
-    return Ledger(checkpoints, windows, released)
+    return read_json(path, Ledger) if path.is_file() else Ledger()
 
 
 def write_ledger(settings: Settings, ledger: Ledger) -> None:

@@ -1,7 +1,8 @@
-"""Small JSON files, each complete or absent."""
+"""Small JSON files, each complete or absent, read back as the type that was written."""
 
 import json
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +24,16 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path, kind: type[Record]) -> Record:
-    """Read back a dataclass that was written as its fields; further keys are passed over."""
-    content: Any = json.loads(path.read_bytes())
-    return TypeAdapter(kind).validate_python(content)
+    """Read back a dataclass that was written as its fields; further keys are passed over.
+
+    Raises FileNotFoundError, and pydantic's ValidationError for anything else.
+    """
+    # A type is hashable, whatever mypy says of its metaclass.
+    record: Record = _adapter(kind).validate_json(path.read_bytes())  # type: ignore[arg-type]
+    return record
+
+
+# Made once a type: the watcher reads all the time.
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)

@@ -12,6 +12,7 @@ from pathlib import Path
 from flows.settings import Settings
 from flows.state.decision import Decision
 from flows.state.lock import held
+from flows.state.records import read_json
 from relex.layouts.weights import Weights
 from relex.store import StoredCheckpoint
 
@@ -54,7 +55,7 @@ def decided(settings: Settings, key: str) -> bool:
 def read_decisions(settings: Settings) -> list[Decision]:
     """Return the decisions made so far, oldest first."""
     paths = sorted(settings.home.glob("windows/*/decision.json"), key=lambda path: path.stat().st_mtime)
-    return [Decision.from_json(json.loads(path.read_bytes())) for path in paths]
+    return [read_json(path, Decision) for path in paths]
 
 
 def decisions_of(settings: Settings, base: Weights, checkpoints: Mapping[int, str]) -> list[Decision]:

@@ -7,14 +7,13 @@ one is due once half as many steps again have been observed; every window that g
 The last look is in `look.json`, so that its window stays due until it is decided.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from flows.decide.predict import backtest_window
 from flows.settings import Settings
 from flows.state.ledger import Seen
-from flows.state.records import write_json
+from flows.state.records import read_json, write_json
 from flows.state.windows import decided, decisions_of, key_up_to
 from relex.backtest.convergence import GROWTH
 from relex.backtest.skill import HORIZONS
@@ -133,4 +132,4 @@ def _look(
 
 def _read(settings: Settings) -> _Look | None:
     path = settings.home / "look.json"
-    return _Look(**json.loads(path.read_bytes())) if path.is_file() else None
+    return read_json(path, _Look) if path.is_file() else None
