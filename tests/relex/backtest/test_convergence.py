@@ -15,7 +15,7 @@ def looked(
     steps: tuple[int, ...] = STEPS,
     methods: tuple[str, ...] = (),
 ) -> Convergence:
-    """Return what is found on a run of one tensor: a line with noise, or a random walk."""
+    """Return what three looks say of a run of one tensor: a line with noise, or a random walk."""
     generator = torch.Generator().manual_seed(1)
     base = torch.randn(40, 50, generator=generator, dtype=torch.float64)
     way = torch.randn(40, 50, generator=generator, dtype=torch.float64)
@@ -46,35 +46,40 @@ def test_a_line_is_trusted_by_three_looks_each_a_tenth_apart(line: Convergence) 
 
 def test_what_only_the_last_look_trusts_has_not_converged(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Seven checkpoints are the fewest the backtest answers for, so that the earlier looks say hold."""
-    found = looked(tmp_path_factory, "line", steps=STEPS[:7])
-    assert found.state == "unsettled"
-    assert found.looks == (20, 24, 28)
-    assert all(item.skill_at_least is None for item in propose(found, methods=None, targets=None))
+    convergence = looked(tmp_path_factory, "line", steps=STEPS[:7])
+    assert convergence.state == "unsettled"
+    assert convergence.looks == (20, 24, 28)
+    assert all(proposal.skill_at_least is None for proposal in propose(convergence, methods=None, targets=None))
 
 
 def test_a_random_walk_is_held_and_proposes_nothing_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
-    found = looked(tmp_path_factory, "walk")
-    assert found.state == "hold"
-    assert propose(found, methods=None, targets=None) == ()
+    convergence = looked(tmp_path_factory, "walk")
+    assert convergence.state == "hold"
+    assert propose(convergence, methods=None, targets=None) == ()
     # Who names a target gets it.
-    (only,) = propose(found, methods=["raw"], targets=[100])
+    (only,) = propose(convergence, methods=["raw"], targets=[100])
     assert (only.method, only.target_step, only.skill_at_least) == ("raw", 100, None)
 
 
 def test_in_16_bits_the_answer_is_hidden_and_only_scores_can_tell(tmp_path_factory: pytest.TempPathFactory) -> None:
-    found = looked(tmp_path_factory, "walk", dtype=torch.bfloat16)
-    assert found.state == "hidden"
-    assert "16 bits" in found.reason
-    assert {item.method for item in propose(found, methods=None, targets=None)} == {"relex", "relex-pinned"}
+    convergence = looked(tmp_path_factory, "walk", dtype=torch.bfloat16)
+    assert convergence.state == "hidden"
+    assert "16 bits" in convergence.reason
+    assert {proposal.method for proposal in propose(convergence, methods=None, targets=None)} == {
+        "relex",
+        "relex-pinned",
+    }
 
 
 def test_targets_are_multiples_of_the_steps_seen_up_to_the_planned_end(line: Convergence) -> None:
     assert line.target_step is not None
-    wide = sorted({item.target_step for item in propose(line, methods=["relex"], targets=None)})
+    wide = sorted({proposal.target_step for proposal in propose(line, methods=["relex"], targets=None)})
     assert wide[-1] == 9 * 48
     assert {72, 96, 144, 240, 432} | {line.target_step} >= set(wide)
     assert line.target_step in wide
-    near = sorted({item.target_step for item in propose(line, methods=["relex"], targets=None, total_steps=150)})
+    near = sorted(
+        {proposal.target_step for proposal in propose(line, methods=["relex"], targets=None, total_steps=150)}
+    )
     assert near[-1] == 150
     assert 144 not in near
     assert all(step > 48 for step in near)
@@ -83,9 +88,9 @@ def test_targets_are_multiples_of_the_steps_seen_up_to_the_planned_end(line: Con
 def test_skill_is_promised_only_as_far_as_it_was_tested(line: Convergence) -> None:
     assert line.way is not None
     assert line.target_step is not None
-    found = {item.target_step: item for item in propose(line, methods=[line.way.method], targets=None)}
-    assert found[line.target_step].skill_at_least == line.lower_bound
-    assert all((item.skill_at_least is None) == (step > line.target_step) for step, item in found.items())
+    by_target = {proposal.target_step: proposal for proposal in propose(line, methods=[line.way.method], targets=None)}
+    assert by_target[line.target_step].skill_at_least == line.lower_bound
+    assert all((proposal.skill_at_least is None) == (step > line.target_step) for step, proposal in by_target.items())
 
 
 def test_a_method_of_the_settings_gets_skill_trust_and_targets(tmp_path_factory: pytest.TempPathFactory) -> None:
