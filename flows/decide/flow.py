@@ -184,7 +184,7 @@ def decide(config: str, steps: list[int], key: str, tracking_uri: str) -> State[
 
 
 def _attempt(settings: Settings, steps: list[int]) -> tuple[int, int]:
-    """Return the how-manieth window of this run is at the gate, of how many."""
+    """Return (n, of): this is the n-th of `of` windows that share the gate's error."""
     seen = read_ledger(settings).checkpoints
     return attempt(
         settings, open_base(settings.base), {step: seen[str(step)].identity for step in steps if str(step) in seen}

@@ -92,7 +92,7 @@ def predict(
     )
     observed_model = Model("observed", last, str(requests[0].directory))
     written = tuple(run.known[str(checkpoint.step)].written for checkpoint in inside)
-    return Predicted(observed_model, candidates, forecasts[0].warnings, _told(converged), written)
+    return Predicted(observed_model, candidates, forecasts[0].warnings, _backtested(converged), written)
 
 
 def backtest_window(
@@ -110,7 +110,7 @@ def backtest_window(
     return trajectory, converge(trajectory, gram, methods=() if settings.methods == "auto" else settings.methods)
 
 
-def _told(found: Convergence) -> Backtested:
+def _backtested(found: Convergence) -> Backtested:
     return Backtested(
         found.state,
         found.looks,

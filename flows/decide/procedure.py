@@ -39,7 +39,7 @@ class Stages:
 
 
 def decide(settings: Settings, steps: Sequence[int], key: str, stages: Stages, *, attempt: tuple[int, int]) -> Decision:
-    """Decide the window of `steps`; `attempt` is the how-manieth of how many windows of this run it is at the gate.
+    """Decide the window of `steps`; `attempt` is (n, of): it is the n-th of `of` windows that share the gate's error.
 
     Nothing is scored when the targets were left to the backtest and it says hold.
     """

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.drift.due import reached
-from flows.drift.record import is_comparing, read_compared, told
+from flows.drift.record import is_comparing, read_compared, was_shown
 from flows.settings import Settings
 from flows.state.events import TARGET_REACHED, Event, Sent, event
 from flows.state.ledger import Ledger
@@ -24,7 +24,7 @@ def announce(
     """
     due: dict[str, dict[str, Any]] = {}
     rows = [item.before for item in reached(settings, tuple(stored), ledger.released | ledger.checkpoints)]
-    rows += [row for row in read_compared(settings) if not told(settings, row)]
+    rows += [row for row in read_compared(settings) if not was_shown(settings, row)]
     for row in rows:
         name = f"{row.key} {row.target} {row.step}"
         payload = {"training_run": settings.training_run, "key": row.key, "target": row.target, "step": row.step}

@@ -19,7 +19,7 @@ from deploy import runs
 from flows.drift.due import look
 from flows.drift.measure import compare
 from flows.drift.page import page, summary, warnings
-from flows.drift.record import Compared, comparing, mark_told, read_compared, told
+from flows.drift.record import Compared, comparing, mark_shown, read_compared, was_shown
 from flows.progress import ProgressArtifact
 from flows.settings import Settings, load_settings
 from flows.state.events import PREDICTION_DRIFTED, event
@@ -65,7 +65,7 @@ def drift(config: str, tracking_uri: str, step: int = 0) -> State[Any]:
             return Completed(message=f"what was reached by step {step} is being compared by another process")
         compare_task(settings)
         rows = read_compared(settings)
-        new = [row for row in rows if not told(settings, row)]
+        new = [row for row in rows if not was_shown(settings, row)]
         if not new:
             return Completed(message="nothing new is to be compared")
         log_task(settings, tracking_uri)
@@ -74,7 +74,7 @@ def drift(config: str, tracking_uri: str, step: int = 0) -> State[Any]:
         )
         for row in new:
             _warn(settings, row)
-            mark_told(settings, row)
+            mark_shown(settings, row)
     return Completed(message=summary(rows))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from evaluation.answers.harness import Progress
 from flows.decide.score import reports
 from flows.drift.due import Reached, Waiting, look
-from flows.drift.record import Against, Compared, comparing, keep, read_compared
+from flows.drift.record import Compared, Paired, comparing, keep, read_compared
 from flows.settings import Settings
 from flows.state.decision import Model
 from flows.study.compare import difference
@@ -93,7 +93,7 @@ def _compare(settings: Settings, base: Weights, item: Reached, *, tell: Tell | N
     return row
 
 
-def _accuracies(settings: Settings, base: Weights, item: Reached, tell: Tell | None) -> tuple[Against, ...]:
+def _accuracies(settings: Settings, base: Weights, item: Reached, tell: Tell | None) -> tuple[Paired, ...]:
     if not item.benchmarks:
         return ()
     directory = _real_models(settings) / f"step-{item.real.step}"
@@ -110,7 +110,7 @@ def _accuracies(settings: Settings, base: Weights, item: Reached, tell: Tell | N
         strict=True,
     )
     return tuple(
-        Against(one.benchmark, one.n, one.accuracy, other.accuracy, *difference(one, other)) for one, other in pairs
+        Paired(one.benchmark, one.n, one.accuracy, other.accuracy, *difference(one, other)) for one, other in pairs
     )
 
 

@@ -14,7 +14,7 @@ from relex.predictors import parse_method
 
 
 @dataclass(frozen=True)
-class Against:
+class Paired:
     """A prediction and the real checkpoint on one benchmark, problem by problem.
 
     `difference` is predicted minus real accuracy, with the ends of its 95 % interval.
@@ -47,7 +47,7 @@ class Compared:
     asked: Literal["weights", "accuracy"]
     drift: Drift | None
     problem: str = ""
-    accuracies: tuple[Against, ...] = ()
+    accuracies: tuple[Paired, ...] = ()
 
     @property
     def title(self) -> str:
@@ -102,22 +102,22 @@ def read_compared(settings: Settings) -> list[Compared]:
     return sorted(found, key=lambda row: (row.observed, row.target, row.method, row.key))
 
 
-def told(settings: Settings, row: Compared) -> bool:
+def was_shown(settings: Settings, row: Compared) -> bool:
     """Whether the comparison, as it is now, was shown on the pages."""
-    path = _told_path(settings, row)
+    path = _shown_path(settings, row)
     return path.is_file() and path.read_text(encoding="utf-8") == row.asked
 
 
-def mark_told(settings: Settings, row: Compared) -> None:
+def mark_shown(settings: Settings, row: Compared) -> None:
     """Say that the comparison was shown."""
-    _told_path(settings, row).write_text(row.asked, encoding="utf-8")
+    _shown_path(settings, row).write_text(row.asked, encoding="utf-8")
 
 
 def _path(settings: Settings, key: str, method: str, target: int) -> Path:
     return settings.home / "drift" / key / f"{parse_method(method).directory}-step-{target}.json"
 
 
-def _told_path(settings: Settings, row: Compared) -> Path:
+def _shown_path(settings: Settings, row: Compared) -> Path:
     return _path(settings, row.key, row.method, row.target).with_suffix(".told")
 
 

@@ -69,7 +69,7 @@ def decisions_of(settings: Settings, base: Weights, checkpoints: Mapping[int, st
 
 
 def attempt(settings: Settings, base: Weights, checkpoints: Mapping[int, str]) -> tuple[int, int]:
-    """Return the how-manieth window of this run these checkpoints (identity by step) are at the gate, of how many."""
+    """Return (n, of): the window of `checkpoints` (identity by step) is the n-th of `of` sharing the gate's error."""
     if settings.window != "auto":
         return 1, 1
     last = max(checkpoints)

@@ -29,7 +29,7 @@ REACH = round(1.0 + HORIZONS[-1])
 
 
 @dataclass(frozen=True)
-class Armed:
+class DueWindow:
     """The last step of the window that is due (None: none is), and one line for a reader.
 
     `closed` says that it is decided, and that nothing more will be decided on this run as it is.
@@ -57,7 +57,7 @@ def arm(
     checkpoints: Mapping[str, Seen],
     *,
     tell: Tell | None = None,
-) -> Armed:
+) -> DueWindow:
     """Return what is due; `newest` is the newest segment of the store, `checkpoints` what is known of it.
 
     For an automatic window this reads weights, each time the run has grown by a tenth.
@@ -65,7 +65,7 @@ def arm(
     identities = {int(step): seen.identity for step, seen in checkpoints.items()}
     if settings.window != "auto":
         key = key_up_to(settings, base, identities, settings.window)
-        return Armed(settings.window, closed=decided(settings, key))
+        return DueWindow(settings.window, closed=decided(settings, key))
     ready = _ready(newest, settings.end)
     final = any(item.step >= settings.end and item.state is State.READY for item in newest) and len(ready) == sum(
         item.step <= settings.end for item in newest
@@ -75,24 +75,24 @@ def arm(
     gated = [item for item in decisions if item.gates]
     refused = max((item.window for item in decisions), default=0)
     if any(item.verdict == "registered" for item in decisions):
-        return Armed(refused, f"registered from step {refused}", closed=True)
+        return DueWindow(refused, f"registered from step {refused}", closed=True)
     if len(gated) >= settings.attempts:
-        return Armed(refused, f"{len(gated)} of {settings.attempts} attempts at the gate are spent", closed=True)
+        return DueWindow(refused, f"{len(gated)} of {settings.attempts} attempts at the gate are spent", closed=True)
     if final and refused == last:
-        return Armed(refused, f"refused at step {refused}, the last one that is observed", closed=True)
+        return DueWindow(refused, f"refused at step {refused}, the last one that is observed", closed=True)
     look = _read(settings)
     if look is not None and look.key != key_up_to(settings, base, identities, look.step):
         look = None
     if look is not None and look.due and not decided(settings, look.key):
-        return Armed(look.step, look.reason)
+        return DueWindow(look.step, look.reason)
     if last == 0:
-        return Armed(None, "too few checkpoints to backtest")
+        return DueWindow(None, "too few checkpoints to backtest")
     if not final and last < REARM_GROWTH * refused:
-        return Armed(None, f"refused at step {refused}; looked at again from step {round(REARM_GROWTH * refused)}")
+        return DueWindow(None, f"refused at step {refused}; looked at again from step {round(REARM_GROWTH * refused)}")
     if look is None or final or last >= GROWTH * look.step:
         look = _look(settings, base, ready, key_up_to(settings, base, identities, last), final=final, tell=tell)
         write_json(settings.home / "look.json", asdict(look))
-    return Armed(look.step if look.due else None, f"backtest at step {look.step}: {look.reason}")
+    return DueWindow(look.step if look.due else None, f"backtest at step {look.step}: {look.reason}")
 
 
 def _ready(newest: Sequence[StoredCheckpoint], end: int) -> list[StoredCheckpoint]:

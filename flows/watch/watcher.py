@@ -23,7 +23,7 @@ from flows.state.snapshot import Snapshot
 from flows.state.windows import decided, key_of
 from flows.watch import outbox
 from flows.watch.announce import full_window, lost, tick
-from flows.watch.due import Armed, arm
+from flows.watch.due import DueWindow, arm
 from flows.watch.pins import Pins
 from relex.errors import AbsentError, UnreachableError
 from relex.files.location import open_directory
@@ -54,7 +54,7 @@ def watch_store(settings: Settings, *, seconds: float, on_look: Look | None = No
                 " Stop that one first."
             )
         pins = None if settings.pin == "none" else Pins(settings, released=bool(read_ledger(settings).released))
-        told = ""
+        warned_before = ""
         with nullcontext() if pins is None else pins.kept_fresh():
             while True:
                 try:
@@ -64,9 +64,9 @@ def watch_store(settings: Settings, *, seconds: float, on_look: Look | None = No
                     warned = f"waiting: {error}"
                     if on_look is not None:
                         on_look(0.0, f"{settings.training_run}: {warned}")
-                if warned and warned != told:
+                if warned and warned != warned_before:
                     logger.warning("%s", warned)
-                told = warned
+                warned_before = warned
                 if time.monotonic() + settings.poll_seconds > end:
                     return
                 time.sleep(settings.poll_seconds)
@@ -95,8 +95,8 @@ def _look(settings: Settings, pins: Pins | None, on_look: Look | None) -> str:
         if on_look is not None:
             on_look(0.0, f"{settings.training_run}: backtest, {what} {100 * done // max(total, 1)} %")
 
-    armed = arm(settings, base, snapshot.newest, ours, tell=tell)
-    events, ledger = tick(settings, snapshot, end=armed.end)
+    due = arm(settings, base, snapshot.newest, ours, tell=tell)
+    events, ledger = tick(settings, snapshot, end=due.end)
     drifted, sent = announce(settings, stored, ledger, now=now) if settings.drift != "off" else ([], {})
     # A window and a target are announced until somebody works on them; for a checkpoint nobody has to.
     outbox.keep(settings, [item for item in events if item.name == CHECKPOINT_READY], now=now)
@@ -104,7 +104,7 @@ def _look(settings: Settings, pins: Pins | None, on_look: Look | None) -> str:
         emit_event(event.name, {"prefect.resource.id": event.resource}, payload=event.payload, id=event.id)
         logger.info("%s %s", event.name, event.payload)
     if pins is not None:
-        ledger = _with_release(armed, snapshot.newest, ledger)
+        ledger = _with_release(due, snapshot.newest, ledger)
     # After sending: what a crash in between repeats has the same id, and is claimed once.
     if ledger != before:
         write_ledger(settings, ledger)
@@ -112,7 +112,7 @@ def _look(settings: Settings, pins: Pins | None, on_look: Look | None) -> str:
     warned = warning(run, window=settings.end) if pins is None else ""
     if on_look is not None:
         gone = pins.vanished(stored) if pins is not None else ()
-        progress, text = describe(settings, stored, ledger, armed, vanished=gone)
+        progress, text = describe(settings, stored, ledger, due, vanished=gone)
         on_look(progress, f"{text}; {warned}" if warned else text)
     if pins is not None:
         pins.drop(left_behind(stored, ledger.checkpoints))
@@ -130,14 +130,14 @@ def _pinned(
     return (*kept, *(item for item in scan(settings.checkpoints, base, now=now) if item.step > end))
 
 
-def _with_release(armed: Armed, newest: Sequence[StoredCheckpoint], ledger: Ledger) -> Ledger:
+def _with_release(due: DueWindow, newest: Sequence[StoredCheckpoint], ledger: Ledger) -> Ledger:
     """Return the ledger that lets the pins go once nothing more will be decided, else the ledger as it is."""
-    if not armed.closed or armed.end is None or ledger.released:
+    if not due.closed or due.end is None or ledger.released:
         return ledger
-    inside = {str(step): ledger.checkpoints[str(step)] for step in full_window(newest, armed.end)}
+    inside = {str(step): ledger.checkpoints[str(step)] for step in full_window(newest, due.end)}
     if not inside:
         return ledger
-    later = {step: seen for step, seen in ledger.checkpoints.items() if int(step) > armed.end}
+    later = {step: seen for step, seen in ledger.checkpoints.items() if int(step) > due.end}
     return replace(ledger, checkpoints=later, released=inside)
 
 
@@ -163,7 +163,7 @@ def describe(
     settings: Settings,
     stored: tuple[StoredCheckpoint, ...],
     ledger: Ledger,
-    armed: Armed,
+    due: DueWindow,
     *,
     vanished: Sequence[int] = (),
 ) -> tuple[float, str]:
@@ -177,10 +177,10 @@ def describe(
     inside = [step for step in ready if step <= settings.end]
     most = "at most " if settings.window == "auto" else ""
     text = f"{settings.training_run}: step {latest} of window {most}{settings.end}, {len(inside)} checkpoints observed"
-    if armed.text:
-        text += f"; {armed.text}"
+    if due.text:
+        text += f"; {due.text}"
     if ledger.released:
-        return 100.0, f"{settings.training_run}: window {armed.end} is decided, its pins are released"
+        return 100.0, f"{settings.training_run}: window {due.end} is decided, its pins are released"
     blocking = next((item for item in stored if item.step <= settings.end and item.state is State.BROKEN), None)
     left = [item.step for item in stored if item not in newest and item.step <= settings.end]
     setting = setting_of(stored[0].directory.name) if stored else ""
@@ -194,8 +194,8 @@ def describe(
             f"; steps {_listed(vanished)} were removed before they were whole: no decision on this window. Raise"
             f" {setting} to 2 or more; if they are not wanted, delete them in {settings.pins}"
         )
-    elif armed.end is not None and full_window(newest, armed.end):
-        text += "; window full, decided" if armed.closed else "; window full"
+    elif due.end is not None and full_window(newest, due.end):
+        text += "; window full, decided" if due.closed else "; window full"
     elif left:
         text += (
             f"; steps {_listed(left)} were left behind by a run that resumed before them: waiting until it has written"

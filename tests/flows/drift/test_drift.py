@@ -21,7 +21,7 @@ from flows.drift import measure
 from flows.drift.announce import announce, write_sent
 from flows.drift.due import Reached, Waiting, look
 from flows.drift.page import page, summary, warnings
-from flows.drift.record import Compared, comparing, mark_told, read_compared, told
+from flows.drift.record import Compared, comparing, mark_shown, read_compared, was_shown
 from flows.settings import Settings
 from flows.state.decision import Decision, Score
 from flows.state.events import TARGET_REACHED
@@ -339,8 +339,8 @@ def test_a_target_is_announced_with_growing_pauses_until_its_comparison_is_shown
     # Compared and not shown, as after a kill between the two.
     assert len(announced(settings, 3000.0)) == 1
     for row in rows:
-        mark_told(settings, row)
-    assert all(told(settings, row) for row in rows)
+        mark_shown(settings, row)
+    assert all(was_shown(settings, row) for row in rows)
     assert announced(settings, 4000.0) == []
 
 
@@ -393,7 +393,7 @@ def test_the_command_compares_what_is_missing_and_says_what_is_not_reached(
     assert [(row["target"], row["verdict"]) for row in found["compared"]] == [(100, "worse than promised")]
     assert [row["target"] for row in found["waiting"]] == [200]
     # The pages of the stack show it all the same.
-    assert not told(settings, read_compared(settings)[0])
+    assert not was_shown(settings, read_compared(settings)[0])
 
 
 def test_the_command_leaves_to_another_process_what_that_compares(

@@ -16,7 +16,7 @@ from flows.state.records import write_json
 from flows.state.snapshot import Snapshot
 from flows.state.windows import claim, claimed, decision_path, window_key
 from flows.watch.announce import full_window, tick
-from flows.watch.due import Armed
+from flows.watch.due import DueWindow
 from flows.watch.watcher import describe
 from relex.layouts.weights import Weights
 from relex.store import StoredCheckpoint, open_base, scan
@@ -160,7 +160,9 @@ def test_a_window_whose_checkpoints_were_pruned_is_not_announced(
     events, ledger = look(settings, ledger, now)
     assert names(events) == [CHECKPOINT_READY]
     stored = store(settings, now)[1]
-    assert "steps 10 were observed and have been removed" in describe(settings, stored, ledger, Armed(settings.end))[1]
+    assert (
+        "steps 10 were observed and have been removed" in describe(settings, stored, ledger, DueWindow(settings.end))[1]
+    )
 
 
 def test_a_run_started_anew_in_the_same_directory_is_a_new_run(
@@ -203,7 +205,7 @@ def test_a_resumed_run_never_mixes_with_what_it_left_behind(
     write_ledger(settings, ledger)
     events, ledger = look(settings, read_ledger(settings), now + 2)
     assert events == []
-    said = describe(settings, store(settings, now)[1], ledger, Armed(settings.end))[1]
+    said = describe(settings, store(settings, now)[1], ledger, DueWindow(settings.end))[1]
     assert "steps 30, 40 were left behind by a run that resumed before them" in said
     rewrite(settings, write_checkpoint, 30)
     events, ledger = look(settings, ledger, now + 4)

@@ -16,7 +16,7 @@ from flows.state.decision import Decision
 from flows.state.ledger import Ledger, known, left_behind, segment
 from flows.state.records import write_json
 from flows.state.windows import attempt, decision_path, key_of
-from flows.watch.due import Armed, arm
+from flows.watch.due import DueWindow, arm
 from relex.layouts.weights import Weights
 from relex.store import open_base, scan
 
@@ -53,7 +53,7 @@ class Store:
         save_file({"weight": weight}, path / "model.safetensors")
         (path / "config.json").write_text("{}")
 
-    def arm(self) -> Armed:
+    def arm(self) -> DueWindow:
         base, identities = self.seen()
         now = time.time()
         stored = scan(self.settings.checkpoints, base, now=now)
@@ -135,7 +135,7 @@ def test_a_random_walk_is_due_at_max_window_only(automatic: Settings) -> None:
     store.train(until=120)
     assert store.arm().end == 96
     store.decided(96, gated=False)
-    assert store.arm() == Armed(96, "refused at step 96, the last one that is observed", closed=True)
+    assert store.arm() == DueWindow(96, "refused at step 96, the last one that is observed", closed=True)
 
 
 def test_the_run_is_looked_at_again_only_when_it_has_grown_by_a_tenth(automatic: Settings) -> None:
@@ -157,13 +157,13 @@ def test_a_refused_window_arms_again_after_half_as_many_steps_until_the_attempts
     store.decided(40)
     assert store.arm().end is None
     store.train(until=56)
-    assert store.arm() == Armed(None, "refused at step 40; looked at again from step 60")
+    assert store.arm() == DueWindow(None, "refused at step 40; looked at again from step 60")
     base, identities = store.seen()
     assert attempt(automatic, base, identities) == (2, 2)
     store.train(until=60)
     assert store.arm().end == 60
     store.decided(60)
-    assert store.arm() == Armed(60, "2 of 2 attempts at the gate are spent", closed=True)
+    assert store.arm() == DueWindow(60, "2 of 2 attempts at the gate are spent", closed=True)
 
 
 def test_a_refusal_before_the_gate_spends_no_attempt(automatic: Settings) -> None:
@@ -180,7 +180,7 @@ def test_after_a_registration_nothing_more_is_due_but_of_another_run_in_its_plac
     store.train(until=40)
     store.decided(40, registered=True)
     store.train(until=96)
-    assert store.arm() == Armed(40, "registered from step 40", closed=True)
+    assert store.arm() == DueWindow(40, "registered from step 40", closed=True)
     shutil.rmtree(automatic.checkpoints)
     shutil.rmtree(automatic.base)
     again = Store(automatic, "line")
@@ -227,7 +227,7 @@ def test_a_given_window_is_armed_as_it_is(automatic: Settings) -> None:
     fixed = automatic.model_copy(update={"window": 40, "max_window": None, "targets": [100]})
     store = Store(fixed, "walk")
     store.train(until=44)
-    assert store.arm() == Armed(40)
+    assert store.arm() == DueWindow(40)
     store.decided(40)
-    assert store.arm() == replace(Armed(40), closed=True)
+    assert store.arm() == replace(DueWindow(40), closed=True)
     assert attempt(fixed, *store.seen()) == (1, 1)
