@@ -4,6 +4,7 @@ import io
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,7 +26,7 @@ from evaluation.benchmarks.recipe import part_of
 from evaluation.benchmarks.task_yaml import SHIPPED, find_task, read_yaml
 from evaluation.errors import BenchmarkError
 from evaluation.prompts import instructed, raw_chat
-from flows.cli.main import main
+from tests.helpers import cli
 from tests.helpers.hub_server import Hub, serve
 
 if TYPE_CHECKING:
@@ -429,13 +430,7 @@ def test_a_benchmark_is_asked_in_the_models_own_template_under_another_name(plac
 
 
 def test_the_command_fetches_lists_and_refuses(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def relex(*words: str) -> tuple[int, str, str]:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("sys.argv", ["relex", "benchmarks", *words])
-            with pytest.raises(SystemExit) as end:
-                main()
-        printed = capsys.readouterr()
-        return int(end.value.code or 0), printed.out, printed.err
+    relex = partial(cli.relex, capsys, "benchmarks")
 
     status, out, _ = relex("fetch", "math_select", "gsm8k", "--json")
     assert status == 0

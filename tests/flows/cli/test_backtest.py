@@ -14,6 +14,7 @@ from docs import reference
 from flows.cli.main import main
 from relex.predictors import METHODS, Row
 from relex.predictors.predictor import Predictor, Window
+from tests.helpers.cli import relex
 from tests.helpers.straight_run import WriteCheckpoint, make_old
 
 Relex = Callable[..., str]
@@ -33,11 +34,9 @@ def backtest(
 
     def run(*arguments: object) -> str:
         where = [tmp_path / "run", "--base", tmp_path / "base", "--cache", tmp_path / "cache"]
-        monkeypatch.setattr(sys, "argv", ["relex", "backtest", *map(str, [*where, *arguments])])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        assert not stop.value.code
-        return capsys.readouterr().out
+        status, out, _ = relex(capsys, "backtest", *where, *arguments)
+        assert status == 0
+        return out
 
     return run
 
@@ -92,10 +91,7 @@ def test_a_method_is_one_file_and_one_row_to_the_end(
     cells = json.loads(backtest("--method", "chord:back=2", "--json"))["cells"]
     assert any(cell["way"]["method"] == "chord:back=2" and cell["trusted"] for cell in cells)
     for command in ("backtest", "extrapolate", "compare"):
-        monkeypatch.setattr(sys, "argv", ["relex", command, "--help"])
-        with pytest.raises(SystemExit):
-            main()
-        assert "chord (back=1)" in " ".join(capsys.readouterr().out.split())
+        assert "chord (back=1)" in " ".join(relex(capsys, command, "--help")[1].split())
     assert "| `chord` | line through two checkpoints | `back=1` |" in reference.methods()
 
 

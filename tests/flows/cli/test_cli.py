@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flows.cli.main import main
 from flows.console import markdown_table
 from relex import inspection
 from relex.predictors import METHODS
+from tests.helpers import cli
 from tests.helpers.straight_run import WriteCheckpoint, make_old
 
 Relex = Callable[..., tuple[int, str, str]]
@@ -27,15 +27,8 @@ def relex(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, t
     """Run the command line in this process; returns exit status, stdout and stderr."""
 
     def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["relex", *map(str, arguments)])
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-        status = 0
-        try:
-            main()
-        except SystemExit as stop:
-            status = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
+        return cli.relex(capsys, *arguments)
 
     return run
 

@@ -15,7 +15,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from flows.cli.main import main
 from flows.decide.predict import predict
 from flows.drift import measure
 from flows.drift.announce import announce, write_sent
@@ -29,6 +28,7 @@ from flows.state.ledger import Ledger, known, read_ledger, write_ledger
 from flows.state.records import write_json
 from flows.state.windows import decision_path, window_key
 from relex.store import StoredCheckpoint, open_base, scan
+from tests.helpers.cli import relex
 
 WINDOW = (10, 25, 40)
 Write = Callable[..., Path]
@@ -368,11 +368,9 @@ def relex_drift(
     monkeypatch.setenv("COLUMNS", "140")
 
     def run(*arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["relex", "drift", str(config), *arguments])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        assert not stop.value.code
-        return capsys.readouterr().out
+        status, out, _ = relex(capsys, "drift", config, *arguments)
+        assert status == 0
+        return out
 
     return run
 

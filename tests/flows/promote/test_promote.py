@@ -14,10 +14,9 @@ from deploy import registry
 from deploy.errors import CandidateError, NoSuchVersionError
 from deploy.registry import CHAMPION
 from deploy.tracking import connect, prepare
-from flows.cli.main import main
 from flows.errors import PromotionError
 from flows.promote.versions import list_versions
-from tests.helpers import ROOT
+from tests.helpers import ROOT, cli
 from tests.helpers.mlflow_server import serve
 from tests.helpers.predictions import write_prediction
 from tests.helpers.registry import BEST, BETTER, GOOD, PROBLEMS, Registry
@@ -229,11 +228,8 @@ def test_the_command_line_promotes_lists_and_rolls_back(
     store: Registry, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def relex(*arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["relex", *arguments, "--home", str(store.home)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        told = capsys.readouterr()
-        return f"{stop.value.code or 0} {told.out}{told.err}"
+        status, out, error = cli.relex(capsys, *arguments, "--home", store.home)
+        return f"{status} {out}{error}"
 
     store.add(1, GOOD)
     store.add(2, BEST)

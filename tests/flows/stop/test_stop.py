@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from deploy.local.stack import tracking_uri
 from deploy.runs import record
 from deploy.tracking import connect
-from flows.cli.main import main
 from flows.errors import StopError
 from flows.settings import Settings
 from flows.state.decision import Model
@@ -24,6 +24,7 @@ from flows.state.windows import read_decisions
 from flows.stop.execute import Stop, message, read_stop, record_path
 from flows.stop.plan import saving
 from flows.stop.status import Status, confirm, look
+from tests.helpers import cli
 from tests.helpers.stopped import COMMAND, configure, decided, runs
 from tests.helpers.straight_run import WriteCheckpoint
 
@@ -344,15 +345,7 @@ def test_a_record_of_an_earlier_version_is_read_and_is_written_in_the_same_bytes
 def test_the_command_shows_and_does_nothing_until_it_is_confirmed(
     ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def relex(*options: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["relex", "stop", str(ready), "--home", str(tmp_path / "home"), *options])
-        status = 0
-        try:
-            main()
-        except SystemExit as ended:
-            status = int(ended.code or 0)
-        printed = capsys.readouterr()
-        return status, printed.out, printed.err
+    relex = partial(cli.relex, capsys, "stop", ready, "--home", tmp_path / "home")
 
     status, out, _ = relex()
     assert (status, runs(ready)) == (0, [])

@@ -1,7 +1,6 @@
 """relex compare and relex analyze on a real tiny model: what they print is what the models do."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,9 @@ from transformers import AutoTokenizer, Qwen2ForCausalLM
 from evaluation.answers.fingerprint import fingerprint
 from evaluation.benchmarks.benchmark import write_benchmark
 from evaluation.verdict.report import Report
-from flows.cli.main import main
 from flows.study.compare import difference
 from tests.evaluation.conftest import write_model
+from tests.helpers import cli
 from tests.helpers.straight_run import make_old
 
 WINDOW = (10, 25)
@@ -31,15 +30,10 @@ class Refused(Exception):
 
 def relex(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     """Run the command line in this process and return its stdout; a refusal is raised."""
-    before, sys.argv = sys.argv, ["relex", *map(str, arguments)]
-    try:
-        main()
-    except SystemExit as stop:
-        if stop.code:
-            raise Refused(capsys.readouterr().err) from None
-    finally:
-        sys.argv = before
-    return capsys.readouterr().out
+    status, out, error = cli.relex(capsys, *arguments)
+    if status:
+        raise Refused(error)
+    return out
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """The command line and the watcher's functions, with everything in stores."""
 
 import json
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +12,6 @@ from prefect.events.clients import NullEventsClient
 from prefect.events.worker import EventsWorker
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows.cli.main import main
 from flows.decide.flow import fetch_base
 from flows.decide.predict import predict
 from flows.settings import load_settings
@@ -21,6 +19,7 @@ from flows.state.ledger import read_ledger
 from flows.watch.watcher import watch_store
 from relex.files.block_cache import BlockCache
 from relex.output import manifest
+from tests.helpers import cli
 from tests.helpers.buckets import Buckets, RemoteRun
 from tests.helpers.hub_server import Hub, files
 from tests.helpers.trajectories import STEPS, TARGET, Run, content, tree
@@ -49,14 +48,7 @@ def relex(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
     """Run the command line in this process; returns exit status, stdout and stderr."""
 
     def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["relex", *arguments, "--json"])
-        status = 0
-        try:
-            main()
-        except SystemExit as stop:
-            status = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
+        return cli.relex(capsys, *arguments, "--json")
 
     return run
 
