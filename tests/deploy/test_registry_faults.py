@@ -51,6 +51,7 @@ def test_a_registration_killed_at_any_step_is_completed_by_the_next_one(
         _assert_one_of_everything(Path(home))
 
 
+@pytest.mark.slow
 def test_processes_that_race_on_a_fresh_store_register_one_version(
     predicted: Path, template: Path, tmp_path: Path
 ) -> None:

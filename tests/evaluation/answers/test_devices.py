@@ -35,6 +35,7 @@ def journals(cache: Path) -> list[list[str]]:
     ]
 
 
+@pytest.mark.slow
 def test_a_report_of_several_workers_is_that_of_one_and_a_killed_one_costs_its_chunk_alone(
     model: Path, benchmark: Path, tmp_path: Path
 ) -> None:
@@ -195,6 +196,7 @@ def test_a_gpu_is_known_by_its_own_number_whatever_is_masked(tmp_path: Path) -> 
         pass
 
 
+@pytest.mark.slow
 def test_a_limited_evaluation_waits_says_for_what_and_ends_in_the_same_report(
     model: Path,
     benchmark: Path,

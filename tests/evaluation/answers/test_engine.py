@@ -161,6 +161,7 @@ def test_an_engine_that_does_not_start_or_gives_up_is_an_error_of_one_line(
     assert (tmp_path / "journal").read_bytes() == b""
 
 
+@pytest.mark.slow
 def test_a_killed_engine_resumes_in_a_child_and_ends_in_the_report_of_two(
     model: Path, benchmark: Path, vllm: Path, tmp_path: Path
 ) -> None:

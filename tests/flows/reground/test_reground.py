@@ -220,6 +220,7 @@ def test_killed_anywhere_the_same_call_ends_in_the_same_model(
     assert len(list(settings.home.glob("cycles/*/run-*"))) == 2
 
 
+@pytest.mark.slow
 def test_a_jump_that_hurts_is_not_taken(scene: Scene) -> None:
     reached = scene.whole.cycles[0].observed_accuracy
     settings = begin(scene, "hurt", jump_steps=4000, total_steps=9000, target_accuracy=reached)
@@ -243,6 +244,7 @@ def test_what_was_saved_is_told_when_the_reference_was_reached(scene: Scene) -> 
     assert "saved_steps" not in above.to_json()
 
 
+@pytest.mark.slow
 def test_only_the_chosen_models_of_finished_cycles_stay_when_asked(scene: Scene) -> None:
     settings = begin(scene, "frugal", keep="chosen")
     found = reground(settings, tell=silent)

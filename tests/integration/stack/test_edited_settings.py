@@ -5,6 +5,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
@@ -27,6 +28,7 @@ decide(config=config, steps=[10, 25], key=key, tracking_uri=tracking_uri)
 """
 
 
+@pytest.mark.slow
 def test_a_margin_that_is_edited_while_candidates_are_scored_does_not_change_the_gate(
     tmp_path: Path, servers: Stack, server_environment: dict[str, str]
 ) -> None:

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import httpx
+import pytest
 
 from deploy.local.stack import Stack
 from tests.helpers.straight_run import WriteCheckpoint
@@ -30,6 +31,7 @@ run_deployment("extrapolate/tiny", timeout=0, as_subflow=False)
 """
 
 
+@pytest.mark.slow
 def test_the_deployment_of_an_earlier_version_is_removed_with_its_triggers_and_waiting_runs(
     config: Path, write_checkpoint: WriteCheckpoint, servers: Stack, server_environment: dict[str, str]
 ) -> None:

@@ -34,6 +34,7 @@ def stopped(servers: Stack) -> Iterator[None]:
     daemon.stop(servers.home, [PROMOTER])
 
 
+@pytest.mark.slow
 def test_a_promotion_is_approved_in_the_ui_by_whoever_serves_it_then(servers: Stack, tmp_path: Path) -> None:
     store = Registry(tmp_path, servers.mlflow_url)
     store.add(1, GOOD, name="approved")

@@ -160,6 +160,7 @@ def test_a_refusal_on_a_worker_is_not_tried_again_and_takes_back_what_was_writte
     assert {run.run_count for run in runs} == {1}
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_while_it_writes_costs_its_shard_alone(
     cluster: str, data: Path, tmp_path: Path
 ) -> None:
@@ -200,6 +201,7 @@ def test_a_worker_that_is_killed_while_it_writes_costs_its_shard_alone(
     assert {shard for shard, pids in begun.items() if len(pids) > 1} <= set(killed)
 
 
+@pytest.mark.slow
 def test_without_an_address_workers_of_this_machine_are_started_and_ended(data: Path, tmp_path: Path) -> None:
     settings = settings_of(data, threads=2, shard_size="8MB")
     write(settings, tmp_path / "threads", None)
