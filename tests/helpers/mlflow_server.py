@@ -42,7 +42,7 @@ def serve(home: Path) -> Iterator[str]:
         start_new_session=True,
     )
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 400
         while True:
             assert process.poll() is None
             assert time.monotonic() < deadline
@@ -54,4 +54,4 @@ def serve(home: Path) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
     finally:
         os.killpg(process.pid, signal.SIGTERM)
-        process.wait(20)
+        process.wait(120)

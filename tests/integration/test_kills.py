@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 import pytest
 import torch
@@ -32,6 +31,7 @@ from evaluation.benchmarks.benchmark import write_benchmark
 from flows.settings import Settings, load_settings
 from flows.state.events import CHECKPOINT_READY, WINDOW_READY, resource
 from flows.state.windows import read_decisions
+from tests.helpers.api import call
 from tests.helpers.waiting import wait_for
 
 ROUNDS = int(os.environ.get("RELEX_KILL_ROUNDS", "2"))
@@ -127,9 +127,7 @@ def _up(home: Path, runs: list[Run]) -> Stack:
 
 
 def _post(running: Stack, path: str, body: dict[str, Any]) -> Any:
-    where = f"{running.prefect_api_url}/{path}"
-    # A machine that is busy starting processes is slow to answer.
-    return httpx.post(where, json=body, auth=ACCESS, trust_env=False, timeout=60).raise_for_status().json()
+    return call("POST", f"{running.prefect_api_url}/{path}", body, auth=ACCESS)
 
 
 def _events(running: Stack, run: Run, name: str) -> list[dict[str, Any]]:
@@ -137,7 +135,7 @@ def _events(running: Stack, run: Run, name: str) -> list[dict[str, Any]]:
     page = _post(running, "events/filter", body)
     found: list[dict[str, Any]] = page["events"]
     while page["next_page"]:
-        page = httpx.get(page["next_page"], auth=ACCESS, trust_env=False, timeout=60).raise_for_status().json()
+        page = call("GET", page["next_page"], auth=ACCESS)
         found += page["events"]
     return found
 

@@ -62,7 +62,7 @@ def test_a_request_without_the_password_is_refused_by_both(running: Stack) -> No
     mlflow = f"{running.mlflow_url}/api/2.0/mlflow/experiments/search?max_results=1"
     artifact = f"{running.mlflow_url}/get-artifact?path=a&run_uuid=b"
     protected = (f"{running.prefect_api_url}/admin/version", mlflow, artifact, running.mlflow_url)
-    with httpx.Client(trust_env=False, timeout=30) as client:
+    with httpx.Client(trust_env=False, timeout=60) as client:
         assert {url: client.get(url).status_code for url in protected} == dict.fromkeys(protected, 401)
         wrong = (USER, f"{PASSWORD}!")
         assert {url: client.get(url, auth=wrong).status_code for url in protected} == dict.fromkeys(protected, 401)
@@ -119,7 +119,7 @@ def test_a_server_that_asks_nobody_is_not_taken_for_one_that_does(tmp_path: Path
     found = daemon.start(tmp_path, "prefect", argv, environment=dict(os.environ), url=f"http://127.0.0.1:{port}")
     access = read_access(tmp_path)
     try:
-        with httpx.Client(trust_env=False) as client:
+        with httpx.Client(trust_env=False, timeout=60) as client:
             while not admits(client, found, PREFECT, None):
                 time.sleep(0.05)
             with pytest.raises(

@@ -22,6 +22,7 @@ from deploy.runs import record
 from evaluation.benchmarks.benchmark import write_benchmark
 from flows.cli import main
 from flows.processes import revive_watchers, spawn_watcher
+from tests.helpers.api import call
 from tests.helpers.waiting import wait_for
 
 UP = """
@@ -57,7 +58,7 @@ def running(home: Path) -> Stack:
 
 def test_the_pages_ask_their_own_server(running: Stack) -> None:
     """On the default port they do by themselves; here a stranger has that."""
-    settings = httpx.get(f"{running.prefect_url}/ui-settings").raise_for_status().json()
+    settings = call("GET", f"{running.prefect_url}/ui-settings")
     assert settings["api_url"] == running.prefect_api_url
 
 
@@ -81,7 +82,7 @@ def test_up_twice_is_one_set_of_servers(running: Stack) -> None:
 
 def test_both_pages_are_there(running: Stack) -> None:
     for url in (running.prefect_url, running.mlflow_url):
-        page = httpx.get(url, follow_redirects=True, trust_env=False)
+        page = httpx.get(url, follow_redirects=True, trust_env=False, timeout=60)
         assert page.status_code == 200
         assert "<html" in page.text.lower()
 
@@ -93,7 +94,7 @@ def test_the_mlflow_page_shows_what_was_recorded(running: Stack, tmp_path: Path)
     assert uri == running.mlflow_url
     run = record("tiny", tracking_uri=uri, key="refusal", title="step 240", artifacts=[decision])
     place = {"path": "decision.json", "run_uuid": run.run_id}
-    shown = httpx.get(f"{running.mlflow_url}/get-artifact", params=place, trust_env=False)
+    shown = httpx.get(f"{running.mlflow_url}/get-artifact", params=place, trust_env=False, timeout=60)
     assert shown.json() == {"verdict": "refused"}
 
 
@@ -172,7 +173,7 @@ def test_a_server_of_another_version_is_outdated(quiet: Path) -> None:
     url = f"http://127.0.0.1:{port}"
     argv = [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1", "--directory", str(quiet)]
     found = daemon.start(quiet, "mlflow", argv, environment=dict(os.environ), url=url)
-    with httpx.Client(trust_env=False) as client:
+    with httpx.Client(trust_env=False, timeout=60) as client:
         assert not is_outdated(
             client, Daemon("mlflow", None, "http://127.0.0.1:9", "running", quiet, ("mlflow",)), MLFLOW
         )

@@ -285,7 +285,7 @@ def test_a_terminated_command_ends_its_trainer(scene: Scene) -> None:
     argv = [sys.executable, "-m", "flows.cli", "reground", str(scene.root / "terminated.yaml")]
     with subprocess.Popen(argv, cwd=ROOT) as command:
         try:
-            end = time.monotonic() + 120
+            end = time.monotonic() + 400
             checkpoint = settings.cycle_directory(1) / "run-1/checkpoint-2/trainer_state.json"
             while not checkpoint.exists() and command.poll() is None and time.monotonic() < end:
                 time.sleep(0.05)
@@ -293,7 +293,7 @@ def test_a_terminated_command_ends_its_trainer(scene: Scene) -> None:
             assert started is not None
             assert started.pid is not None
             command.send_signal(signal.SIGTERM)
-            assert command.wait(60) == 130
+            assert command.wait(240) == 130
             assert not psutil.pid_exists(started.pid)
         finally:
             command.kill()
