@@ -73,7 +73,9 @@ def stored_as(root: Path, dtype: torch.dtype | None) -> Path:
         shutil.copytree(root, unfinished)
         for file in unfinished.rglob("model.safetensors"):
             times = file.stat()
-            save_file({name: item.to(dtype) for name, item in load_file(file).items()}, file, metadata={"format": "pt"})
+            save_file(
+                {name: tensor.to(dtype) for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"}
+            )
             os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
         unfinished.rename(copy)
     return copy
@@ -121,15 +123,15 @@ def measure(cache: Path, seed: int, variant: str) -> dict[Key, float]:
     """Return the accuracy of every prediction of one run, and of the run itself."""
     prompts, dtype = VARIANTS[variant]
     root = stored_as(cache / f"seed-{seed}-prompts-{prompts}", dtype)
-    found = {
+    accuracies = {
         (variant, "real", 0, step): accuracy(root / "run" / f"checkpoint-{step}", root / "base")
         for step in (*WINDOWS, *TARGETS)
         if step <= STEPS
     }
-    found[variant, "real", 0, 0] = accuracy(root / "base", root / "base")
+    accuracies[variant, "real", 0, 0] = accuracy(root / "base", root / "base")
     for method, window, target, value in predictions(root):
-        found[variant, method, window, target] = value
-    return found
+        accuracies[variant, method, window, target] = value
+    return accuracies
 
 
 def table(results: dict[Key, list[float]], variant: str) -> list[str]:

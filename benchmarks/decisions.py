@@ -174,15 +174,17 @@ def due(run: Path, base: Path, grams: Path) -> int:
 def decision(settings: Settings, number: int) -> Decision:
     """Return what is decided; the windows share the gate's error, as those of one run do that is watched."""
     base = open_base(settings.base)
-    inside = [item for item in scan(settings.store, base, now=time.time()) if item.step <= settings.end]
+    inside = [
+        checkpoint for checkpoint in scan(settings.store, base, now=time.time()) if checkpoint.step <= settings.end
+    ]
     key = window_key(settings, base, inside)
     if decided(settings, key):
-        return next(found for found in read_decisions(settings) if found.key == key)
+        return next(past for past in read_decisions(settings) if past.key == key)
 
-    steps = [item.step for item in inside]
-    found = decide(settings, steps, key, STAGES, attempt=(number, LOOKS))
-    write_json(decision_path(settings, key), found.to_json())
-    return found
+    steps = [checkpoint.step for checkpoint in inside]
+    made = decide(settings, steps, key, STAGES, attempt=(number, LOOKS))
+    write_json(decision_path(settings, key), made.to_json())
+    return made
 
 
 def measure(run: Run, root: Path, out: Path) -> tuple[dict[int, float], list[Row]]:
@@ -204,8 +206,8 @@ def measure(run: Run, root: Path, out: Path) -> tuple[dict[int, float], list[Row
         curve = curve or {step: real(settings, step).accuracy for step in CURVE}
         observed = real(settings, window)
         points = tuple(
-            Point(target, found.accuracy, real(settings, target).accuracy, _is_better(observed, found))
-            for target, found in ((step, report(settings, path)) for step, path in plain(settings, out).items())
+            Point(target, predicted.accuracy, real(settings, target).accuracy, _is_better(observed, predicted))
+            for target, predicted in ((step, report(settings, path)) for step, path in plain(settings, out).items())
         )
         looked = backtest(
             cached(
@@ -216,7 +218,7 @@ def measure(run: Run, root: Path, out: Path) -> tuple[dict[int, float], list[Row
             )
         )
         made = decision(settings, number)
-        scored = [item.accuracy for item in made.report if item.model.role == "candidate"]
+        scored = [score.accuracy for score in made.report if score.model.role == "candidate"]
         best = max(observed.accuracy, *(point.accuracy for point in points), *scored)
         outcome = Outcome(
             made.verdict, "", observed.accuracy, observed.accuracy, best, False, False, False, made.reason
@@ -290,14 +292,15 @@ def decision_table(rows: Sequence[Row]) -> Iterator[str]:
     )
     yield "|---" * 11 + "|"
     for row in rows:
-        found = row.outcome
-        said = f"`{found.model}`" if found.model else found.verdict
+        outcome = row.outcome
+        said = f"`{outcome.model}`" if outcome.model else outcome.verdict
         regret = "" if row.regret is None else f"{row.regret:+.3f}"
         cells = [
             f"{row.run} | {_window(row)} | {row.observed:.3f}",
-            f"{said}{' **wrong yes**' if found.wrong else ''}",
-            f"{found.chosen:.3f} | {found.real:.3f} | {row.end:.3f} | {regret} | {row.missed:.3f}",
-            f"{'yes' if found.trusted else 'no'}{', costly' if found.trusted and found.costly else ''} | {row.saved}",
+            f"{said}{' **wrong yes**' if outcome.wrong else ''}",
+            f"{outcome.chosen:.3f} | {outcome.real:.3f} | {row.end:.3f} | {regret} | {row.missed:.3f}",
+            f"{'yes' if outcome.trusted else 'no'}{', costly' if outcome.trusted and outcome.costly else ''}",
+            f"{row.saved}",
         ]
         yield f"| {' | '.join(cells)} |"
 
@@ -322,11 +325,15 @@ def main() -> None:
     rows: list[Row] = []
     for run in RUNS:
         root = train(chosen.cache.absolute(), run)
-        curve, found = measure(run, root, out)
-        rows += found
-        content = {"run": asdict(run) | {"dtype": str(run.dtype)}, "curve": curve, "windows": list(map(asdict, found))}
+        curve, run_rows = measure(run, root, out)
+        rows += run_rows
+        content = {
+            "run": asdict(run) | {"dtype": str(run.dtype)},
+            "curve": curve,
+            "windows": list(map(asdict, run_rows)),
+        }
         results[run.name] = content
-        print("\n".join([*relex_table(found), "", *decision_table(found), ""]), flush=True)
+        print("\n".join([*relex_table(run_rows), "", *decision_table(run_rows), ""]), flush=True)
         if chosen.keep is not None and run.kept:
             whole = open_run(root / "run", root / "base", window=None)
             gram = cached(whole, out / "state" / run.name / "grams", memory=1 << 30, threads=1)

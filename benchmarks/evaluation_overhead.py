@@ -106,15 +106,15 @@ def main() -> None:
         model = build(root / "model", hidden=options.hidden, layers=options.layers)
         problems = [{"prompt": f"{number:06d}+{7 * number:06d}=", "answer": "no"} for number in range(options.problems)]
         benchmark = write_benchmark(root, "plus", problems, max_new_tokens=options.tokens, stop=["\n\n"])
-        found: dict[tuple[str, int], list[tuple[float, float]]] = {}
+        spent: dict[tuple[str, int], list[tuple[float, float]]] = {}
         for turn in range(options.rounds):
             for limit in (1, options.problems):
                 shared = (model, benchmark, options.batch_size, limit)
-                found.setdefault(("bare", limit), []).append(spend(BARE, *shared))
-                found.setdefault(("evaluate", limit), []).append(spend(OURS, *shared, root / f"cache-{turn}-{limit}"))
+                spent.setdefault(("bare", limit), []).append(spend(BARE, *shared))
+                spent.setdefault(("evaluate", limit), []).append(spend(OURS, *shared, root / f"cache-{turn}-{limit}"))
     print(f"{options.problems} problems of {options.tokens} tokens, the best of {options.rounds} rounds")
     for number, what in enumerate(("wall", "processor")):
-        best = {key: min(each[number] for each in values) for key, values in found.items()}
+        best = {key: min(each[number] for each in values) for key, values in spent.items()}
         print(f"{what + ' time, s':20}{'one problem':>14}{'all':>10}{'all - one':>12}")
         for name in ("bare", "evaluate"):
             start, whole = best[name, 1], best[name, options.problems]

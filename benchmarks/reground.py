@@ -94,8 +94,8 @@ def measure(out: Path, seed: int, options: argparse.Namespace) -> dict[str, Any]
     config = directory / f"{content['training_run']}.yaml"
     config.write_text(yaml.safe_dump(content), encoding="utf-8")
     done = reground(load_reground_settings(config), tell=silent)
-    found = done.to_json() | {"report": accuracy(directory, Path(done.model), "report")}
-    return {"seed": seed, "base": done.start.accuracy, "plain": plain, "reground": found}
+    jumped = done.to_json() | {"report": accuracy(directory, Path(done.model), "report")}
+    return {"seed": seed, "base": done.start.accuracy, "plain": plain, "reground": jumped}
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -154,14 +154,14 @@ def table(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        plain, found = row["plain"], row["reground"]
-        cycles = found["cycles"]
+        plain, jumped = row["plain"], row["reground"]
+        cycles = jumped["cycles"]
         refused = sum(cycle["jumped_accuracy"] is not None and not cycle["jumped_steps"] for cycle in cycles)
-        trained = f"{found['real_steps']} + {found['jumped_steps']}{'' if found['reached'] else ' (not reached)'}"
+        trained = f"{jumped['real_steps']} + {jumped['jumped_steps']}{'' if jumped['reached'] else ' (not reached)'}"
         lines.append(
             f"| {row['seed']} | {plain['steps']} | {trained} | {len(cycles)} | {refused}"
-            f" | {plain['steps'] - found['real_steps']} | {plain['seconds']:.0f} | {found['training_seconds']:.0f}"
-            f" | {found['other_seconds']:.0f} | {plain['report']:.3f} | {found['report']:.3f} |"
+            f" | {plain['steps'] - jumped['real_steps']} | {plain['seconds']:.0f} | {jumped['training_seconds']:.0f}"
+            f" | {jumped['other_seconds']:.0f} | {plain['report']:.3f} | {jumped['report']:.3f} |"
         )
     ratio = statistics.mean(row["plain"]["steps"] / row["reground"]["real_steps"] for row in rows)
     return "\n".join([*lines, "", f"Plain RL needs {ratio:.1f} times the trained steps (mean over seeds).", ""])

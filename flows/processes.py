@@ -21,9 +21,9 @@ def spawn_watcher(running: Stack, training_run: str, config: Path) -> Daemon:
 def revive_watchers(running: Stack) -> list[Daemon]:
     """Start the watchers again that died, and return them; those that were stopped stay stopped."""
     return [
-        spawn_watcher(running, found.name.removeprefix(_WATCHER), Path(found.argv[_CONFIG]))
-        for found in status(running.home)
-        if found.state == "dead" and found.name.startswith(_WATCHER)
+        spawn_watcher(running, process.name.removeprefix(_WATCHER), Path(process.argv[_CONFIG]))
+        for process in status(running.home)
+        if process.state == "dead" and process.name.startswith(_WATCHER)
     ]
 
 
@@ -36,5 +36,5 @@ def spawn_promoter(running: Stack) -> None:
 
 def revive_promoter(running: Stack) -> None:
     """Start it where it was ever started: an answer may be waiting for it."""
-    if any(found.name == PROMOTER for found in status(running.home)):
+    if any(process.name == PROMOTER for process in status(running.home)):
         spawn_promoter(running)

@@ -121,11 +121,11 @@ def register_decision(settings: Settings, decision: Decision, tracking_uri: str)
 
 def find_champion(settings: Settings, tracking_uri: str) -> list[Model]:
     """Return the champion of this registered model, if there is one."""
-    found = registry.champion(settings.registered_model, tracking_uri=tracking_uri)
-    if found is None:
+    champion = registry.champion(settings.registered_model, tracking_uri=tracking_uri)
+    if champion is None:
         return []
-    weights = registry.verified(found, tracking_uri=tracking_uri, downloads=settings.home / "champion")
-    return [Model("champion", found.target_step, str(weights), digest=found.digest)]
+    weights = registry.verified(champion, tracking_uri=tracking_uri, downloads=settings.home / "champion")
+    return [Model("champion", champion.target_step, str(weights), digest=champion.digest)]
 
 
 # Retried is what a second attempt can mend: a child killed for memory, a checkpoint that was being replaced, a server

@@ -84,14 +84,14 @@ def show(decision: Decision, figure: Path | None) -> None:
     )
 
 
-def _backtested(found: Backtested) -> list[str]:
+def _backtested(backtested: Backtested) -> list[str]:
     sentences = {
-        "trusted": f"Trusted up to step {found.trusted_step}: ",
+        "trusted": f"Trusted up to step {backtested.trusted_step}: ",
         "unsettled": "Not settled, so that no target is trusted: ",
         "hidden": "The weights cannot tell, so that no target is trusted: ",
         "hold": "Hold, no target is trusted: ",
     }
-    return [f"{sentences[found.state]}{found.reason}"]
+    return [f"{sentences[backtested.state]}{backtested.reason}"]
 
 
 def _gates(decision: Decision) -> list[str]:

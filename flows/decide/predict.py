@@ -70,10 +70,12 @@ def predict(
     )
     directory = window_directory(settings, key) / "models"
     requests = [Request(parse_method("hold"), last, directory / "observed" / f"step-{last}")]
-    for item in proposed:
-        check_target(item.target_step, trajectory.steps)
-        method = parse_method(item.method)
-        requests.append(Request(method, item.target_step, directory / method.directory / f"step-{item.target_step}"))
+    for proposal in proposed:
+        check_target(proposal.target_step, trajectory.steps)
+        method = parse_method(proposal.method)
+        requests.append(
+            Request(method, proposal.target_step, directory / method.directory / f"step-{proposal.target_step}")
+        )
     forecasts = extrapolate(
         trajectory,
         requests,
@@ -86,9 +88,14 @@ def predict(
     )
     candidates = tuple(
         Model(
-            "candidate", item.target_step, str(request.directory), request.method.spec, made.digest, item.skill_at_least
+            "candidate",
+            proposal.target_step,
+            str(request.directory),
+            request.method.spec,
+            made.digest,
+            proposal.skill_at_least,
         )
-        for item, request, made in zip(proposed, requests[1:], forecasts[1:], strict=True)
+        for proposal, request, made in zip(proposed, requests[1:], forecasts[1:], strict=True)
     )
     observed_model = Model("observed", last, str(requests[0].directory))
     written = tuple(run.known[str(checkpoint.step)].written for checkpoint in inside)
@@ -110,14 +117,14 @@ def backtest_window(
     return trajectory, converge(trajectory, gram, methods=() if settings.methods == "auto" else settings.methods)
 
 
-def _backtested(found: Convergence) -> Backtested:
+def _backtested(convergence: Convergence) -> Backtested:
     return Backtested(
-        found.state,
-        found.looks,
-        "" if found.way is None else found.way.method,
-        found.horizon,
-        found.skill,
-        found.lower_bound,
-        found.target_step if found.state == "trusted" else None,
-        found.reason,
+        convergence.state,
+        convergence.looks,
+        "" if convergence.way is None else convergence.way.method,
+        convergence.horizon,
+        convergence.skill,
+        convergence.lower_bound,
+        convergence.target_step if convergence.state == "trusted" else None,
+        convergence.reason,
     )

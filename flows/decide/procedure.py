@@ -74,19 +74,21 @@ def decide(settings: Settings, steps: Sequence[int], key: str, stages: Stages, *
         return first
 
     selection.append(measure(predicted.observed, problems))
-    found = search(predicted.candidates, problems=problems, batch=settings.batch_size, measure=measure)
-    selection += found.finalists
+    searched = search(predicted.candidates, problems=problems, batch=settings.batch_size, measure=measure)
+    selection += searched.finalists
     if settings.targets != "auto" and settings.report:
         # Who names targets wants to see them all.
         report += [
-            item for score in found.dropped for item in stages.score(settings, score.model, settings.report, None)
+            reported
+            for score in searched.dropped
+            for reported in stages.score(settings, score.model, settings.report, None)
         ]
     chosen, reason = choose(selection, margin=settings.margin)
     decision = replace(
         decision,
         reason=reason,
         selection=tuple(selection),
-        dropped=found.dropped,
+        dropped=searched.dropped,
         report=tuple(report),
     )
     if chosen is None:
@@ -94,7 +96,7 @@ def decide(settings: Settings, steps: Sequence[int], key: str, stages: Stages, *
     references = [predicted.observed, *stages.champion(settings)]
     gates = tuple(stages.gate(settings, chosen.model, references, attempt[1]))
     decision = replace(decision, winner=chosen.model, gates=gates)
-    failed = [item for item in gates if not item.passed]
+    failed = [gate for gate in gates if not gate.passed]
     if failed:
-        return replace(decision, reason=f"Not shown to be worth having. {' '.join(item.sentence for item in failed)}")
-    return replace(decision, verdict="registered", reason=" ".join(item.sentence for item in gates))
+        return replace(decision, reason=f"Not shown to be worth having. {' '.join(gate.sentence for gate in failed)}")
+    return replace(decision, verdict="registered", reason=" ".join(gate.sentence for gate in gates))

@@ -59,26 +59,26 @@ def record(settings: Settings, decision: Decision, *, tracking_uri: str) -> Reco
 
 def metrics(decision: Decision) -> dict[str, float]:
     """Return the numbers that decided."""
-    found = {}
+    numbers = {}
     for score in decision.selection:
         if score.model == decision.winner:
-            found["selection_accuracy"] = score.accuracy
-    return found | gate_metrics(decision.gates)
+            numbers["selection_accuracy"] = score.accuracy
+    return numbers | gate_metrics(decision.gates)
 
 
 def curves(decision: Decision) -> dict[str, dict[int, float]]:
     """Return accuracy on the first report benchmark by training step: the observed curve, and one for each method."""
-    found: dict[str, dict[int, float]] = {}
+    accuracies: dict[str, dict[int, float]] = {}
     for score in decision.report:
         if score.benchmark == decision.report[0].benchmark:
             method = score.model.method
             name = f"{method} from step {decision.window}" if method else OBSERVED
-            found.setdefault(name, {})[score.model.step] = score.accuracy
-    return found
+            accuracies.setdefault(name, {})[score.model.step] = score.accuracy
+    return accuracies
 
 
 def _parameters(settings: Settings, decision: Decision) -> dict[str, object]:
-    found: dict[str, object] = {
+    parameters: dict[str, object] = {
         "window": decision.window,
         "targets": settings.targets,
         "methods": settings.methods,
@@ -89,8 +89,8 @@ def _parameters(settings: Settings, decision: Decision) -> dict[str, object]:
         "window_digest": decision.key,
     }
     if decision.backtested is not None:
-        found["backtest"] = decision.backtested.state
-    return found
+        parameters["backtest"] = decision.backtested.state
+    return parameters
 
 
 def _candidates(decision: Decision) -> Iterator[Score]:
@@ -98,10 +98,10 @@ def _candidates(decision: Decision) -> Iterator[Score]:
 
 
 def _measured(decision: Decision, score: Score) -> dict[str, float]:
-    found = {"selection_accuracy": score.accuracy, "selection_problems": float(score.n)}
+    numbers = {"selection_accuracy": score.accuracy, "selection_problems": float(score.n)}
     if score.model.skill_at_least is not None:
-        found["skill_at_least"] = score.model.skill_at_least
-    for item in decision.report:
-        if item.model == score.model:
-            found[f"report_accuracy/{item.benchmark}"] = item.accuracy
-    return found
+        numbers["skill_at_least"] = score.model.skill_at_least
+    for reported in decision.report:
+        if reported.model == score.model:
+            numbers[f"report_accuracy/{reported.benchmark}"] = reported.accuracy
+    return numbers

@@ -23,14 +23,14 @@ def announce(
     kept and shown; not while a process is comparing.
     """
     due: dict[str, dict[str, Any]] = {}
-    rows = [item.before for item in reached(settings, tuple(stored), ledger.released | ledger.checkpoints)]
+    rows = [prediction.before for prediction in reached(settings, tuple(stored), ledger.released | ledger.checkpoints)]
     rows += [row for row in read_compared(settings) if not was_shown(settings, row)]
     for row in rows:
         name = f"{row.key} {row.target} {row.step}"
         payload = {"training_run": settings.training_run, "key": row.key, "target": row.target, "step": row.step}
         methods = due.setdefault(name, payload | {"methods": []})["methods"]
         methods += [row.method] if row.method not in methods else []
-    sent = {name: found for name, found in _read_sent(settings).items() if name in due}
+    sent = {name: earlier for name, earlier in _read_sent(settings).items() if name in due}
     events = []
     for name, payload in due.items():
         before = sent.get(name, Sent(0, 0.0))
@@ -46,7 +46,7 @@ def announce(
 def write_sent(settings: Settings, sent: dict[str, Sent]) -> None:
     """Keep what was sent, so that the next watcher waits as long."""
     if sent != _read_sent(settings):
-        write_json(_sent_path(settings), {name: asdict(item) for name, item in sent.items()})
+        write_json(_sent_path(settings), {name: asdict(announced) for name, announced in sent.items()})
 
 
 def _read_sent(settings: Settings) -> dict[str, Sent]:

@@ -70,7 +70,7 @@ def _status(
     if settings.drift == "off":
         return
     behind = left_behind(stored, seen)
-    newest = [item for item in stored if item.step not in behind]
+    newest = [checkpoint for checkpoint in stored if checkpoint.step not in behind]
     for decision in read_decisions(settings):
         models = _models(decision)
         observed = next((model for model in models if model.role == "observed"), None)
@@ -86,7 +86,7 @@ def _status(
             there = _stands_for(newest, model.step, observed.step)
             if not same:
                 there = f"the run was resumed, or started anew, before step {observed.step}"
-            elif not all((Path(item.directory) / FILE_NAME).is_file() for item in (model, observed)):
+            elif not all((Path(needed.directory) / FILE_NAME).is_file() for needed in (model, observed)):
                 there = "the model, or the copy of the last observed checkpoint, was deleted"
             elif kept is not None and isinstance(there, Checkpoint) and there.step != kept.step:
                 there = f"its weights were compared with step {kept.step}, which is gone"
@@ -116,19 +116,23 @@ def _models(decision: Decision) -> list[Model]:
 def _is_continued(decision: Decision, last: int, seen: Mapping[str, Seen], behind: set[int]) -> bool:
     """Whether all that is known of the run up to step `last` is what was observed."""
     written = dict(zip(decision.steps, decision.written or (None,) * len(decision.steps), strict=True))
-    inside = {int(step): item.written for step, item in seen.items() if int(step) <= last and int(step) not in behind}
+    inside = {
+        int(step): checkpoint.written
+        for step, checkpoint in seen.items()
+        if int(step) <= last and int(step) not in behind
+    }
     return all(step in written and written[step] in (None, time) for step, time in inside.items())
 
 
 def _stands_for(newest: Sequence[StoredCheckpoint], target: int, last: int) -> Checkpoint | str:
     """Return the checkpoint that stands for a target, or why there is none."""
     limit = target + _BEYOND * (target - last)
-    for item in newest:
-        if target <= item.step <= limit and item.weights is not None:
-            return Checkpoint(item.step, item.weights)
-        if target <= item.step <= limit and item.state is State.NOT_YET:
-            return f"step {item.step} is not complete yet"
-    latest = max((item.step for item in newest), default=0)
+    for checkpoint in newest:
+        if target <= checkpoint.step <= limit and checkpoint.weights is not None:
+            return Checkpoint(checkpoint.step, checkpoint.weights)
+        if target <= checkpoint.step <= limit and checkpoint.state is State.NOT_YET:
+            return f"step {checkpoint.step} is not complete yet"
+    latest = max((checkpoint.step for checkpoint in newest), default=0)
     if latest < limit:
         return f"the run is at step {latest}"
     return f"the store has no checkpoint at steps {target} to {int(limit)}, and the run is at step {latest}"
@@ -136,7 +140,7 @@ def _stands_for(newest: Sequence[StoredCheckpoint], target: int, last: int) -> C
 
 def _benchmarks(settings: Settings, decision: Decision, model: Model) -> tuple[str, ...]:
     """Return the benchmarks that the prediction was scored on when it was decided, but for the one that chose it."""
-    found = [settings.gate] if model == decision.winner else []
+    benchmarks = [settings.gate] if model == decision.winner else []
     if any(score.model == model for score in decision.report):
-        found += settings.report
-    return tuple(found)
+        benchmarks += settings.report
+    return tuple(benchmarks)

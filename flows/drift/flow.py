@@ -32,10 +32,11 @@ def compare_reached(settings: Settings) -> int:
     """Compare everything that is due; return how much that was."""
     progress = ProgressArtifact(f"drift-progress-{settings.training_run}", "drift")
     with BlockCache(settings.home, size=int(settings.cache)) as blocks:
-        found = look(settings, blocks=blocks)
-        if found is None:
+        comparable = look(settings, blocks=blocks)
+        if comparable is None:
             return 0
-        return len(compare(settings, found[0], found[1], tell=progress))
+        base, due, _ = comparable
+        return len(compare(settings, base, due, tell=progress))
 
 
 def log_compared(settings: Settings, tracking_uri: str) -> None:
@@ -46,8 +47,8 @@ def log_compared(settings: Settings, tracking_uri: str) -> None:
         series = f"{settings.training_run} {row.method} from step {row.observed} drift".replace(",", " ")
         if row.drift is not None and row.drift.skill is not None:
             curves.setdefault((series, "weight_skill"), {})[row.step] = row.drift.skill
-        for item in row.accuracies:
-            curves.setdefault((series, f"real_accuracy/{item.benchmark}"), {})[row.step] = item.real
+        for pair in row.accuracies:
+            curves.setdefault((series, f"real_accuracy/{pair.benchmark}"), {})[row.step] = pair.real
     for (series, metric), points in curves.items():
         runs.log_series(settings.registered_model, points, tracking_uri=tracking_uri, series=series, metric=metric)
 
@@ -82,8 +83,8 @@ def _warn(settings: Settings, row: Compared) -> None:
     for text in warnings([row]):
         logger.warning("%s", text)
     if row.broken:
-        found = event(PREDICTION_DRIFTED, settings, f"{row.key} {row.method} {row.target}", _payload(settings, row))
-        emit_event(found.name, {"prefect.resource.id": found.resource}, payload=found.payload, id=found.id)
+        drifted = event(PREDICTION_DRIFTED, settings, f"{row.key} {row.method} {row.target}", _payload(settings, row))
+        emit_event(drifted.name, {"prefect.resource.id": drifted.resource}, payload=drifted.payload, id=drifted.id)
 
 
 def _payload(settings: Settings, row: Compared) -> dict[str, Any]:

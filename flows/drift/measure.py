@@ -38,16 +38,21 @@ def catch_up(
     What another process is comparing now is among the latter. Raises RelexError, EvaluationError.
     """
     with comparing(settings) as mine:
-        found = look(settings, blocks=blocks)
-        if found is None:
+        comparable = look(settings, blocks=blocks)
+        if comparable is None:
             return read_compared(settings), []
-        base, due, waiting = found
+        base, due, waiting = comparable
         if mine:
             compare(settings, base, due, tell=tell)
         else:
             waiting += [
-                Waiting(item.before.method, item.before.target, item.before.observed, "another process is at it")
-                for item in due
+                Waiting(
+                    prediction.before.method,
+                    prediction.before.target,
+                    prediction.before.observed,
+                    "another process is at it",
+                )
+                for prediction in due
             ]
     return read_compared(settings), waiting
 
@@ -57,27 +62,29 @@ def compare(settings: Settings, base: Weights, due: Sequence[Reached], *, tell: 
 
     The weights are kept before the accuracy is asked for, which may take hours. Raises RelexError, EvaluationError.
     """
-    found = []
-    for item in sorted(due, key=lambda item: item.real.step):
+    compared = []
+    for prediction in sorted(due, key=lambda prediction: prediction.real.step):
         try:
-            found.append(_compare(settings, base, item, tell=tell))
+            compared.append(_compare(settings, base, prediction, tell=tell))
         except CheckpointChangedError as error:
             # It may have been pruned, or written anew: the next look sees which.
-            logger.warning("%s cannot be compared with step %d: %s", item.before.title, item.real.step, error)
+            logger.warning(
+                "%s cannot be compared with step %d: %s", prediction.before.title, prediction.real.step, error
+            )
     # Reports of its content are kept, the copy is of no more use.
     shutil.rmtree(_real_models(settings), ignore_errors=True)
-    return found
+    return compared
 
 
-def _compare(settings: Settings, base: Weights, item: Reached, *, tell: Tell | None) -> Compared:
-    row = item.before
+def _compare(settings: Settings, base: Weights, prediction: Reached, *, tell: Tell | None) -> Compared:
+    row = prediction.before
     if row.drift is None and not row.problem:
         try:
             measured = drift(
                 base,
-                item.real,
-                predicted=Path(item.predicted.directory),
-                observed=Path(item.observed.directory),
+                prediction.real,
+                predicted=Path(prediction.predicted.directory),
+                observed=Path(prediction.observed.directory),
                 memory=int(settings.memory),
                 threads=settings.threads,
                 on_progress=telling(tell, f"compare {row.title}"),
@@ -88,25 +95,27 @@ def _compare(settings: Settings, base: Weights, item: Reached, *, tell: Tell | N
             row = replace(row, problem=str(error))
         keep(settings, row)
     if settings.drift == "accuracy":
-        row = replace(row, asked="accuracy", accuracies=_accuracies(settings, base, item, tell) if row.drift else ())
+        row = replace(
+            row, asked="accuracy", accuracies=_accuracies(settings, base, prediction, tell) if row.drift else ()
+        )
         keep(settings, row)
     return row
 
 
-def _accuracies(settings: Settings, base: Weights, item: Reached, tell: Tell | None) -> tuple[Paired, ...]:
-    if not item.benchmarks:
+def _accuracies(settings: Settings, base: Weights, prediction: Reached, tell: Tell | None) -> tuple[Paired, ...]:
+    if not prediction.benchmarks:
         return ()
-    directory = _real_models(settings) / f"step-{item.real.step}"
-    write_as_predicted(base, item.real, directory, memory=int(settings.memory), threads=settings.threads)
-    real = Model("observed", item.real.step, str(directory))
+    directory = _real_models(settings) / f"step-{prediction.real.step}"
+    write_as_predicted(base, prediction.real, directory, memory=int(settings.memory), threads=settings.threads)
+    real = Model("observed", prediction.real.step, str(directory))
 
     def on_progress(step: Progress) -> None:
         if tell is not None:
-            tell(f"{step.benchmark} @ {item.real.step}", step.done, step.total)
+            tell(f"{step.benchmark} @ {prediction.real.step}", step.done, step.total)
 
     pairs = zip(
-        reports(settings, item.predicted, item.benchmarks),
-        reports(settings, real, item.benchmarks, on_progress=on_progress),
+        reports(settings, prediction.predicted, prediction.benchmarks),
+        reports(settings, real, prediction.benchmarks, on_progress=on_progress),
         strict=True,
     )
     return tuple(

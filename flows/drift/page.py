@@ -29,7 +29,7 @@ def to_json(training_run: str, rows: Sequence[Compared], waiting: Sequence[Waiti
         "training_run": training_run,
         "summary": summary(rows),
         "compared": [asdict(row) | {"verdict": verdict(row)} for row in rows],
-        "waiting": [asdict(item) for item in waiting],
+        "waiting": [asdict(row) for row in waiting],
     }
 
 
@@ -49,9 +49,9 @@ def page(training_run: str, rows: Sequence[Compared]) -> str:
 
 def cells(row: Compared) -> tuple[str, ...]:
     """Return one row under HEADINGS."""
-    found = row.drift
-    band = {None: "", True: "in band", False: "outside"}[found.in_band] if found is not None else ""
-    numbers = (None, None, None) if found is None else (found.skill, found.cosine, found.norm_ratio)
+    measured = row.drift
+    band = {None: "", True: "in band", False: "outside"}[measured.in_band] if measured is not None else ""
+    numbers = (None, None, None) if measured is None else (measured.skill, measured.cosine, measured.norm_ratio)
     skill, cosine, ratio = ("—" if value is None else f"{value:.2f}" for value in numbers)
     promised = "—" if row.promised is None else f"≥{row.promised:.2f}"
     return (row.title, str(row.observed), str(row.step), skill, promised, cosine, ratio, band, verdict(row))
@@ -72,8 +72,8 @@ def verdict(row: Compared) -> str:
 
 def warnings(rows: Sequence[Compared]) -> list[str]:
     """Return one line for each prediction that is worse than was promised, or that cannot be compared."""
-    found = [f"{row.title} cannot be compared: {row.problem}" for row in rows if row.problem]
-    return found + [
+    incomparable = [f"{row.title} cannot be compared: {row.problem}" for row in rows if row.problem]
+    return incomparable + [
         f"{row.title}, from step {row.observed}, is worse than promised: at step {row.step} its skill is"
         f" {row.drift.skill:.2f}, and at least {row.promised:.2f} was promised"
         for row in rows
@@ -108,17 +108,17 @@ def _count(number: int, one: str, many: str) -> str:
 
 def _accuracies(rows: Sequence[Compared]) -> list[str]:
     return [
-        f"{row.title} scores {item.predicted:.4f} on {item.n} problems of {item.benchmark}, real step {row.step}"
-        f" {item.real:.4f}: {item.difference:+.4f} ({item.low:+.4f} to {item.high:+.4f}, 95 %)."
+        f"{row.title} scores {pair.predicted:.4f} on {pair.n} problems of {pair.benchmark}, real step {row.step}"
+        f" {pair.real:.4f}: {pair.difference:+.4f} ({pair.low:+.4f} to {pair.high:+.4f}, 95 %)."
         for row in rows
-        for item in row.accuracies
+        for pair in row.accuracies
     ]
 
 
 def _waiting(waiting: Sequence[Waiting]) -> list[str]:
-    reasons = dict.fromkeys(item.reason for item in waiting)
+    reasons = dict.fromkeys(row.reason for row in waiting)
     return [
-        f"not compared: {', '.join(f'{item.method} @ {item.target}' for item in waiting if item.reason == reason)}"
+        f"not compared: {', '.join(f'{row.method} @ {row.target}' for row in waiting if row.reason == reason)}"
         f" ({reason})"
         for reason in reasons
     ]

@@ -98,8 +98,8 @@ def read_one(settings: Settings, key: str, method: str, target: int) -> Compared
 def read_compared(settings: Settings) -> list[Compared]:
     """Return every comparison made so far, by window, step and method."""
     paths = settings.home.glob("drift/*/*.json")
-    found = [read_json(path, Compared) for path in paths]
-    return sorted(found, key=lambda row: (row.observed, row.target, row.method, row.key))
+    rows = [read_json(path, Compared) for path in paths]
+    return sorted(rows, key=lambda row: (row.observed, row.target, row.method, row.key))
 
 
 def was_shown(settings: Settings, row: Compared) -> bool:

@@ -110,13 +110,13 @@ class Decision:
 
 def gate_metrics(gates: Sequence[Gate]) -> dict[str, float]:
     """Return the numbers of a gate by name, for MLflow."""
-    found: dict[str, float] = {}
-    for item in gates:
-        role = item.reference.split(" @ ", maxsplit=1)[0].replace(" ", "_")
-        found |= {
-            "gate_accuracy": item.candidate_accuracy,
-            f"gate_{role}_accuracy": item.reference_accuracy,
-            f"gate_{role}_difference": item.difference,
-            f"gate_{role}_lower_bound": item.lower_bound,
+    numbers: dict[str, float] = {}
+    for gate in gates:
+        role = gate.reference.split(" @ ", maxsplit=1)[0].replace(" ", "_")
+        numbers |= {
+            "gate_accuracy": gate.candidate_accuracy,
+            f"gate_{role}_accuracy": gate.reference_accuracy,
+            f"gate_{role}_difference": gate.difference,
+            f"gate_{role}_lower_bound": gate.lower_bound,
         }
-    return found
+    return numbers

@@ -38,18 +38,18 @@ def known(stored: Collection[StoredCheckpoint], ledger: Ledger, *, now: float) -
 
     On a disk the files say when they were written; elsewhere it is when they were first seen.
     """
-    found = dict(ledger.checkpoints)
-    latest = max((seen.written for seen in found.values()), default=0)
-    for item in stored:
-        before = found.get(str(item.step))
-        if item.weights is None or (before is not None and before.identity == item.weights.identity):
+    checkpoints = dict(ledger.checkpoints)
+    latest = max((seen.written for seen in checkpoints.values()), default=0)
+    for checkpoint in stored:
+        before = checkpoints.get(str(checkpoint.step))
+        if checkpoint.weights is None or (before is not None and before.identity == checkpoint.weights.identity):
             continue
-        written = written_at(item, default=int(now * 1e9))
+        written = written_at(checkpoint, default=int(now * 1e9))
         if before is not None and before.written != written:
             # What was seen to change is newer than all that was there before, whatever its clock says.
             written = max(written, latest + 1)
-        found[str(item.step)] = Seen(item.weights.identity, written)
-    return found
+        checkpoints[str(checkpoint.step)] = Seen(checkpoint.weights.identity, written)
+    return checkpoints
 
 
 def left_behind(stored: Collection[StoredCheckpoint], checkpoints: Mapping[str, Seen]) -> set[int]:
@@ -75,7 +75,7 @@ def left_behind(stored: Collection[StoredCheckpoint], checkpoints: Mapping[str, 
 def segment(stored: Collection[StoredCheckpoint], checkpoints: Mapping[str, Seen]) -> tuple[StoredCheckpoint, ...]:
     """Return what belongs to the newest segment of the run."""
     behind = left_behind(stored, checkpoints)
-    return tuple(item for item in stored if item.step not in behind)
+    return tuple(checkpoint for checkpoint in stored if checkpoint.step not in behind)
 
 
 def read_ledger(settings: Settings) -> Ledger:
@@ -89,11 +89,11 @@ def write_ledger(settings: Settings, ledger: Ledger) -> None:
     write_json(settings.home / "ledger.json", asdict(ledger))
 
 
-def written_at(item: StoredCheckpoint, *, default: int) -> int:
+def written_at(checkpoint: StoredCheckpoint, *, default: int) -> int:
     """Return when the files of a ready checkpoint on a disk were written (ns since the epoch), elsewhere `default`."""
-    if item.weights is None or item.directory.kind is not Kind.DISK:
+    if checkpoint.weights is None or checkpoint.directory.kind is not Kind.DISK:
         return default
-    return max(file.mtime_ns for file in item.weights.files)
+    return max(file.mtime_ns for file in checkpoint.weights.files)
 
 
 def _times(directory: Directory) -> list[int]:

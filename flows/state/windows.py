@@ -19,7 +19,8 @@ from relex.store import StoredCheckpoint
 
 def window_key(settings: Settings, base: Weights, inside: list[StoredCheckpoint]) -> str:
     """Return the name of one decision: a digest of the observed files and of every setting that decides."""
-    return key_of(settings, base, {item.step: item.weights.identity for item in inside if item.weights is not None})
+    observed = {checkpoint.step: checkpoint.weights.identity for checkpoint in inside if checkpoint.weights is not None}
+    return key_of(settings, base, observed)
 
 
 def key_of(settings: Settings, base: Weights, checkpoints: Mapping[int, str]) -> str:
@@ -64,7 +65,9 @@ def decisions_of(settings: Settings, base: Weights, checkpoints: Mapping[int, st
     A run that was started anew, or resumed inside a window, has not been decided.
     """
     return [
-        item for item in read_decisions(settings) if item.key == key_up_to(settings, base, checkpoints, item.window)
+        decision
+        for decision in read_decisions(settings)
+        if decision.key == key_up_to(settings, base, checkpoints, decision.window)
     ]
 
 
@@ -73,7 +76,9 @@ def attempt(settings: Settings, base: Weights, checkpoints: Mapping[int, str]) -
     if settings.window != "auto":
         return 1, 1
     last = max(checkpoints)
-    earlier = [item for item in decisions_of(settings, base, checkpoints) if item.gates and item.window < last]
+    earlier = [
+        decision for decision in decisions_of(settings, base, checkpoints) if decision.gates and decision.window < last
+    ]
     return len(earlier) + 1, settings.attempts
 
 

@@ -26,25 +26,26 @@ def tick(settings: Settings, run: Snapshot, *, end: int | None) -> tuple[list[Ev
         event(
             CHECKPOINT_READY,
             settings,
-            f"{item.step} {item.weights.identity}",
-            {"training_run": settings.training_run, "step": item.step, "path": str(item.directory)},
+            f"{checkpoint.step} {checkpoint.weights.identity}",
+            {"training_run": settings.training_run, "step": checkpoint.step, "path": str(checkpoint.directory)},
         )
-        for item in stored
-        if item.weights is not None and ledger.checkpoints.get(str(item.step)) != checkpoints[str(item.step)]
+        for checkpoint in stored
+        if checkpoint.weights is not None
+        and ledger.checkpoints.get(str(checkpoint.step)) != checkpoints[str(checkpoint.step)]
     ]
     # What another run or segment left in the ledger is forgotten; what this one has lost is not.
     gone = set(lost(settings, stored, ledger)) - run.left_behind
     windows = dict(ledger.windows)
     steps = [] if end is None else full_window(run.newest, end)
     if steps and not gone:
-        key = window_key(settings, run.base, [item for item in stored if item.step in steps])
+        key = window_key(settings, run.base, [checkpoint for checkpoint in stored if checkpoint.step in steps])
         sent = windows.get(key, Sent(0, 0.0))
         if sent.due(run.now) and not decided(settings, key) and not claimed(settings, key):
             windows[key] = Sent(sent.times + 1, run.now)
             payload = {"training_run": settings.training_run, "key": key, "steps": steps, "attempt": sent.times + 1}
             # The attempt is part of the id: a server ignores an id it has seen.
             events.append(event(WINDOW_READY, settings, f"{key} {sent.times + 1}", payload))
-    there = {item.step for item in stored}
+    there = {checkpoint.step for checkpoint in stored}
     checkpoints = {step: seen for step, seen in checkpoints.items() if int(step) in there | gone}
     return events, replace(ledger, checkpoints=checkpoints, windows=windows)
 
@@ -54,11 +55,11 @@ def full_window(stored: Collection[StoredCheckpoint], end: int) -> list[int]:
 
     Full: a ready checkpoint at or after the window's end, at least two up to it, and none up to it that is not ready.
     """
-    inside = [item for item in stored if item.step <= end]
-    reached = any(item.step >= end and item.state is State.READY for item in stored)
-    if not reached or len(inside) < 2 or any(item.state is not State.READY for item in inside):
+    inside = [checkpoint for checkpoint in stored if checkpoint.step <= end]
+    reached = any(checkpoint.step >= end and checkpoint.state is State.READY for checkpoint in stored)
+    if not reached or len(inside) < 2 or any(checkpoint.state is not State.READY for checkpoint in inside):
         return []
-    return [item.step for item in inside]
+    return [checkpoint.step for checkpoint in inside]
 
 
 def lost(settings: Settings, stored: Collection[StoredCheckpoint], ledger: Ledger) -> list[int]:
@@ -67,13 +68,13 @@ def lost(settings: Settings, stored: Collection[StoredCheckpoint], ledger: Ledge
     They were pruned by the trainer: the window would silently be another one. A run that was started anew in the same
     directory has none of the announced files and loses nothing.
     """
-    there = {item.step for item in stored}
+    there = {checkpoint.step for checkpoint in stored}
     kept = []
-    for item in stored:
-        seen = ledger.checkpoints.get(str(item.step))
+    for checkpoint in stored:
+        seen = ledger.checkpoints.get(str(checkpoint.step))
         # A copy of what was announced was written when that was.
-        same = seen is not None and item.weights is not None and item.weights.identity == seen.identity
-        if same or (seen is not None and written_at(item, default=-1) == seen.written):
-            kept.append(item.step)
+        same = seen is not None and checkpoint.weights is not None and checkpoint.weights.identity == seen.identity
+        if same or (seen is not None and written_at(checkpoint, default=-1) == seen.written):
+            kept.append(checkpoint.step)
     announced = [int(step) for step in ledger.checkpoints if int(step) <= settings.end]
     return sorted(step for step in announced if step not in there and step < max(kept, default=0))

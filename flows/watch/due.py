@@ -67,14 +67,13 @@ def arm(
         key = key_up_to(settings, base, identities, settings.window)
         return DueWindow(settings.window, closed=decided(settings, key))
     ready = _ready(newest, settings.end)
-    final = any(item.step >= settings.end and item.state is State.READY for item in newest) and len(ready) == sum(
-        item.step <= settings.end for item in newest
-    )
+    reached = any(checkpoint.step >= settings.end and checkpoint.state is State.READY for checkpoint in newest)
+    final = reached and len(ready) == sum(checkpoint.step <= settings.end for checkpoint in newest)
     last = ready[-1].step if len(ready) > 1 else 0
     decisions = decisions_of(settings, base, identities)
-    gated = [item for item in decisions if item.gates]
-    refused = max((item.window for item in decisions), default=0)
-    if any(item.verdict == "registered" for item in decisions):
+    gated = [decision for decision in decisions if decision.gates]
+    refused = max((decision.window for decision in decisions), default=0)
+    if any(decision.verdict == "registered" for decision in decisions):
         return DueWindow(refused, f"registered from step {refused}", closed=True)
     if len(gated) >= settings.attempts:
         return DueWindow(refused, f"{len(gated)} of {settings.attempts} attempts at the gate are spent", closed=True)
@@ -97,12 +96,12 @@ def arm(
 
 def _ready(newest: Sequence[StoredCheckpoint], end: int) -> list[StoredCheckpoint]:
     """Return the checkpoints up to `end` before the first that is not ready."""
-    found: list[StoredCheckpoint] = []
-    for item in newest:
-        if item.state is not State.READY or item.step > end:
+    ready: list[StoredCheckpoint] = []
+    for checkpoint in newest:
+        if checkpoint.state is not State.READY or checkpoint.step > end:
             break
-        found.append(item)
-    return found
+        ready.append(checkpoint)
+    return ready
 
 
 def _look(
@@ -116,18 +115,18 @@ def _look(
 ) -> _Look:
     step = ready[-1].step
     try:
-        _, found = backtest_window(settings, base, ready, tell=tell)
+        _, convergence = backtest_window(settings, base, ready, tell=tell)
     except UnreachableError:
         raise
     except RelexError as error:
         # At the end the decision says so; before it, more checkpoints may help.
         return _Look(step, key, due=final, reason=str(error))
-    reason = found.reason
+    reason = convergence.reason
     reaches = settings.targets != "auto" or settings.total_steps is None or step * REACH >= settings.total_steps
-    if found.converged and not reaches:
+    if convergence.converged and not reaches:
         assert settings.total_steps is not None
         reason += f" Step {settings.total_steps} is in reach from step {-(-settings.total_steps // REACH)}."
-    return _Look(step, key, due=final or (found.converged and reaches), reason=reason)
+    return _Look(step, key, due=final or (convergence.converged and reaches), reason=reason)
 
 
 def _read(settings: Settings) -> _Look | None:

@@ -92,11 +92,11 @@ class Pins:
         """Return the steps that were deleted by the trainer before they were whole here."""
         pinned = _steps(self._root)
         return [
-            item.step
-            for item in stored
-            if item.state is State.BROKEN
-            and item.step in pinned
-            and not _tree(self._root / pinned[item.step])[0].keys() <= _tree(self._live / pinned[item.step])[0].keys()
+            saved.step
+            for saved in stored
+            if saved.state is State.BROKEN
+            and saved.step in pinned
+            and not _tree(self._root / pinned[saved.step])[0].keys() <= _tree(self._live / pinned[saved.step])[0].keys()
         ]
 
     def end(self) -> int:

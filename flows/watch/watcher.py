@@ -172,7 +172,7 @@ def describe(
     `vanished` are the steps that were deleted before they could be pinned whole.
     """
     newest = segment(stored, ledger.checkpoints)
-    ready = [item.step for item in newest if item.state is State.READY]
+    ready = [checkpoint.step for checkpoint in newest if checkpoint.state is State.READY]
     latest = max(ready, default=0)
     inside = [step for step in ready if step <= settings.end]
     most = "at most " if settings.window == "auto" else ""
@@ -181,8 +181,11 @@ def describe(
         text += f"; {due.text}"
     if ledger.released:
         return 100.0, f"{settings.training_run}: window {due.end} is decided, its pins are released"
-    blocking = next((item for item in stored if item.step <= settings.end and item.state is State.BROKEN), None)
-    left = [item.step for item in stored if item not in newest and item.step <= settings.end]
+    blocking = next(
+        (checkpoint for checkpoint in stored if checkpoint.step <= settings.end and checkpoint.state is State.BROKEN),
+        None,
+    )
+    left = [checkpoint.step for checkpoint in stored if checkpoint not in newest and checkpoint.step <= settings.end]
     setting = setting_of(stored[0].directory.name) if stored else ""
     if pruned := lost(settings, stored, ledger):
         text += (
@@ -205,7 +208,7 @@ def describe(
         text += f"; blocked by step {blocking.step}: {blocking.reason}"
     missing = holes([0, *inside])
     if missing:
-        text += "; " + "; ".join(item.text.rstrip(".") for item in missing)
+        text += "; " + "; ".join(hole.text.rstrip(".") for hole in missing)
     return min(100.0, 100.0 * latest / settings.end), text
 
 
