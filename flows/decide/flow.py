@@ -68,10 +68,10 @@ def score_model(settings: Settings, model: Model, benchmarks: list[str], limit: 
     return [score(model, report) for report in reports(settings, model, benchmarks, limit=limit, on_progress=tell)]
 
 
-def gate_model(settings: Settings, winner: Model, references: list[Model], looks: int) -> list[Gate]:
+def gate_model(settings: Settings, winner: Model, references: list[Model], comparisons: int) -> list[Gate]:
     """Compare the chosen candidate with each reference on the gate benchmark, problem by problem.
 
-    `looks` windows of the run share the error.
+    `comparisons` windows of the run share the error.
     """
     scored = [(model, reports(settings, model, [settings.gate])[0]) for model in (winner, *references)]
     confidence = settings.confidence
@@ -82,7 +82,7 @@ def gate_model(settings: Settings, winner: Model, references: list[Model], looks
         scored[1:],
         margin=settings.margin,
         confidence=confidence,
-        looks=looks,
+        comparisons=comparisons,
     )
     return [
         replace(
@@ -92,7 +92,7 @@ def gate_model(settings: Settings, winner: Model, references: list[Model], looks
                 # Non-inferior to what was observed, but better than what people already use.
                 margin=settings.margin if reference.role == "observed" else 0.0,
                 confidence=confidence,
-                comparisons=looks,
+                comparisons=comparisons,
             ),
             candidate=winner.title,
             reference=reference.title,

@@ -5,12 +5,13 @@ scoring anything.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from evaluation.errors import ReportError
+from pydantic import AliasChoices, Field, TypeAdapter, ValidationError
+
 from evaluation.verdict.report import Report
 from flows.errors import PromotionError
 from flows.settings import Settings
@@ -30,16 +31,18 @@ class Scored:
 
 @dataclass(frozen=True)
 class GateResults:
-    """Scores that were compared, and on which terms: `looks` windows or candidates shared the error 1 - confidence.
+    """Scores that were compared, and on which terms.
 
-    `margin` is for the last observed checkpoint; a champion has to be beaten.
+    `comparisons` windows or candidates share the error 1 - confidence. `margin` is for the last observed checkpoint; a
+    champion has to be beaten.
     """
 
     candidate: Scored
     references: tuple[Scored, ...]
     margin: float
     confidence: float
-    looks: int
+    # Gate results of earlier versions hold it as looks.
+    comparisons: Annotated[int, Field(validation_alias=AliasChoices("comparisons", "looks"))]
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON types."""
@@ -54,14 +57,14 @@ class GateResults:
                 raise PromotionError(
                     f"gate results have format {content['format']}, this relex reads {FORMAT}. Decide again."
                 )
-            return cls(
-                _scored(content["candidate"]),
-                tuple(map(_scored, content["references"])),
-                float(content["margin"]),
-                float(content["confidence"]),
-                int(content["looks"]),
-            )
-        except (ValueError, KeyError, TypeError, ReportError) as error:
+            return TypeAdapter(cls).validate_python(content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise PromotionError(
+                f"registered gate results cannot be read ({where}: {first['msg']}). Decide again."
+            ) from error
+        except (ValueError, KeyError, TypeError) as error:
             raise PromotionError(f"registered gate results cannot be read ({error!r}). Decide again.") from error
 
 
@@ -77,15 +80,11 @@ def write_gate_results(
     *,
     margin: float,
     confidence: float,
-    looks: int = 1,
+    comparisons: int = 1,
 ) -> Path:
     """Write what the gate compared to `path`, for `deploy.registry.register(gate_reports=[path])`; returns the path."""
     results = GateResults(
-        Scored(*candidate), tuple(Scored(*reference) for reference in references), margin, confidence, looks
+        Scored(*candidate), tuple(Scored(*reference) for reference in references), margin, confidence, comparisons
     )
     write_json(path, results.to_json())
     return path
-
-
-def _scored(content: Mapping[str, Any]) -> Scored:
-    return Scored(Model(**content["model"]), Report.from_json(json.dumps(content["report"])))

@@ -82,14 +82,14 @@ class World:
             for right in [self._right[name, model][:limit]]
         ]
 
-    def _gate(self, settings: Settings, winner: Model, references: list[Model], looks: int) -> list[Gate]:
+    def _gate(self, settings: Settings, winner: Model, references: list[Model], comparisons: int) -> list[Gate]:
         return [
             gate(
                 self._report(winner),
                 self._report(reference),
                 margin=self.settings.margin,
                 confidence=self.settings.confidence,
-                comparisons=looks,
+                comparisons=comparisons,
             )
             for reference in references
         ]

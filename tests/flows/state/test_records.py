@@ -1,17 +1,23 @@
-"""Files that earlier versions wrote are read; those in golden/ are of one that called a gate's comparisons looks."""
+"""Files that earlier versions wrote are read; those in golden/ are of one that called comparisons looks."""
 
 import json
 from dataclasses import asdict
 from pathlib import Path
+from uuid import UUID
 
 import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from pydantic import ValidationError
 
+from flows.decide.gate_results import GateResults
 from flows.drift.record import Compared
+from flows.errors import PromotionError
+from flows.settings import Settings
 from flows.state.decision import Decision
-from flows.state.events import Sent
+from flows.state.events import Event, Sent
 from flows.state.ledger import Ledger, Seen
 from flows.state.records import read_json, write_json
+from flows.watch import outbox
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -48,3 +54,64 @@ def test_a_file_that_is_something_else_is_refused_and_not_read_as_empty(tmp_path
     (tmp_path / "ledger.json").write_text('{"checkpoints": {"10": {"identity": "ab"}}}')
     with pytest.raises(ValidationError, match="written"):
         read_json(tmp_path / "ledger.json", Ledger)
+
+
+def test_gate_results_of_an_earlier_version_are_read_number_by_number() -> None:
+    before = json.loads((GOLDEN / "gate_results.json").read_bytes())
+    results = GateResults.from_json(json.dumps(before))
+    assert results.comparisons == before["looks"] == 3
+    now = json.loads(json.dumps(results.to_json()))
+    before["comparisons"] = before.pop("looks")
+    # As text: True is not 1, and 1 is not 1.0.
+    assert json.dumps(now) == json.dumps(before)
+    assert GateResults.from_json(json.dumps(now)) == results
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 2}, "have format 2, this relex reads 1"),
+        ({"margin": None}, "cannot be read .margin: "),
+        ({"candidate": {}}, "cannot be read .candidate.model: "),
+        ({"looks": "three"}, "cannot be read .looks: "),
+    ],
+)
+def test_gate_results_that_are_something_else_are_refused_in_one_line(change: dict[str, object], message: str) -> None:
+    content = json.loads((GOLDEN / "gate_results.json").read_bytes()) | change
+    with pytest.raises(PromotionError, match=message) as refused:
+        GateResults.from_json(json.dumps(content))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "null"])
+def test_a_text_that_is_no_gate_results_is_refused(text: str) -> None:
+    with pytest.raises(PromotionError, match="gate results cannot be read"):
+        GateResults.from_json(text)
+
+
+def test_events_are_kept_as_the_bytes_of_an_earlier_version(settings: Settings) -> None:
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
+        for number in (1, 2):
+            payload = {"training_run": "tiny", "step": 10 * number, "path": f"run/checkpoint-{10 * number}"}
+            event = Event("relex.checkpoint.ready", UUID(int=number), "relex.run.tiny", payload)
+            outbox.keep(settings, [event], now=1699999999.25 + number)
+    assert (settings.home / "outbox.json").read_bytes() == (GOLDEN / "outbox.json").read_bytes()
+
+
+def test_what_an_earlier_version_sent_is_sent_again(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = settings.home / "outbox.json"
+    path.parent.mkdir(parents=True)
+    content = (GOLDEN / "outbox.json").read_bytes()
+    path.write_bytes(content)
+    monkeypatch.setattr(outbox, "_shown", lambda _: set())
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
+        outbox.keep(settings, [Event("later", UUID(int=3), "relex.run.tiny", {})], now=1700000002.0)
+        again = outbox.due(settings, now=1700000010.5)
+    payload = {"training_run": "tiny", "step": 10, "path": "run/checkpoint-10"}
+    assert again == [Event("relex.checkpoint.ready", UUID(int=1), "relex.run.tiny", payload)]
+    kept = json.loads(path.read_bytes())
+    assert kept.pop(str(UUID(int=3)))["sent"] == 1700000002.0
+    assert kept.get(str(UUID(int=1))).pop("sent") == 1700000010.5
+    before = json.loads(content)
+    before[str(UUID(int=1))].pop("sent")
+    assert kept == before
