@@ -101,7 +101,7 @@ def command_of(process: psutil.Process) -> list[str]:
         return []
 
 
-async def until(condition: Callable[[], bool], *, seconds: float = 120) -> None:
+async def until(condition: Callable[[], bool], *, seconds: float = 480) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end

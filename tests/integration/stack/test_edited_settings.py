@@ -18,6 +18,7 @@ from flows.state.windows import read_decisions, window_key
 from relex.store import open_base, scan
 from tests.evaluation.conftest import write_model
 from tests.helpers.straight_run import make_old
+from tests.helpers.waiting import wait_for
 
 DECIDE = """
 import sys
@@ -26,6 +27,11 @@ from flows.decide.flow import decide
 config, key, tracking_uri = sys.argv[1:]
 decide(config=config, steps=[10, 25], key=key, tracking_uri=tracking_uri)
 """
+
+
+def evaluating(home: Path) -> bool:
+    """Return whether an evaluation on the selection has begun."""
+    return any(home.glob("evaluations/selection-*"))
 
 
 @pytest.mark.slow
@@ -55,20 +61,19 @@ def test_a_margin_that_is_edited_while_candidates_are_scored_does_not_change_the
     weights = open_base(settings.base)
     key = window_key(settings, weights, list(scan(settings.checkpoints, weights, now=time.time())))
 
-    deciding = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", DECIDE, str(config), key, servers.mlflow_url],
         env=server_environment,
         stderr=subprocess.PIPE,
         text=True,
-    )
-    end = time.monotonic() + 120
-    while not any(settings.home.glob("evaluations/selection-*")):
-        assert deciding.poll() is None, deciding.stderr and deciding.stderr.read()
-        assert time.monotonic() < end
-        time.sleep(0.01)
-    # The candidate is not scored yet; against these nearly everything passes.
-    config.write_text(yaml.safe_dump(content | {"margin": 0.9, "confidence": 0.6, "gate": "easy.yaml"}))
-    _, log = deciding.communicate()
+    ) as deciding:
+        try:
+            wait_for("an evaluation on the selection", lambda: evaluating(settings.home) or deciding.poll() is not None)
+            # The candidate is not scored yet; against these nearly everything passes.
+            config.write_text(yaml.safe_dump(content | {"margin": 0.9, "confidence": 0.6, "gate": "easy.yaml"}))
+            _, log = deciding.communicate()
+        finally:
+            deciding.kill()
     assert deciding.returncode == 0, log
 
     (decision,) = read_decisions(settings)
