@@ -1,27 +1,46 @@
 """The one address of a served model: a thin reverse proxy whose engine can be changed while requests run.
 
-A request goes to the engine that is current when it has arrived in full, and stays with it.
+A request goes to the engine that is current when it has arrived in full, and stays with it. What is not asked
+for in the one spelling of a route of the OpenAI interface never reaches an engine, nor what a foreign page asks for.
 """
 
 import asyncio
-from collections.abc import Coroutine, Iterable, Iterator
+import re
+from collections.abc import Coroutine, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import h11
 import httpx
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 # Of one connection, not of the message (RFC 9110, 7.6.1).
 _HOP_BY_HOP = {
     *(b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection"),
     *(b"te", b"trailer", b"transfer-encoding", b"upgrade"),
 }
-# How transformers serve is told to load another model, or to drop this one: not the client's to say.
-_CONTROLS = ("/load_model", "/reset")
+# Engines have more: transformers serve loads and drops models at /load_model and /reset, and takes the path of any at
+# /v1/audio/transcriptions; vLLM loads adapters.
+_MODELS = "/v1/models"
+_ASKED = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
+_ROUTES = {
+    "/health": ("GET", "HEAD"),
+    _MODELS: ("GET", "HEAD"),
+    **dict.fromkeys(_ASKED, ("POST", "OPTIONS")),
+}
+_TARGET = re.compile(rb"(/[A-Za-z0-9._-]+)+")
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?")
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _VERSION_HEADER = b"relex-version"
+_QUERY_BYTES = 4096
+# A prompt of a million tokens is 5 MB.
+_BODY_BYTES = 32 * 2**20
+_BODY_SECONDS = 60.0
+_HEAD_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -62,11 +81,55 @@ class Upstream:
         await self._idle.wait()
 
 
-class Proxy:
-    """An ASGI application that hands requests on to `upstream`; while that is None it answers 503."""
+class _Refused(Exception):
+    """A request that is answered here, with this status."""
 
-    def __init__(self) -> None:
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class HeadTimed(H11Protocol):
+    """uvicorn's protocol, which bounds the length of a request's head; this one bounds its time, too."""
+
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Take a connection, and wait so long for its first request."""
+        super().connection_made(transport)
+        self._time()
+
+    def data_received(self, data: bytes) -> None:
+        """Take bytes; from the first of a request to the end of its head no more than the time may pass."""
+        super().data_received(data)
+        self._time()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Wait for nothing more."""
+        super().connection_lost(exc)
+        self._stop()
+
+    def _time(self) -> None:
+        if self.conn.their_state is not h11.IDLE:
+            self._stop()
+        elif self._late is None:
+            self._late = self.loop.call_later(_HEAD_SECONDS, self.timeout_keep_alive_handler)
+
+    def _stop(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
+
+
+class Proxy:
+    """An ASGI application that hands requests on to `upstream`; while that is None it answers 503.
+
+    `names` are what clients may call it by, beside the loopback interface's and the address they reached.
+    """
+
+    def __init__(self, *, names: Iterable[str] = ()) -> None:
         self.upstream: Upstream | None = None
+        self._names = {name.lower() for name in (*_LOOPBACK, *names)}
         # A connection a request: one kept open may be closed by the engine while a request is on its way to it.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         self._client = httpx.AsyncClient(
@@ -80,20 +143,38 @@ class Proxy:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         try:
-            body = await Request(scope, receive).body()
+            path = _route(scope)
+            self._check_names(scope)
+            body = await _body(Request(scope, receive))
+        except _Refused as refused:
+            # What is left of the request is not waited for.
+            await _refusal(refused.status, str(refused), {"connection": "close"})(scope, receive, send)
+            return
         except ClientDisconnect:
             return
-        upstream, path = self.upstream, scope["path"]
+        upstream = self.upstream
         if upstream is None:
-            await _refusal(503, "the engine has ended and is started again")(scope, receive, send)
-        elif path in _CONTROLS:
-            await _refusal(404, f"{path} is not served")(scope, receive, send)
-        elif path == "/v1/models":
+            message = "the engine has ended and is started again"
+            await _refusal(503, message, {"retry-after": "5"})(scope, receive, send)
+        elif path == _MODELS:
             # An engine's own list may be of all it could load.
             await _models(upstream.served)(scope, receive, send)
         else:
             with upstream.request():
                 await _unless_disconnected(receive, self._relay(upstream, scope, body, receive, send))
+
+    def _check_names(self, scope: Scope) -> None:
+        """Refuse a request that reached us under a stranger's name, or that a stranger's page makes a browser send."""
+        # A name that a page had resolved to this address makes the page's requests look like its own server's.
+        known = {*self._names, scope["server"][0].lower()}
+        given = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
+        if [_host(value) in known for value in given] != [True]:
+            raise _Refused(
+                403, f"{', '.join(given) or 'no host'} is not a name of this server; relex serve --allow-host adds one"
+            )
+        for origin in (value.decode("latin-1") for name, value in scope["headers"] if name == b"origin"):
+            if _host(origin.removeprefix("http://").removeprefix("https://")) not in known:
+                raise _Refused(403, f"pages of {origin} are not let in; relex serve --allow-host adds their host")
 
     async def _relay(self, upstream: Upstream, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
         target = httpx.URL(upstream.url).copy_with(
@@ -105,8 +186,7 @@ class Proxy:
         try:
             answer = await self._client.send(request, stream=True)
         except httpx.TransportError as error:
-            reason = f"the engine gave no answer ({type(error).__name__})"
-            await _refusal(502, reason)(scope, receive, send)
+            await _refusal(502, f"the engine gave no answer ({type(error).__name__})")(scope, receive, send)
             return
         try:
             version = (_VERSION_HEADER, str(upstream.served.version).encode())
@@ -125,6 +205,45 @@ class Proxy:
             return
         finally:
             await answer.aclose()
+
+
+def _route(scope: Scope) -> str:
+    """Return the route that is asked for; _Refused where it is none of ours or written in any but its one spelling."""
+    # As it came, not as uvicorn decodes it: an engine may decode it once more.
+    target = scope["raw_path"]
+    plain = _TARGET.fullmatch(target) and not {b".", b".."} & set(target.split(b"/"))
+    if not plain or len(scope["query_string"]) > _QUERY_BYTES:
+        raise _Refused(400, "the target of the request is no plain path, or its query is long")
+    path = str(target.decode())
+    if path not in _ROUTES:
+        raise _Refused(404, f"{path} is not served; what is: {', '.join(_ROUTES)}")
+    if scope["method"] not in _ROUTES[path]:
+        raise _Refused(405, f"{path} takes {' and '.join(_ROUTES[path])}")
+    return path
+
+
+def _host(authority: str) -> str | None:
+    """Return the host of HOST or HOST:PORT in small letters, an IPv6 address without brackets; None where it is odd."""
+    match = _HOST.fullmatch(authority)
+    return match[1].strip("[]").lower() if match else None
+
+
+async def _body(request: Request) -> bytes:
+    """Return the body; _Refused where it is too long or takes too long."""
+    too_long = _Refused(413, f"a request may have {_BODY_BYTES} bytes")
+    # h11 has seen to it that this is digits.
+    if int(request.headers.get("content-length", 0)) > _BODY_BYTES:
+        raise too_long
+    body = bytearray()
+    try:
+        async with asyncio.timeout(_BODY_SECONDS):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > _BODY_BYTES:
+                    raise too_long
+    except TimeoutError:
+        raise _Refused(408, f"the request was not complete after {_BODY_SECONDS:.0f} s") from None
+    return bytes(body)
 
 
 async def _unless_disconnected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
@@ -158,7 +277,6 @@ def _models(served: Served) -> JSONResponse:
     return JSONResponse({"object": "list", "data": [{**asdict(served), **model}]})
 
 
-def _refusal(status: int, message: str) -> JSONResponse:
+def _refusal(status: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
     # The form that clients of this interface show to people.
-    content = {"error": {"message": message, "type": "relex", "code": status}}
-    return JSONResponse(content, status, headers={"retry-after": "5"} if status == 503 else None)
+    return JSONResponse({"error": {"message": message, "type": "relex", "code": status}}, status, headers=headers)

@@ -24,11 +24,12 @@ from deploy.local.port import free_port
 from deploy.registry import RegisteredModelVersion
 from deploy.serving import engine
 from deploy.serving.engine import Engine
-from deploy.serving.proxy import Proxy, Served, Upstream
+from deploy.serving.proxy import HeadTimed, Proxy, Served, Upstream
 
 # For answers that run when the service is asked to end, and for those of an engine that was replaced.
 _END_SECONDS = 30
 _RETIRE_SECONDS = 600.0
+_LOOK_SECONDS = 0.01
 # What did not come up is tried again, later each time.
 _LATEST_RETRY_SECONDS = 600.0
 
@@ -38,7 +39,8 @@ class Service:
     """What is served, where and by what.
 
     `engine` is a command, see `deploy.serving.engine.command`, or None for one that is installed; `options` go at its
-    end. Logs and names of engines lie in `home`, remote weights in `home`/models.
+    end. Logs and names of engines lie in `home`, remote weights in `home`/models. Clients may call it by
+    `names`, beside the loopback interface's names, this machine's and the address they reached.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Service:
     options: tuple[str, ...] = ()
     host: str = "127.0.0.1"
     port: int = 8000
+    names: tuple[str, ...] = ()
     poll_seconds: float = 10.0
 
 
@@ -98,23 +101,15 @@ async def serving(
     with _bound(service) as listener:
         row = await _champion(service, tracking_uri)
         async with AsyncExitStack() as ending:
-            proxy = Proxy()
+            proxy = Proxy(names=(service.host, socket.gethostname(), *service.names))
             ending.push_async_callback(proxy.aclose)
             follower = _Follower(service, tracking_uri, on_notice, proxy, await _start(service, tracking_uri, row))
             ending.push_async_callback(follower.aclose)
-            config = uvicorn.Config(
-                proxy,
-                log_config=None,
-                access_log=False,
-                lifespan="off",
-                ws="none",
-                server_header=False,
-                date_header=False,
-                timeout_graceful_shutdown=_END_SECONDS,
-            )
-            server = uvicorn.Server(config)
+            server = server_of(proxy)
             tasks = [asyncio.create_task(server.serve(sockets=[listener])), asyncio.create_task(follower.follow())]
             try:
+                while not (server.started or tasks[0].done()):
+                    await asyncio.sleep(_LOOK_SECONDS)
                 host = f"[{service.host}]" if ":" in service.host else service.host
                 url = f"http://{host}:{listener.getsockname()[1]}/v1"
                 on_notice(Notice("answers", row.version, f"{_title(row)} answers at {url}"))
@@ -270,6 +265,24 @@ def _bound(service: Service) -> socket.socket:
             f"{service.host}:{service.port} cannot be served at: {error.strerror}. Choose another --host or --port."
         ) from error
     return listener
+
+
+def server_of(proxy: Proxy) -> uvicorn.Server:
+    """Return the HTTP server that the proxy answers behind."""
+    return uvicorn.Server(
+        uvicorn.Config(
+            proxy,
+            # Its parser keeps a target as it came, and bounds the head.
+            http=HeadTimed,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            ws="none",
+            server_header=False,
+            date_header=False,
+            timeout_graceful_shutdown=_END_SECONDS,
+        )
+    )
 
 
 def _title(row: RegisteredModelVersion) -> str:

@@ -170,6 +170,9 @@ def serve(
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen at; nobody is asked for a password.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0: any.")] = 8000,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="Further name that clients call this server by; may be repeated.")
+    ] = None,
     poll_seconds: Annotated[float, typer.Option(min=0.1, help="How often to look whether the champion changed.")] = 10,
     home: Home = HOME,
     as_json: Json = False,
@@ -190,5 +193,14 @@ def serve(
             print_sentence(notice.text)
 
     place = home.expanduser().resolve()
-    service = Service(name, place, engine, tuple(options or ()), host=host, port=port, poll_seconds=poll_seconds)
+    service = Service(
+        name,
+        place,
+        engine,
+        tuple(options or ()),
+        host=host,
+        port=port,
+        names=tuple(allow_host or ()),
+        poll_seconds=poll_seconds,
+    )
     run_service(service, tracking_uri=lambda: stack.tracking_uri(place), on_notice=on_notice)

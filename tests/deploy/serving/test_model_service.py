@@ -1,6 +1,7 @@
 """Serving: a real registry, the real proxy and guard, and an engine of the user's own that costs nothing to start."""
 
 import asyncio
+import contextlib
 import json
 import re
 import shlex
@@ -10,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +23,8 @@ import pytest
 from deploy import champions, registry
 from deploy.champions import Clearance
 from deploy.errors import CandidateError, NoSuchVersionError, ServingError
-from deploy.serving import engine
-from deploy.serving.service import Notice, Service, serving
+from deploy.serving import engine, proxy
+from deploy.serving.service import Notice, Service, server_of, serving
 from deploy.tracking import prepare
 from tests.helpers.predictions import write_prediction
 
@@ -88,6 +89,24 @@ def home(template: Path, tmp_path: Path) -> Home:
     return Home(tmp_path)
 
 
+@asynccontextmanager
+async def alone(names: Iterable[str] = ()) -> AsyncIterator[Home]:
+    """Serve a model behind which there is no engine, and say where."""
+    front = proxy.Proxy(names=names)
+    front.upstream = proxy.Upstream("http://127.0.0.1:1", proxy.Served("digits", 1, "d", 240, 0))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = server_of(front)
+        task = asyncio.create_task(server.serve(sockets=[listener]))
+        while not server.started:
+            await asyncio.sleep(0.01)
+        try:
+            yield Home(Path(), url=f"http://127.0.0.1:{listener.getsockname()[1]}")
+        finally:
+            server.should_exit = True
+            await task
+            await front.aclose()
+
+
 def mine(place: Path) -> set[psutil.Process]:
     """Return the live guards, engines and workers of engines that were started for a home."""
     named = {process for process in psutil.process_iter() if str(place) in " ".join(command_of(process))}
@@ -131,6 +150,202 @@ def test_requests_and_answers_pass_unchanged(home: Home) -> None:
             (model,) = (await client.get("/v1/models")).json()["data"]
             assert (model["id"], model["version"], model["target_step"]) == ("digits", 1, 240)
             assert (await client.post("/load_model", json={"model": "/another"})).status_code == 404
+
+    asyncio.run(scenario())
+
+
+# Of what loads another model, drops this one, or takes the path of any: servers decode, merge and resolve some of them.
+SPELLINGS = [
+    spelling
+    for control in ("load_model", "reset", "v1/audio/transcriptions", "v1/load_lora_adapter")
+    for spelling in (
+        *(f"/{control}", f"/./{control}", f"/x/../{control}", f"/v1/models/../../{control}", f"//{control}"),
+        *(f"/%2e/{control}", f"/x%2f..%2f{control}", f"/x/%2e%2e/{control}", f"/%2f{control}", f"/{control}%2f"),
+        *(f"/{control}/", f"/{control}//", f"/{control}?x=/v1/models", f"/{control};x", f"/{control}%00"),
+        *(f"/%6c{control[1:]}", f"http://127.0.0.1/{control}", f"/{control}#/v1/models", f"/{control.upper()}"),
+        *(f"/v1/chat/completions/../../../{control}", f"/health/..%5c{control}", f"/.{control}", f"{control}"),
+    )
+]
+ODD = [
+    *("*", "//", "/", "/v1//chat/completions", f"{CHAT}/", "/v1/./chat/completions", "/v1/chat%2fcompletions"),
+    *(f"{CHAT}?{'x' * 5000}", f"{CHAT}?{'x' * 70_000}"),
+]
+
+
+async def spoken(home: Home, request: str | bytes) -> str:
+    """Return the status line of the answer to a request that is sent as it is written; empty without an answer."""
+    reader, writer = await asyncio.open_connection(*home.url.removeprefix("http://").split(":"))
+    writer.write(request.encode() if isinstance(request, str) else request)
+    try:
+        return (await reader.readline()).decode().strip()
+    except ConnectionError:
+        return ""
+    finally:
+        writer.close()
+
+
+def statuses(answers: Iterable[str]) -> set[str]:
+    return {answer.partition(" ")[2][:3] for answer in answers}
+
+
+def test_an_engine_is_asked_by_the_plain_routes_of_the_interface_and_by_no_other_spelling(home: Home) -> None:
+    home.promote(1)
+
+    async def scenario() -> None:
+        async with home.serve() as client:
+            asked: dict[str, str] = {}
+            for target in (*SPELLINGS, *ODD):
+                for method in ("POST", "GET"):
+                    head = f"{method} {target} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{{}}"
+                    asked[f"{method} {target}"] = await spoken(home, head)
+            assert statuses(asked.values()) <= {"400", "404", "405"}, asked
+            assert {target for target in ODD if "400" not in asked[f"POST {target}"]} == set()
+            for route in ("chat/completions", "completions", "embeddings", "responses"):
+                assert (await client.post(f"/v1/{route}", content=b"{}")).json()["path"] == f"/v1/{route}"
+                assert (await client.get(f"/v1/{route}")).status_code == 405
+            assert (await client.get("/health")).text == "here"
+            assert (await client.post("/v1/models")).status_code == 405
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ("Host: localhost:1", "200"),
+        ("Host: 127.0.0.1", "200"),
+        ("Host: [::1]:8000", "200"),
+        ("Host: Models.example:80", "200"),
+        ("Host: localhost\r\nOrigin: http://localhost:3000", "200"),
+        ("Host: localhost\r\nOrigin: https://models.example", "200"),
+        ("Host: evil.example:8000", "403"),
+        ("Host: 127.0.0.1.evil.example", "403"),
+        ("Host: localhost@evil.example", "403"),
+        ("Host: 10.0.0.1", "403"),
+        ("Host: \x1b[2Jlocalhost", "403"),
+        ("Host: ", "403"),
+        ("X: y", "400"),
+        ("Host: localhost\r\nHost: evil.example", "400"),
+        ("Host: localhost\r\nOrigin: http://evil.example", "403"),
+        ("Host: localhost\r\nOrigin: null", "403"),
+        ("Host: localhost\r\nOrigin: file://localhost", "403"),
+    ],
+)
+def test_a_stranger_s_name_or_page_is_refused(headers: str, status: str) -> None:
+    async def scenario() -> str:
+        async with alone(names=["models.example"]) as home:
+            return await spoken(home, f"GET /v1/models HTTP/1.1\r\n{headers}\r\n\r\n")
+
+    assert statuses([asyncio.run(scenario())]) == {status}
+
+
+def test_before_http_1_1_a_host_is_wanted_too() -> None:
+    async def scenario() -> str:
+        async with alone() as home:
+            return await spoken(home, "GET /v1/models HTTP/1.0\r\n\r\n")
+
+    assert statuses([asyncio.run(scenario())]) == {"403"}
+
+
+CHAT_HEAD = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\n"
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (f"{CHAT_HEAD}Content-Length: 101\r\n\r\n", "413"),
+        (f"{CHAT_HEAD}Content-Length: {'9' * 30}\r\n\r\n", "400"),
+        (f"{CHAT_HEAD}Content-Length: {'9' * 19}\r\n\r\n", "413"),
+        (f"{CHAT_HEAD}Transfer-Encoding: chunked\r\n\r\n" + f"32\r\n{'x' * 50}\r\n" * 3, "413"),
+        (f"{CHAT_HEAD}Content-Length: -1\r\n\r\n", "400"),
+    ],
+)
+def test_bodies_are_bounded(request_: str, status: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proxy, "_BODY_BYTES", 100)
+
+    async def scenario() -> str:
+        async with alone() as home:
+            return await spoken(home, request_)
+
+    assert statuses([asyncio.run(scenario())]) == {status}
+
+
+@pytest.mark.parametrize("begun", [f"{CHAT_HEAD}X: ", f"{CHAT_HEAD}X: y\r\n" * 2, "GET /v1/models?"])
+def test_a_head_without_end_is_cut(begun: str) -> None:
+    async def scenario() -> int:
+        async with alone() as home:
+            reader, writer = await asyncio.open_connection(*home.url.removeprefix("http://").split(":"))
+            writer.write(begun.encode())
+            sent = 0
+            with contextlib.suppress(ConnectionError):
+                while not reader.at_eof():
+                    writer.write(b"x" * 100_000)
+                    await writer.drain()
+                    sent += 100_000
+                    await asyncio.sleep(0.001)
+            writer.close()
+            return sent
+
+    # What the buffers of the connection swallow, too.
+    assert asyncio.run(scenario()) < 10_000_000
+
+
+@pytest.mark.parametrize(
+    ("begun", "dripped", "status"),
+    [
+        ("", "", ""),
+        ("POST /v1/ch", "", ""),
+        (CHAT_HEAD, "X: y\r\n", ""),
+        (f"{CHAT_HEAD}Content-Length: 90\r\n\r\n", "x", "408"),
+        # After an answer the next head is timed, too, and the next body.
+        ("GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\nGET /v1", "x", "200"),
+    ],
+)
+def test_who_sends_a_request_slowly_is_left(
+    begun: str, dripped: str, status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proxy, "_HEAD_SECONDS", 0.3)
+    monkeypatch.setattr(proxy, "_BODY_SECONDS", 0.3)
+
+    async def scenario() -> bytes:
+        loop = asyncio.get_running_loop()
+        async with alone() as home:
+            host, port = home.url.removeprefix("http://").split(":")
+            # A stream would lose what has come when the connection is reset.
+            with socket.create_connection((host, int(port))) as connection:
+                connection.setblocking(False)
+                await loop.sock_sendall(connection, begun.encode())
+                answer = b""
+                while True:
+                    try:
+                        async with asyncio.timeout(0.02):
+                            chunk = await loop.sock_recv(connection, 1000)
+                    except TimeoutError:
+                        with contextlib.suppress(ConnectionError):
+                            await loop.sock_sendall(connection, dripped.encode())
+                    except ConnectionError:
+                        return answer
+                    else:
+                        answer += chunk
+                        if not chunk:
+                            return answer
+
+    answer = asyncio.run(asyncio.wait_for(scenario(), 60))
+    assert statuses([answer.decode()]) == {status}
+
+
+def test_a_request_that_takes_long_to_answer_is_not_slow(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proxy, "_HEAD_SECONDS", 0.2)
+    monkeypatch.setattr(proxy, "_BODY_SECONDS", 0.2)
+    served = home.promote(1)
+
+    async def scenario() -> None:
+        async with home.serve() as client:
+            slow = asyncio.create_task(weights(client, "?wait=1"))
+            await asyncio.sleep(0.8)
+            assert not slow.done()
+            (served.parent / "go").touch()
+            assert await slow == "weights 1"
 
     asyncio.run(scenario())
 
