@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import tempfile
 import time
 import uuid
@@ -84,7 +85,7 @@ def locked_experiment(client: "MlflowClient", name: str) -> Iterator["Experiment
     directory = local_path(experiment.artifact_location)
     if directory is None:
         key = hashlib.sha256(f"{client.tracking_uri} {name}".encode()).hexdigest()[:16]
-        directory = Path(tempfile.gettempdir()) / f"relex-{os.getuid()}-{key}"
+        directory = own_directory(Path(tempfile.gettempdir()) / f"relex-{os.getuid()}-{key}")
     directory.mkdir(parents=True, exist_ok=True)
     lock = FileLock(directory / ".relex.lock")
     try:
@@ -151,6 +152,23 @@ def refusals(client: "MlflowClient") -> Iterator[None]:
     except MlflowException as error:
         reason = " ".join(str(error).split())
         raise RegistryError(f"MLflow at {client.tracking_uri} refused: {reason}. Is it running?") from error
+
+
+def own_directory(path: Path) -> Path:
+    """Return `path`, a directory that nobody else may enter, made where it is missing.
+
+    RegistryError where anything else is there: in a directory for everybody, anybody may have put it.
+    """
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise RegistryError(
+            f"{path} is not a directory of ours alone ({stat.filemode(found.st_mode)}, user {found.st_uid}; we are"
+            f" user {os.getuid()}). Remove it, or set TMPDIR to a directory of your own."
+        )
+    path.chmod(0o700)
+    return path
 
 
 def page_url(tracking_uri: str, path: str) -> str | None:

@@ -1,4 +1,7 @@
 import json
+import os
+import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -97,6 +100,56 @@ def test_where_artifacts_are_remote_a_name_in_mlflow_is_the_lock_and_goes_with_a
     ) as refusal:
         record("locked", tracking_uri=server, key="again", title="")
     assert "\n" not in str(refusal.value)
+
+
+def test_the_file_lock_of_remote_artifacts_lies_in_a_directory_that_is_ours_alone(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    connect(server).create_experiment("planted", artifact_location="mlflow-artifacts:/planted")
+    record("planted", tracking_uri=server, key="first", title="")
+    (place,) = tmp_path.iterdir()
+    assert place.stat().st_mode & 0o777 == 0o700
+    # What anybody can do in a directory for everybody, before we come.
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    shutil.rmtree(place)
+    place.symlink_to(victim)
+    with pytest.raises(RegistryError, match=rf"{place} is not a directory of ours alone .*TMPDIR") as refusal:
+        record("planted", tracking_uri=server, key="second", title="")
+    assert "\n" not in str(refusal.value)
+    assert list(victim.iterdir()) == []
+
+
+@pytest.mark.parametrize("planted", ["link", "dangling link", "file", "open to all", "open to the group", "another's"])
+def test_what_somebody_else_may_have_planted_is_refused(
+    planted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, real = tmp_path / "place", tmp_path / "real"
+    real.mkdir(mode=0o700)
+    if planted == "link":
+        place.symlink_to(real)
+    elif planted == "dangling link":
+        place.symlink_to(tmp_path / "nowhere")
+    elif planted == "file":
+        place.touch()
+    else:
+        place.mkdir(mode=0o700)
+        place.chmod({"open to all": 0o1777, "open to the group": 0o770, "another's": 0o700}[planted])
+    if planted == "another's":
+        stranger = os.getuid() + 1
+        monkeypatch.setattr("os.getuid", lambda: stranger)
+    with pytest.raises(RegistryError, match="is not a directory of ours alone"):
+        tracking.own_directory(place)
+    assert not (tmp_path / "nowhere").exists()
+    assert list(real.iterdir()) == []
+
+
+def test_a_directory_of_our_own_is_made_once_and_closed_to_readers(tmp_path: Path) -> None:
+    # As an earlier version made it.
+    (tmp_path / "place").mkdir(mode=0o755)
+    for _ in range(2):
+        assert tracking.own_directory(tmp_path / "place").stat().st_mode & 0o777 == 0o700
 
 
 def test_a_server_that_does_not_answer_is_reported_in_seconds_and_one_line(model: Path) -> None:
