@@ -1,10 +1,13 @@
 """The command line of a module that runs as a process of its own: the parameters of one function."""
 
+import logging
 import sys
 from collections.abc import Callable
 
 import typer
 from typer.exceptions import TyperException
+
+from flows.console import PlainRecord
 
 
 def run_module(module: str, function: Callable[..., None]) -> None:
@@ -15,6 +18,7 @@ def run_module(module: str, function: Callable[..., None]) -> None:
     # What fails ends in the last line of a plain traceback: that is the one others quote.
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.command()(function)
+    logging.setLogRecordFactory(PlainRecord)
     try:
         sys.exit(app(prog_name=f"python -m {module}", standalone_mode=False))
     except TyperException as error:

@@ -1,16 +1,66 @@
-"""How things are shown: tables on a terminal and on a page, lines, progress bars."""
+"""How things are shown: tables on a terminal and on a page, lines, progress bars, what is logged.
+
+Names and errors come from files that others wrote. On a terminal they are text: no character of theirs moves the
+cursor, nothing in them is markup.
+"""
 
 import json
+import logging
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
+from rich.status import Status
 from rich.table import Table
+from rich.text import Text
+
+# Control characters but for line ends and tabs, the eight-bit ones among them, and what turns the writing around.
+_UNPRINTABLE = (*range(9), *range(11, 32), *range(127, 160), 0x61C, 0x200E, 0x200F, *range(0x202A, 0x202F))
+_ESCAPED = {
+    code: rf"\x{code:02x}" if code < 256 else rf"\u{code:04x}" for code in (*_UNPRINTABLE, *range(0x2066, 0x206A))
+}
+_LINE_ENDS = {ord("\n"): r"\n", 0x2028: r"\u2028", 0x2029: r"\u2029"}
+
+
+def printable(text: str) -> str:
+    """Return the text with every character that a terminal would obey written as an escape, such as \\x1b."""
+    return text.translate(_ESCAPED)
+
+
+class Terminal(Console):
+    """A console that writes text as it is, and what a terminal would obey as an escape."""
+
+    def __init__(self, **how: Any) -> None:
+        super().__init__(markup=False, emoji=False, **how)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        """Yield the pieces of what is printed; rich's own control codes are in pieces that say so."""
+        for piece in super().render(renderable, options):
+            yield piece if piece.control else Segment(printable(piece.text), piece.style)
+
+    def status(self, status: RenderableType, **how: Any) -> Status:
+        """Show a line while something runs."""
+        return super().status(Text(status) if isinstance(status, str) else status, **how)
+
+
+class PlainRecord(logging.LogRecord):
+    """What is logged, its traceback too, without a character that a terminal would obey."""
+
+    def __init__(self, *what: Any, **more: Any) -> None:
+        super().__init__(*what, **more)
+        if self.exc_info:
+            # Formatters take this where it is there.
+            self.exc_text = printable(logging.Formatter().formatException(self.exc_info))
+
+    def getMessage(self) -> str:
+        """Return the message with its arguments."""
+        return printable(super().getMessage())
 
 
 class Bars(AbstractContextManager["Bars"]):
@@ -18,11 +68,11 @@ class Bars(AbstractContextManager["Bars"]):
 
     def __init__(self, console: Console) -> None:
         columns = (
-            TextColumn("{task.description:>24}"),
+            TextColumn("{task.description:>24}", markup=False),
             BarColumn(),
             TaskProgressColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[pace]}"),
+            TextColumn("{task.fields[pace]}", markup=False),
         )
         self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._tasks: dict[str, TaskID] = {}
@@ -82,6 +132,6 @@ def print_warnings(console: Console, warnings: Sequence[str]) -> None:
 
 
 def print_line(console: Console, text: str) -> None:
-    """Print a line that no terminal breaks."""
+    """Print one line, whatever it says, that no terminal breaks."""
     # A path that is broken into lines cannot be copied.
-    console.print(text, soft_wrap=True, highlight=False)
+    console.print(text.translate(_LINE_ENDS), soft_wrap=True, highlight=False)

@@ -117,7 +117,7 @@ def evaluate(
             ),
         )
         for path in export(scored, directory) if directory is not None else []:
-            err.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
+            print_line(err, f"wrote {path}")
         return scored
 
     with Bars(err) as bars:

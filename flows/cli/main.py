@@ -1,5 +1,6 @@
 """The command line: `relex …`. Exit status 0 done, 1 refused or failed with one line, 2 usage."""
 
+import logging
 import sys
 from typing import Any
 
@@ -10,6 +11,7 @@ from deploy.errors import DeployError
 from evaluation.errors import EvaluationError
 from flows.cli import evaluate, look, models, operate, predict
 from flows.cli.options import err
+from flows.console import PlainRecord, print_line
 from flows.errors import FlowError
 from relex.errors import RelexError
 
@@ -51,6 +53,7 @@ for part in (look, predict, evaluate, operate, models):
 
 def main() -> None:
     """Run the command line; a refusal is one line on stderr and exit status 1."""
+    logging.setLogRecordFactory(PlainRecord)
     try:
         app(prog_name="relex")
     except (RelexError, EvaluationError, DeployError, FlowError) as error:
@@ -66,5 +69,5 @@ def main() -> None:
 
 
 def _refuse(reason: str) -> None:
-    err.print(f"relex: {reason}", markup=False, highlight=False, soft_wrap=True)
+    print_line(err, f"relex: {reason}")
     sys.exit(1)

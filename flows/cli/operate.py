@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from flows.cli.options import HOME, Config, Home, Json, err, out, print_json, print_sentence
 from flows.console import Bars, JsonLines, plain_table, print_line
@@ -158,7 +159,7 @@ def watch(
         watch_store(settings, seconds=seconds, on_look=JsonLines())
         return
     with err.status("looking") as status:
-        watch_store(settings, seconds=seconds, on_look=lambda _, text: status.update(text))
+        watch_store(settings, seconds=seconds, on_look=lambda _, text: status.update(Text(text)))
 
 
 @_command()

@@ -12,16 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import ByteSize, TypeAdapter, ValidationError
-from rich.console import Console
 from typer.core import TyperCommand
 
-from flows.console import Bars
+from flows.console import Bars, Terminal, print_line
 
 if TYPE_CHECKING:
     from relex.files.block_cache import BlockCache
 
-out = Console()
-err = Console(stderr=True)
+out = Terminal()
+err = Terminal(stderr=True)
 
 HOME = Path.home() / ".relex"
 # Stands in a help for what the table of methods says, which comes with a library that takes seconds to import.
@@ -141,5 +140,5 @@ def print_json(content: Any) -> None:
 
 
 def print_sentence(text: str) -> None:
-    """Print a line as it is: nothing in it is markup, and no terminal breaks it."""
-    out.print(text, markup=False, highlight=False, soft_wrap=True)
+    """Print a line."""
+    print_line(out, text)

@@ -18,6 +18,7 @@ from pathlib import Path
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from deploy.local import stack
 from evaluation.benchmarks.benchmark import write_benchmark
@@ -235,7 +236,7 @@ def show(out: Console, done: Demonstration) -> None:
         table.add_row(name, str(scored.model.step), f"{scored.accuracy:.3f}", f"{scored.standard_error:.3f}", mark)
     out.print(table)
     registered = f" as {decision.registered}" if decision.registered else ""
-    out.print(f"[bold]{decision.verdict}[/bold]{registered}. {decision.reason}", highlight=False)
+    out.print(Text.assemble((decision.verdict, "bold"), f"{registered}. {decision.reason}"), highlight=False)
     out.print(f"figure: {done.figure}", soft_wrap=True, highlight=False)
     out.print(f"Prefect: {done.prefect_url}  MLflow: {done.mlflow_url}  (left running; `relex down` stops them)")
     out.print(f"{done.seconds:.0f} s")
