@@ -20,6 +20,7 @@ from deploy import registry
 from evaluation.answers.harness import Progress
 from evaluation.benchmarks.overlap import refuse_overlap
 from evaluation.verdict.gate import Gate, gate
+from evaluation.verdict.report import Report
 from flows.decide import procedure
 from flows.decide.gate_results import gate_results_path, write_gate_results
 from flows.decide.page import draw, page, show
@@ -74,6 +75,12 @@ def gate_model(settings: Settings, winner: Model, references: list[Model], compa
     `comparisons` windows of the run share the error.
     """
     scored = [(model, reports(settings, model, [settings.gate])[0]) for model in (winner, *references)]
+    return gate_scored(settings, scored, comparisons)
+
+
+def gate_scored(settings: Settings, scored: list[tuple[Model, Report]], comparisons: int) -> list[Gate]:
+    """Compare the first of the scored models with each of the others, and keep what was compared."""
+    winner, ours = scored[0]
     confidence = settings.confidence
     # A promotion judges again by them, without a model.
     write_gate_results(
@@ -87,7 +94,7 @@ def gate_model(settings: Settings, winner: Model, references: list[Model], compa
     return [
         replace(
             gate(
-                scored[0][1],
+                ours,
                 report,
                 # Non-inferior to what was observed, but better than what people already use.
                 margin=settings.margin if reference.role == "observed" else 0.0,

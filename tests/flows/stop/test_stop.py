@@ -21,7 +21,7 @@ from flows.state.decision import Model
 from flows.state.ledger import Ledger, Seen, write_ledger
 from flows.state.records import write_json
 from flows.state.windows import read_decisions
-from flows.stop.execute import Stop, message, read_stop, record_path
+from flows.stop.execute import Stop, message, read_stop, record_path, stop_training
 from flows.stop.plan import saving
 from flows.stop.status import Status, confirm, look
 from tests.helpers import cli
@@ -63,6 +63,24 @@ def test_a_trusted_winner_stops_the_training_once_with_its_facts(ready: Path) ->
     assert stop(ready) == first
     assert len(runs(ready)) == 1
     assert "was stopped at" in standing(ready).sentence
+
+
+@pytest.mark.parametrize("state", ["stopping", "stopped", "failed", "declined"])
+def test_whoever_comes_by_another_way_does_not_do_again_what_is_on_record(ready: Path, state: str) -> None:
+    settings = configure(ready)
+    found = look(ready, settings)
+    assert found.order is not None
+    # Both looked before either of them did it: only the one that holds the lock knows.
+    before = Stop(state, "other", "bob", "2026-11-20T10:00:00+00:00", log="")  # type: ignore[arg-type]
+    write_json(record_path(settings), before.to_json())
+    done = stop_training(settings, read_decisions(settings)[0], found.order, by="ada")
+    if state == "declined":
+        assert (done.state, done.by, len(runs(ready))) == ("stopped", "ada", 1)
+        return
+    assert done == before == read_stop(settings)
+    assert runs(ready) == []
+    assert stop_training(settings, read_decisions(settings)[0], found.order, by="ada", again="allow").by == "ada"
+    assert len(runs(ready)) == 1
 
 
 def test_the_steps_saved_are_counted_from_the_step_the_run_has_reached_by_then(

@@ -188,6 +188,46 @@ def test_on_a_straight_drift_with_noise_it_finds_skill(steps: Sequence[int], siz
     assert hold_share(line, steps, size, runs=25) <= 0.05
 
 
+def test_better_than_chance_is_not_trusted_unless_it_is_better_than_to_hold_for_sure() -> None:
+    """In many directions runs without one never look good: a slight drift beats them all, and its bound is below 0."""
+    generator = torch.Generator().manual_seed(0)
+    steps = torch.tensor(EVERY, dtype=torch.float64)
+    wander, direction = walk(generator, EVERY, 3000), noise(generator, 3000)
+    drift = 0.3 * torch.outer(steps / EVERY[-1] ** 0.5, direction * 3000**0.5 / direction.norm())
+    gram = gram_of((wander + drift)[None], EVERY)
+    found = backtest(gram)
+    made = jumps(gram.products, EVERY)
+    assert found.chance is not None
+    doubtful = [
+        cell
+        for cell in found.cells
+        if cell.lower_bound is not None
+        and found.chance < cell.lower_bound <= 0
+        and float(made[cell.way, cell.horizon].pooled().skill()[-1]) >= cell.lower_bound
+    ]
+    assert doubtful != []
+    assert not any(cell.trusted for cell in doubtful)
+
+
+@pytest.mark.parametrize("seed", [0, 2, 4])
+def test_a_way_whose_latest_jump_is_worse_than_its_bound_is_not_trusted(seed: int) -> None:
+    """A straight run that turns round near its end: the mean over origins does not see it."""
+    deltas = line(torch.Generator().manual_seed(seed), EVERY, 12)
+    deltas[20:] -= 2 * (deltas[20:] - deltas[19])
+    gram = gram_of(deltas[None], EVERY)
+    found = backtest(gram)
+    made = jumps(gram.products, EVERY)
+    assert found.chance is not None
+    bending = [
+        cell
+        for cell in found.cells
+        if (cell.lower_bound or 0.0) > max(found.chance, 0.0)
+        and float(made[cell.way, cell.horizon].pooled().skill()[-1]) < (cell.lower_bound or 0.0)
+    ]
+    assert bending != []
+    assert not any(cell.trusted for cell in bending)
+
+
 def test_a_target_is_no_further_than_a_jump_that_was_tested() -> None:
     found = backtest(gram_of(line(torch.Generator().manual_seed(0), EVERY, 30)[None], EVERY))
     advice = found.recommendation

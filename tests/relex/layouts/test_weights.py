@@ -11,7 +11,7 @@ from safetensors.torch import save, save_file
 from relex.errors import CheckpointError, CheckpointIncompleteError, CheckpointMismatchError, RelexError
 from relex.files.local import LocalDirectory
 from relex.layouts.hf import INDEX_FILE, SINGLE_FILE, open_model
-from relex.layouts.weights import Weights
+from relex.layouts.weights import Piece, Weights, tiled
 from relex.trajectory import open_trajectory
 from tests.helpers.trajectories import Run, drift, load, predict, write, write_model, write_run
 
@@ -52,6 +52,28 @@ def test_a_damaged_header_is_refused_in_words_or_does_no_harm(position: int, fli
         _open(bytes(damaged))
     except RelexError as error:
         assert "\n" not in str(error)  # noqa: PT017 - it may also open
+
+
+@pytest.mark.parametrize(
+    "boxes",
+    [
+        [((0, 0), (2, 4)), ((1, 0), (2, 4))],
+        [((0, 0), (2, 4)), ((0, 0), (2, 4))],
+        [((0, 0), (4, 2)), ((0, 1), (4, 2))],
+        [((0, 0), (2, 2)), ((0, 2), (2, 2)), ((1, 1), (2, 2)), ((3, 0), (1, 4))],
+        [((0, 0), (4, 1)), ((0, 1), (2, 3)), ((1, 1), (2, 3))],
+    ],
+)
+def test_pieces_that_overlap_do_not_tile_a_tensor_though_their_sizes_add_up(
+    boxes: list[tuple[tuple[int, int], tuple[int, int]]], tmp_path: Path
+) -> None:
+    held = sum(rows * columns for _, (rows, columns) in boxes)
+    pieces = [Piece(f"rank-{number}", 0, *box) for number, box in enumerate(boxes)]
+    where = LocalDirectory(tmp_path)
+    with pytest.raises(CheckpointMismatchError, match=f"the {len(boxes)} pieces of a hold {held} elements"):
+        tiled("a", torch.float32, (4, held // 4), pieces, where=where)
+    with pytest.raises(CheckpointMismatchError):
+        tiled("a", torch.float32, (4, held // 4), pieces[::-1], where=where)
 
 
 def test_a_header_that_claims_an_exabyte_is_not_believed() -> None:
