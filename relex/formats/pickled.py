@@ -1,7 +1,8 @@
 """What a pickle holds, read without executing it: plain containers, and a record of everything it would have made.
 
 The pickle module is not involved: its opcodes run on a small machine here, which knows those that torch.save and DCP
-write and calls nothing but the builders it is given. Time and memory are bounded by the length of the content.
+write and calls nothing but the builders it is given. Time and memory are bounded by the length of the content, and so
+are those of whoever walks through the result: it is not nested deeply, and what it repeats by reference stays few.
 
 torch.load(weights_only=True) is no substitute: it refuses DCP's `.metadata` and the ShardedTensor of FSDP1, makes the
 objects of the others (a DTensor with its device mesh), and does not say where in the file the bytes of a tensor lie,
@@ -9,7 +10,8 @@ which is what a range of a remote file is read by. Seen with torch 2.13.
 """
 
 import pickletools
-from collections.abc import Callable, Mapping
+import reprlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,6 +22,10 @@ _MOST_OPCODES = 1 << 23
 # What is short is cheap to look at as often as a hostile pickle repeats it.
 _MOST_ARGUMENTS = 64
 _MOST_CHARACTERS = 4096
+# Hashing, comparing and printing recurse in C: a level more than this is no checkpoint's, a million kill the process.
+_MOST_DEPTH = 100
+# Each thing counted as often as it is referred to: sixty pairs of the pair before have 2^60 leaves.
+_MOST_REFERENCES = 1 << 26
 
 # Every global that these writers name; a builder's own names are known besides. Add a writer's here.
 KNOWN = frozenset(
@@ -113,6 +119,12 @@ class Made:
         """The name of the function; of an inner class it is that of the function it was got by."""
         return self.function.name
 
+    def __repr__(self) -> str:
+        # Never what is in it: a message may hold one.
+        return f"a {self.name}"
+
+
+_CONTAINERS = frozenset({tuple, list, dict, Made})
 
 Builder = Callable[..., Any]
 
@@ -151,6 +163,11 @@ def load(
 def shown(text: str) -> str:
     """Return text from a file as an error message may hold it: short, on one line, printable."""
     return repr(text[:200])[1:-1]
+
+
+def brief(value: Any) -> str:
+    """Return what an error message may hold of any value from a file: its first items, to a small depth."""
+    return shown(reprlib.repr(value))
 
 
 def _ordered_dict(*arguments: Any) -> dict[Any, Any]:
@@ -254,9 +271,47 @@ def _run(machine: _Machine, content: bytes) -> Any:
             if position is not None and position + 1 != len(content):
                 raise ValueError(f"it ends at byte {position + 1} of {len(content)}")
             (value,) = machine.stack
+            _refuse_unbounded(value, machine.where)
             return value
         _step(machine, code, argument)
     raise ValueError("it has no end")
+
+
+def _refuse_unbounded(value: Any, where: str) -> None:
+    """Refuse content that is nested too deep, or too large when everything is written out where it is referred to."""
+    # Levels and references below what has been seen, by its id.
+    seen: dict[int, tuple[int, int]] = {}
+
+    def extent(item: Any, level: int) -> tuple[int, int]:
+        levels, references = seen.get(id(item), (0, 1))
+        if id(item) not in seen and level <= _MOST_DEPTH:
+            # What refers to itself is a leaf there.
+            seen[id(item)] = levels, references
+            for inner in _inside(item):
+                below, more = extent(inner, level + 1)
+                levels, references = max(levels, 1 + below), references + more
+            seen[id(item)] = levels, references
+        if level + levels > _MOST_DEPTH or references > _MOST_REFERENCES:
+            raise CheckpointMismatchError(
+                f"{where} is nested more than {_MOST_DEPTH} deep, or refers to the same things more than"
+                f" {_MOST_REFERENCES} times, as no known writer of checkpoints does. Export it as safetensors, with"
+                " tools of those you trust it from."
+            )
+        return levels, references
+
+    extent(value, 0)
+
+
+def _inside(value: Any) -> Iterator[Any]:
+    """Yield the containers directly in a value."""
+    inside: Iterable[Any] = ()
+    if type(value) is Made:
+        inside = (value.arguments, value.state, value.contents)
+    elif type(value) is dict:
+        inside = (*value.keys(), *value.values())
+    elif type(value) is tuple or type(value) is list:
+        inside = value
+    return (inner for inner in inside if type(inner) in _CONTAINERS)
 
 
 def _step(machine: _Machine, code: str, argument: Any) -> None:

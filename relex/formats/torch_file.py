@@ -131,7 +131,8 @@ def _storage_of(records: Mapping[str, Record], where: str) -> Callable[[Any], _S
     def storage(identifier: Any) -> _Storage:
         """Find the bytes of ("storage", type, key, location, number of elements)."""
         kind, storage_type, key, _, count = identifier
-        if kind != "storage" or not isinstance(storage_type, Global) or not isinstance(key, str):
+        # The count is multiplied and shown: it must be a number.
+        if kind != "storage" or not isinstance(storage_type, Global) or type(key) is not str or type(count) is not int:
             raise ValueError("it refers to something that is no storage")
         dtype = _STORAGES.get(storage_type.name)
         if dtype is None and storage_type.name != _UNTYPED:

@@ -14,7 +14,7 @@ import torch
 
 from relex.errors import CheckpointIncompleteError, CheckpointMismatchError
 from relex.files.directory import Directory, FileIdentity
-from relex.formats.pickled import Global, Made, load, shown
+from relex.formats.pickled import Global, Made, brief, load, shown
 from relex.formats.safetensors_header import DTYPES
 from relex.formats.torch_file import LocalTensor, read_torch_file, require_contiguous
 from relex.layouts.foreign import megatron_files
@@ -139,16 +139,17 @@ def _parse(content: Any, names: Collection[str]) -> tuple[dict[str, _Stored], di
     sizes: dict[str, int] = {}
     for key, info in top["storage_data"].items():
         index, place = _fields(key, "metadata.MetadataIndex"), _fields(info, "filesystem._StorageInfo")
+        name, file = _text(index["fqn"]), _text(place["relative_path"])
         if place.get("transform_descriptors"):
-            raise ValueError(f"{index['fqn']} is stored as {place['transform_descriptors']}, which is not read")
-        file, (start, length) = place["relative_path"], _counts((place["offset"], place["length"]))
+            raise ValueError(f"{name} is stored as {brief(place['transform_descriptors'])}, which is not read")
+        start, length = _counts((place["offset"], place["length"]))
         if PurePosixPath(file).name != file or file.startswith("."):
-            raise ValueError(f"{index['fqn']} is placed in {file}, which is not a plain file name")
-        places[index["fqn"], _counts(index.get("offset") or ())] = file, start, start + length
+            raise ValueError(f"{name} is placed in {file}, which is not a plain file name")
+        places[name, _counts(index.get("offset") or ())] = file, start, start + length
         sizes[file] = max(sizes.get(file, 0), start + length)
     tensors = {
         name: _fields(stored, "metadata.TensorStorageMetadata")
-        for name, stored in top["state_dict_metadata"].items()
+        for name, stored in ((_text(key), stored) for key, stored in top["state_dict_metadata"].items())
         if stored.name != f"{_MODULE}.metadata.BytesStorageMetadata"
     }
     return {own: _stored(name, tensors[name], places) for own, name in _model(tensors, names).items()}, sizes
@@ -193,5 +194,11 @@ def _fields(made: Any, kind: str) -> Any:
 
 def _counts(values: Any) -> tuple[int, ...]:
     if not isinstance(values, tuple) or any(type(value) is not int or value < 0 for value in values):
-        raise ValueError(f"{values} are not sizes")
+        raise ValueError(f"{brief(values)} are not sizes")
     return values
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{brief(value)} stands for a name")
+    return value

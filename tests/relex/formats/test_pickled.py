@@ -183,22 +183,45 @@ def test_hostile_content_is_refused(content: bytes) -> None:
         load(content, where=WHERE)
 
 
+NESTED = {
+    "tuples": b"\x80\x02)" + b"\x85" * (DEEP >> 3) + b".",
+    "lists": b"\x80\x02" + b"]" * (DEEP >> 3) + b"a" * ((DEEP >> 3) - 1) + b".",
+    "records": b"\x80\x02(ctorch\ndevice\nq\x00q\x01" + b"h\x00h\x01\x85Rq\x01" * (DEEP >> 3) + b"t.",
+    "tuples that laugh": b"\x80\x02" + LAUGHS + b".",
+    "lists that laugh": b"\x80\x02(]q\x00" + b"".join(b"](h%ch%ceq%c" % (n, n, n + 1) for n in range(60)) + b"t.",
+}
+
+
+@pytest.mark.parametrize("content", NESTED.values(), ids=NESTED.keys())
 @pytest.mark.timeout(20)
-def test_nesting_without_a_key_is_only_nesting() -> None:
-    found = load(b"\x80\x02)" + b"\x85" * DEEP + b".", where=WHERE)
-    depth = 0
-    while found:
+def test_what_nobody_could_walk_through_is_refused(content: bytes) -> None:
+    with pytest.raises(CheckpointMismatchError, match=f"^{WHERE} is nested more than 100 deep, or refers") as caught:
+        load(content, where=WHERE)
+    assert "\n" not in str(caught.value)
+
+
+def test_nesting_that_a_checkpoint_may_have_is_only_nesting() -> None:
+    found = load(b"\x80\x02)" + b"\x85" * 100 + b".", where=WHERE)
+    for _ in range(100):
         (found,) = found
-        depth += 1
-    assert depth == DEEP
+    assert found == ()
 
 
-@pytest.mark.timeout(20)
-def test_records_in_records_in_records_can_be_dropped() -> None:
-    content = b"\x80\x02(ctorch\ndevice\nq\x00q\x01" + b"h\x00h\x01\x85Rq\x01" * DEEP + b"t."
-    *_, last = load(content, where=WHERE)
-    assert last.name == "torch.device"
-    del _, last
+def test_what_contains_itself_is_read() -> None:
+    found = load(b"\x80\x02]q\x00h\x00a.", where=WHERE)
+    assert found[0] is found
+
+
+def test_a_record_is_never_written_out_in_a_message() -> None:
+    content = b"\x80\x02ctorch\ndevice\n" + LAUGHS[:61] + b"\x85R."
+    assert repr(load(content, where=WHERE)) == "a torch.device"
+
+
+def test_of_any_value_a_message_has_the_beginning() -> None:
+    laughing: tuple[Any, ...] = ()
+    for _ in range(60):
+        laughing = (laughing, laughing)
+    assert len(pickled.brief(laughing)) <= 200
 
 
 def test_more_than_a_checkpoint_has_is_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,8 @@ from relex.files.local import LocalDirectory
 from relex.formats.torch_file import LocalTensor, read_torch_file, require_contiguous
 
 NAME = "weights.pt"
+# Two references to the tuple before, 60 times: written out it has 2^60 leaves.
+LAUGHS = b")" + b"".join(b"q%ch%c\x86" % (number, number) for number in range(100, 160))
 
 
 class Remote:
@@ -199,6 +201,24 @@ def test_a_pickle_in_it_is_not_executed(tmp_path: Path) -> None:
     with pytest.raises(CheckpointMismatchError, match=r"posix\.system"):
         read(tmp_path)
     assert not canary.exists()
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("count", [LAUGHS, b"X\x01\x00\x00\x004", b"G@\x10\x00\x00\x00\x00\x00\x00"])
+def test_a_count_that_is_no_number_is_refused(count: bytes, tmp_path: Path) -> None:
+    torch.save({"w": torch.zeros(4)}, tmp_path / NAME)
+    before, held = b"X\x03\x00\x00\x00cpuq\x06", b"K\x04"
+    with zipfile.ZipFile(tmp_path / NAME) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    (pickled,) = [name for name in records if name.endswith("data.pkl")]
+    assert before + held in records[pickled]
+    records[pickled] = records[pickled].replace(before + held, before + count)
+    with zipfile.ZipFile(tmp_path / NAME, "w") as archive:
+        for name, content in records.items():
+            archive.writestr(name, content)
+    directory = LocalDirectory(tmp_path)
+    with pytest.raises(CheckpointIncompleteError, match="it refers to something that is no storage"):
+        read_torch_file(directory, directory.identity(NAME))
 
 
 def test_the_format_before_archives_is_refused(tmp_path: Path) -> None:

@@ -241,6 +241,42 @@ def test_metadata_with_odd_places_is_refused(tmp_path: Path, values: dict[str, A
         opened()
 
 
+def _laughing() -> tuple[Any, ...]:
+    """Return a small tuple with 2^60 leaves when it is written out."""
+    laughing: tuple[Any, ...] = ()
+    for _ in range(60):
+        laughing = (laughing, laughing)
+    return laughing
+
+
+def _deep() -> tuple[Any, ...]:
+    deep: tuple[Any, ...] = ()
+    for _ in range(90):
+        deep = (deep,)
+    return deep
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("value", [_laughing(), _deep()], ids=["laughing", "deep"])
+@pytest.mark.parametrize("field", ["offset", "length", "relative_path", "transform_descriptors"])
+def test_metadata_that_would_be_read_for_ever_is_refused(tmp_path: Path, field: str, value: object) -> None:
+    opened = _rewritten(tmp_path, lambda metadata: _first_place(metadata).update({field: value}))
+    with pytest.raises(CheckpointMismatchError) as caught:
+        opened()
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("value", [_laughing(), _deep(), 7], ids=["laughing", "deep", "number"])
+def test_a_name_in_metadata_is_text(tmp_path: Path, value: object) -> None:
+    def rename(metadata: Any) -> None:
+        # Behind the back of the dict, which would hash it.
+        object.__setattr__(next(iter(metadata.storage_data)), "fqn", value)
+
+    with pytest.raises(CheckpointMismatchError):
+        _rewritten(tmp_path, rename)()
+
+
 @pytest.mark.parametrize("change", [lambda chunks: chunks.pop(), lambda chunks: chunks.append(chunks[0])])
 def test_a_box_that_is_named_twice_or_not_at_all_is_refused(
     tmp_path: Path, change: Callable[[list[Any]], object]
