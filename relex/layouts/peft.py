@@ -18,6 +18,7 @@ from relex.formats.safetensors_header import StoredTensor, read_header
 from relex.layouts.factors import AdapterWeights, Factor, LowRank, Unchanged
 from relex.layouts.foreign import refuse_known
 from relex.layouts.hf import descend, read_json
+from relex.layouts.module_patterns import read_patterns
 from relex.layouts.weights import TensorEntry, Weights, embedding_name, whole
 
 NAME = "peft"
@@ -133,15 +134,18 @@ def _adapted(opened: _Opened) -> dict[str, TensorEntry]:
             part = whole(name, entry.dtype, entry.shape, WEIGHTS_FILE, entry.offset)
             modules.setdefault(match["module"], {})[match["part"]] = part
     tied = opened.settings.get("ensure_weight_tying")
+    settings, where = opened.settings, f"{opened.directory}/{CONFIG_FILE}"
+    ranks = read_patterns(settings, "rank_pattern", modules, otherwise=settings.get("r", 8), where=where)
+    alphas = read_patterns(settings, "alpha_pattern", modules, otherwise=settings.get("lora_alpha", 8), where=where)
     return {
         # A tied head is given the embedding's own factors.
-        f"{module}.weight": _low_rank(opened, module, parts)
+        f"{module}.weight": _low_rank(opened, module, parts, rank=ranks.of(module), alpha=alphas.of(module))
         for module, parts in modules.items()
         if not (tied and opened.embedding and f"{module}.weight" == HEAD)
     }
 
 
-def _low_rank(opened: _Opened, module: str, parts: Mapping[str, TensorEntry]) -> LowRank:
+def _low_rank(opened: _Opened, module: str, parts: Mapping[str, TensorEntry], *, rank: float, alpha: float) -> LowRank:
     directory, settings, name = opened.directory, opened.settings, f"{module}.weight"
     needed = [side for side in ("A", "B", "embedding_A", "embedding_B") if side in parts]
     wanted = {"magnitude_vector"} if settings.get("use_dora") else set()
@@ -162,7 +166,6 @@ def _low_rank(opened: _Opened, module: str, parts: Mapping[str, TensorEntry]) ->
     embedding = needed[0] == "embedding_A"
     straight = _fits(shape, b, a) and not embedding
     turned = _fits(shape[::-1], b, a)
-    rank = int(_pattern(settings, "rank_pattern", module, settings.get("r", 8)))
     magnitude = parts.get("magnitude_vector")
     if straight and turned:
         straight = not (
@@ -177,10 +180,9 @@ def _low_rank(opened: _Opened, module: str, parts: Mapping[str, TensorEntry]) ->
         )
     if a.shape[0] != rank or rank == 0:
         raise CheckpointMismatchError(
-            f"{directory}: {module} has rank {a.shape[0]} in {WEIGHTS_FILE} and {rank} in {CONFIG_FILE}. Save the"
+            f"{directory}: {module} has rank {a.shape[0]} in {WEIGHTS_FILE} and {rank:g} in {CONFIG_FILE}. Save the"
             " adapter again."
         )
-    alpha = float(_pattern(settings, "alpha_pattern", module, settings.get("lora_alpha", 8)))
     scale = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
     left, right = (Factor(b, False), Factor(a, True)) if straight else (Factor(a, True), Factor(b, False))
     return LowRank(name, torch.float32, shape, (), left, right, scale, magnitude, embedding)
@@ -188,14 +190,6 @@ def _low_rank(opened: _Opened, module: str, parts: Mapping[str, TensorEntry]) ->
 
 def _fits(shape: Sequence[int], b: TensorEntry, a: TensorEntry) -> bool:
     return len(a.shape) == len(b.shape) == 2 and (b.shape[0], a.shape[1], a.shape[0]) == (*shape, b.shape[1])
-
-
-def _pattern(settings: Mapping[str, Any], which: str, module: str, otherwise: Any) -> Any:
-    """Return the value of the first pattern that a module's name ends in, as peft looks it up."""
-    for pattern, value in (settings.get(which) or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return otherwise
 
 
 def _replaced(opened: _Opened) -> tuple[dict[str, TensorEntry], dict[str, str]]:
@@ -227,7 +221,7 @@ def _check_tied(opened: _Opened, adapted: Mapping[str, TensorEntry], head: Tenso
         return
     module = opened.embedding.removesuffix(".weight")
     saved = opened.settings.get("modules_to_save") or []
-    trained = opened.embedding in adapted or any(re.match(rf"(.*\.)?{name}$", module) for name in saved)
+    trained = opened.embedding in adapted or any(module.endswith(str(name)) for name in saved)
     if trained and head is None and not opened.settings.get("ensure_weight_tying"):
         raise _tied(opened, module, HEAD)
 

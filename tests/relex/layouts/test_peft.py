@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,16 @@ def test_methods_come_to_the_same_on_adapters_and_on_merged_models(kind: str, tm
         assert found.keys() == wanted.keys()
         for name, tensor in found.items():
             assert float((tensor - wanted[name]).norm() / wanted[name].norm()) < 1e-6, name
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern", "modules_to_save"])
+def test_a_regular_expression_that_never_ends_is_not_begun(key: str, tmp_path: Path) -> None:
+    run = write_run(tmp_path, tied=True, steps=(10,))
+    never = "([a-z_.0-9]+)+!"
+    settings(adapter(run, 10), **{key: [never] if key == "modules_to_save" else {never: 2}})
+    with nullcontext() if key == "modules_to_save" else pytest.raises(CheckpointMismatchError, match="too many ways"):
+        open_any(open_directory(adapter(run, 10)), base=store.open_base(run.base))
 
 
 @pytest.mark.parametrize("kind", ["plain", "rslora", "patterns", "embeddings", "conv1d"])
