@@ -13,7 +13,7 @@ from relex.files.location import open_directory
 from relex.layouts import hf
 from relex.layouts.detection import open_complete
 from relex.layouts.settled import QUIET_SECONDS
-from relex.layouts.steps import step_directories
+from relex.layouts.steps import doubtful, step_directories
 from relex.layouts.weights import Weights
 
 # At once, into a store on the network.
@@ -76,7 +76,21 @@ def scan(
         raise AbsentError(
             f"training run {run} is not a directory. Give the directory the trainer writes its checkpoints to."
         )
-    steps = step_directories(run).items()
+    directories = step_directories(run)
+    doubts = doubtful([directory.name for directory in directories.values()])
+    steps = [(step, directory) for step, directory in directories.items() if directory.name not in doubts]
+    broken = tuple(
+        StoredCheckpoint(step, directory, State.BROKEN, f"{run}: {doubts[directory.name]}")
+        for step, directory in directories.items()
+        if directory.name in doubts
+    )
+    found = (*_looks(steps, run, base, now), *broken)
+    return tuple(sorted(found, key=lambda checkpoint: checkpoint.step))
+
+
+def _looks(
+    steps: Sequence[tuple[int, Directory]], run: Directory, base: Weights, now: float
+) -> tuple[StoredCheckpoint, ...]:
     if run.kind is Kind.DISK:
         return tuple(_look(step, directory, run, base, now) for step, directory in steps)
     # Each takes a few requests that wait for nothing but the network.

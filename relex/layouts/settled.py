@@ -36,6 +36,8 @@ def check_settled(weights: Weights, *, step: int, directory: Directory, run: Dir
     present = directory.files()
     if _INCOMPLETE_MARKER in present:
         raise CheckpointIncompleteError(f"{directory} holds {_INCOMPLETE_MARKER}: its writer has not finished. Wait.")
+    if _STATE in present:
+        _check_state(directory, present[_STATE], step)
     if kind is Kind.COMMIT:
         return
     newest = max(file.mtime_ns for file in weights.files)
@@ -46,8 +48,6 @@ def check_settled(weights: Weights, *, step: int, directory: Directory, run: Dir
                 return
         for name in _MARKERS:
             if name in present:
-                if name == _STATE:
-                    _check_parses(directory, present[name])
                 _refuse_older(present[name], newest, directory)
                 return
         if directory.name.startswith(_TRACKED):
@@ -105,12 +105,23 @@ def _check_tracker(
         _refuse_older(siblings[TRACKER], newest, directory)
 
 
+def _check_state(directory: Directory, state: FileIdentity, step: int) -> None:
+    """Refuse a directory whose trainer was at another step than its name says."""
+    said = _global_step(directory, state)
+    if said is not None and said != step:
+        raise CheckpointMismatchError(
+            f"{directory} is step {step} by its name, and {_STATE} in it says {said}: it was renamed, or copied over"
+            " another. Give it its own name, or delete it."
+        )
+
+
 @lru_cache(maxsize=4096)  # it grows with the run, and a watcher looks at every checkpoint every few seconds
-def _check_parses(directory: Directory, marker: FileIdentity) -> None:
+def _global_step(directory: Directory, state: FileIdentity) -> int | None:
     try:
-        json.loads(directory.read(marker.name))
+        content = json.loads(directory.read(state.name))
     except (ValueError, RecursionError) as error:
         raise CheckpointIncompleteError(
-            f"{directory}/{marker.name} ({marker.size} bytes) does not parse ({error}): the trainer is"
-            " writing it. Wait."
+            f"{directory}/{state.name} ({state.size} bytes) does not parse ({error}): the trainer is writing it. Wait."
         ) from error
+    said = content.get("global_step") if isinstance(content, dict) else None
+    return said if type(said) is int else None

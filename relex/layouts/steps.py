@@ -1,6 +1,8 @@
 """Which names in the store of a training run are step directories, and of which training step."""
 
 import re
+from collections import Counter
+from collections.abc import Collection
 
 from relex.errors import StoreError
 from relex.files.directory import Directory
@@ -30,6 +32,25 @@ def step_directories(run: Directory) -> dict[int, Directory]:
             )
         directories[step] = run.enter(name)
     return dict(sorted(directories.items()))
+
+
+def doubtful(names: Collection[str]) -> dict[str, str]:
+    """Return which names of the step directories of one run cannot be trusted to be its own, each with the reason.
+
+    A run has one trainer, which names them one way: the way that fewer are named is somebody else's, and with as many
+    of each nobody can tell.
+    """
+    ways = {name: next(place for place, (pattern, _) in enumerate(_NAMES) if pattern.fullmatch(name)) for name in names}
+    counts = Counter(ways.values())
+    first = {way: name for name, way in reversed(ways.items())}
+    reasons = {}
+    for name, way in ways.items():
+        other = max((one for one in counts if one != way), key=lambda one: counts[one], default=way)
+        if not name.isascii():
+            reasons[name] = f"{name!a} is no name that a trainer gives: its number has other digits than 0 to 9"
+        elif other != way and counts[other] >= counts[way]:
+            reasons[name] = f"{name} lies beside {first[other]}, which another trainer names so: they are of two runs"
+    return {name: f"{reason}. Give each run a directory of its own." for name, reason in reasons.items()}
 
 
 def _step(name: str) -> int | None:

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -54,6 +55,8 @@ def test_names_that_are_not_exactly_a_step_are_not_looked_at(run: Run) -> None:
 
 @pytest.mark.parametrize("name", ["step_7", "global_step_7", "global_step7", "checkpoint-7", "step_007"])
 def test_plain_step_directories_are_checkpoints(run: Run, name: str) -> None:
+    for step in STEPS:
+        shutil.rmtree(run.run / f"checkpoint-{step}")
     write_model(run.run / name, drift()[10])
     assert _scan(run)[7].state is State.READY
 
@@ -62,6 +65,47 @@ def test_two_directories_for_one_step_are_refused(run: Run) -> None:
     write_model(run.run / "step_25", drift()[25])
     with pytest.raises(StoreError, match="two directories for step 25: checkpoint-25 and step_25"):
         _scan(run)
+
+
+@pytest.mark.parametrize(
+    ("name", "step"), [("step_50", 50), ("hf_49", 50), ("global_step_80", 80), ("iter_0000005", 5)]
+)
+def test_a_step_of_another_trainer_is_never_mixed_in(run: Run, name: str, step: int) -> None:
+    write_model(run.run / name, drift()[25])
+    found = _scan(run)
+    assert [step for step, item in found.items() if item.state is State.READY] == list(STEPS)
+    assert found[step].state is State.BROKEN
+    assert found[step].reason.startswith(f"{run.run}: {name} lies beside checkpoint-10, which another trainer names so")
+    assert step < 40 or _observed(run, window=40) == STEPS[:4]
+    with pytest.raises(CheckpointIncompleteError, match=f"step {step} is broken: .*two runs"):
+        _observed(run)
+
+
+def test_of_two_trainers_as_many_nobody_can_tell(run: Run) -> None:
+    for step in STEPS:
+        write_model(run.run / f"step_{step + 1}", drift()[25])
+    assert {item.state for item in _scan(run).values()} == {State.BROKEN}
+
+
+def test_digits_of_another_script_are_no_step(run: Run) -> None:
+    write_model(run.run / "checkpoint-\u0663", drift()[25])
+    found = _scan(run)
+    assert found[3].state is State.BROKEN
+    assert "'checkpoint-\\u0663' is no name that a trainer gives" in found[3].reason
+    with pytest.raises(CheckpointIncompleteError, match="step 3 is broken"):
+        _observed(run)
+
+
+@pytest.mark.parametrize("said", [30, 7, 0])
+def test_a_directory_whose_trainer_was_at_another_step_is_refused(run: Run, said: int) -> None:
+    path = run.run / "checkpoint-20"
+    (path / "trainer_state.json").write_text(json.dumps({"global_step": said}))
+    quiet(path)
+    found = _scan(run)[20]
+    assert found.state is State.BROKEN
+    assert f"{path} is step 20 by its name, and trainer_state.json in it says {said}" in found.reason
+    (path / "trainer_state.json").write_text(json.dumps({"global_step": 20}))
+    assert _scan(run)[20].state is State.READY
 
 
 def test_without_a_marker_a_checkpoint_is_complete_after_thirty_quiet_seconds(run: Run) -> None:
