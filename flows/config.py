@@ -1,6 +1,7 @@
 """What the YAML files of relex have in common: how they are read, and the settings of whatever computes."""
 
 import os
+import reprlib
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -9,6 +10,7 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, fi
 
 from evaluation.answers.backend import BATCH_SIZES, parse_backend
 from evaluation.errors import EvaluationError
+from evaluation.yaml_text import read_bounded_yaml
 from flows.errors import ConfigError
 
 # The branch of a value that is given where auto could be; no reader needs it in an error.
@@ -67,7 +69,7 @@ class Compute(Config):
 def read_config(path: Path, model: type[Read]) -> Read:
     """Read a YAML file of keys and values as `model`; raises ConfigError with every wrong key in one line."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_bounded_yaml(path)
     except OSError as error:
         raise ConfigError(f"config {path} cannot be read: {error.strerror}. Give the path of a relex.yaml.") from error
     except yaml.YAMLError as error:
@@ -79,7 +81,7 @@ def read_config(path: Path, model: type[Read]) -> Read:
     except ValidationError as error:
         wrong = "; ".join(
             f"{'.'.join(str(part) for part in problem['loc'] if part != GIVEN) or 'file'}: {problem['msg']}"
-            f" (given {problem['input']!r})"
+            f" (given {reprlib.repr(problem['input'])})"
             for problem in error.errors()
         )
         raise ConfigError(f"config {path}: {wrong}. The keys are {', '.join(model.model_fields)}.") from error

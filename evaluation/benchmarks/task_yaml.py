@@ -10,8 +10,10 @@ import yaml
 
 from evaluation.digest import digest_file, digest_value
 from evaluation.errors import BenchmarkError
+from evaluation.yaml_text import read_bounded_yaml
 
 SHIPPED = Path(__file__).parent
+_MOST_INCLUDES = 100
 # What else decides a grade.
 ALSO = {
     "evaluation.grading": ("evaluation.grading.score", "evaluation.grading.notation", "evaluation.grading.equality")
@@ -35,28 +37,41 @@ def find_task(name: str, *, include: Sequence[Path] = ()) -> Path | None:
     return None
 
 
-def read_yaml(path: Path, *, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
     """Return an lm-eval task YAML as lm-eval reads it, includes merged and local keys winning.
 
     But a function becomes its name and the digest of its source: nothing is imported, and lm-eval takes seconds to.
     """
-    if path in seen:
+    return _merged(path, (), [])
+
+
+def _merged(path: Path, above: tuple[Path, ...], read: list[Path]) -> dict[str, Any]:
+    """Return a YAML with its includes merged; `above` are the files that include it, `read` all that were read."""
+    if path in above:
         raise BenchmarkError(f"{path} includes itself: remove one of its include lines.")
+    read.append(path)
+    if len(read) > _MOST_INCLUDES:
+        raise BenchmarkError(
+            f"{read[0]} includes more than {_MOST_INCLUDES} files, {path} again and again: merge them."
+        )
 
     class Loader(yaml.SafeLoader):
         pass
 
     Loader.add_constructor("!function", lambda _, node: _function(str(node.value), path))
     try:
-        config = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        config = read_bounded_yaml(path, loader=Loader)
+    except (OSError, yaml.YAMLError) as error:
         raise BenchmarkError(f"{path} is no readable YAML: {' '.join(str(error).split())}") from error
     if not isinstance(config, dict):
         raise BenchmarkError(f"{path} holds a {type(config).__name__} and must hold the keys of an lm-eval task.")
     includes = config.pop("include", [])
+    named = [includes] if isinstance(includes, str) else includes
+    if not isinstance(named, list) or not all(isinstance(include, str) for include in named):
+        raise BenchmarkError(f"{path}: include must be the path of a YAML, or a list of paths.")
     merged: dict[str, Any] = {}
-    for include in [includes] if isinstance(includes, str) else includes:
-        merged.update(read_yaml((path.parent / include).resolve(), seen=(*seen, path)))
+    for include in named:
+        merged.update(_merged((path.parent / include).resolve(), (*above, path), read))
     return {**merged, **config}
 
 

@@ -22,6 +22,8 @@ from relex.layouts.steps import step_directories
 
 # The settings of a run are a few kilobytes.
 _MOST_BYTES = 1 << 20
+# A trainer writes none. Each may double what comes before it.
+_MOST_ALIASES = 12
 _ARGUMENTS = "training_args.bin"
 _CONFIG = "config.yaml"
 _HYDRA = ".hydra"
@@ -95,8 +97,11 @@ def _read(directory: Directory, file: FileIdentity) -> Limit | None:
             made = read_torch_file(directory, file, unknown="stub")
             arguments = made.state if isinstance(made, Made) else None
             return _trainer(arguments, where) if isinstance(arguments, dict) else None
-        return _configured(yaml.safe_load(directory.read(file.name)), where)
-    except (CheckpointError, OSError, ValueError, RecursionError, yaml.YAMLError):
+        text = directory.read(file.name)
+        if sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)) > _MOST_ALIASES:
+            return None
+        return _configured(yaml.safe_load(text), where)
+    except (CheckpointError, OSError, ValueError, TypeError, LookupError, RecursionError, yaml.YAMLError):
         # It is being written, or somebody else's file of that name: what it would have said is a hint.
         return None
 

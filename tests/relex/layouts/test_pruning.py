@@ -97,6 +97,23 @@ def test_a_file_that_is_something_else_says_nothing_and_executes_nothing(
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    "content",
+    [
+        "a0: &a0 {k: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [{','.join([f'*a{n - 1}'] * 10)}]}}\n" for n in range(1, 13)),
+        "a: 2001-99-99",
+        "a: " + "9" * 5000,
+        "a: !!binary [1]",
+        "[" * 5000,
+    ],
+)
+def test_a_configuration_that_is_none_says_nothing(tmp_path: Path, content: str) -> None:
+    (tmp_path / "step_10").mkdir()
+    (tmp_path / "step_10" / "config.yaml").write_text("checkpointing: {keep_top_k: 1, save_period: 1}\n" + content)
+    assert find_limit(LocalDirectory(tmp_path)) is None
+
+
 def test_every_truncation_of_the_arguments_says_nothing(tmp_path: Path) -> None:
     say(tmp_path, 10, save_total_limit=2, save_steps=10)
     file = tmp_path / "checkpoint-10" / "training_args.bin"
