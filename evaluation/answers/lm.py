@@ -14,6 +14,7 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from evaluation.answers.chat_template import rendered
 from evaluation.answers.devices import NO_WEIGHTS
 from evaluation.answers.job import WHOLE, AnsweredPart, WorkerPart
 from evaluation.answers.journal import Journal
@@ -70,6 +71,13 @@ class JournalledLM(HFLM):  # type: ignore[misc]  # lm_eval carries no types
         self._on_chunk = on_chunk
         self._part = part
         self.spent = Spent()
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:  # the signature is lm-eval's
+        """Return a prompt in the model's own chat template; ModelError when that does not come to an end, or fails."""
+        apply = partial(super().apply_chat_template, chat_history, add_generation_prompt)
+        return rendered(apply, model=str(self.tokenizer.name_or_path))
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Return the text generated for each request, up to its first stop sequence."""

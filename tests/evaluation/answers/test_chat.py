@@ -5,7 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
+from evaluation.answers import chat_template
+from evaluation.answers.chat_template import rendered
 from evaluation.answers.job import Assignment
 from evaluation.answers.journal import Journal
 from evaluation.answers.lm import JournalledLM
@@ -54,6 +57,55 @@ def test_a_model_without_a_template_is_refused(model: Path, tmp_path: Path) -> N
     path.write_text(path.read_text() + "metadata: {chat_template: true}\n")
     with pytest.raises(ModelError, match="brings no chat template for sums: score it without @chat"):
         run(model, path, tmp_path)
+
+
+NEVER = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+HOSTILE = {
+    "a loop without end": (NEVER, "takes more than 0.2 seconds for one prompt"),
+    "three billion letters": ("{{ 'x' * 3000000000 }}", r"makes too much of one prompt \(MemoryError\)"),
+    "as many later": ("{{ messages[0]['content'] * 3000000000 }}", r"makes too much of one prompt \(MemoryError\)"),
+    "a text doubled": (
+        "{% set n = namespace(t='xx') %}{% for _ in range(40) %}{% set n.t = n.t ~ n.t %}{% endfor %}{{ n.t }}",
+        "makes too much",
+    ),
+    "a long prompt": ("{{ 'x' * 5000000 }}", "makes 5000000 characters of one prompt"),
+    "a large range": ("{% for _ in range(10 ** 9) %}{% endfor %}", r"makes too much of one prompt \(OverflowError\)"),
+    "no template": ("{% for %}", "fails: Expected an expression"),
+    "its own refusal": ("{{ raise_exception('no such role') }}", "fails: no such role"),
+    "what it may not do": ("{{ ''.__class__.__mro__ }}", "fails: .*unsafe"),
+    "nested": ("{{ " + "(" * 2000 + "1" + ")" * 2000 + " }}", "is nested too deep"),
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(("template", "said"), HOSTILE.values(), ids=HOSTILE.keys())
+def test_a_template_that_is_too_much_is_refused_in_one_line(
+    model: Path, template: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat_template, "SECONDS", 0.2 if template == NEVER else 5.0)
+    monkeypatch.setattr(chat_template, "_MOST_MEMORY", 64 << 20)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = template
+
+    def render() -> str:
+        return str(tokenizer.apply_chat_template([{"role": "user", "content": "1+1"}], tokenize=False))
+
+    with pytest.raises(ModelError, match=f"^the chat template of m {said}.*: score the model without @chat") as caught:
+        rendered(render, model="m")
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+def test_a_template_is_bounded_where_the_model_is_scored(
+    templated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat_template, "SECONDS", 0.2)
+    endless = Path(shutil.copytree(templated, tmp_path / "endless"))
+    (endless / "chat_template.jinja").write_text(NEVER)
+    path = write_benchmark(tmp_path, "sums", [{"prompt": "1+1", "answer": "2"}], max_new_tokens=4)
+    path.write_text(path.read_text() + "metadata: {chat_template: true}\n")
+    with pytest.raises(ModelError, match=f"the chat template of {endless} takes more than"):
+        run(endless, path, tmp_path)
 
 
 def test_an_answer_ends_where_the_context_does_if_the_benchmark_says_so(model: Path, tmp_path: Path) -> None:
