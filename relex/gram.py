@@ -28,7 +28,9 @@ from torch import Tensor
 
 from relex import factor_gram
 from relex.errors import CheckpointDamagedError, NonFiniteError
+from relex.files.directory import untouched
 from relex.progress import Progress
+from relex.store import Checkpoint
 from relex.streaming import Unit, Workspace, as_bytes, in_order, units, workspaces
 from relex.trajectory import TensorSpec, Trajectory
 
@@ -43,6 +45,8 @@ _SECTOR_BYTES = 512
 _FEWEST_ZEROS = 4
 FORMAT = 1
 
+Changes = tuple[tuple[int, int], ...]
+
 
 @dataclass(frozen=True)
 class Gram:
@@ -50,7 +54,7 @@ class Gram:
 
     `products` is (T, K, K) fp64, one for each of `names`; `base_norms` is (T,) fp64, the squared norm of the base's
     tensor. `base_digest` and `digests` (one a checkpoint) identify the contents; `identities` say which files they were
-    read from.
+    read from, `base_changes` and `changes` when each of these last changed in any way (see `Weights.changes`).
     """
 
     steps: tuple[int, ...]
@@ -60,6 +64,8 @@ class Gram:
     base_digest: str
     digests: tuple[str, ...]
     identities: tuple[str, ...]
+    base_changes: Changes = ()
+    changes: tuple[Changes, ...] = ()
 
     @property
     def digest(self) -> str:
@@ -82,6 +88,8 @@ class Gram:
             self.base_digest,
             tuple(self.digests[i] for i in positions),
             tuple(self.identities[i] for i in positions),
+            self.base_changes,
+            tuple(self.changes[i] for i in positions) if self.changes else (),
         )
 
 
@@ -174,6 +182,8 @@ def measure(
         hashes[0].hexdigest(),
         tuple(digest.hexdigest() for digest in hashes[1:]),
         tuple(checkpoint.weights.identity for checkpoint in trajectory.checkpoints),
+        trajectory.base.changes,
+        tuple(checkpoint.weights.changes for checkpoint in trajectory.checkpoints),
     )
     if known is not None and (gram.base_digest, gram.digests[:kept]) != (known.base_digest, known.digests):
         # Same files by their stat, other bytes: what was known is about something else.
@@ -250,27 +260,38 @@ def cached(
     on_progress: Progress | None = None,
 ) -> Gram:
     """Return the Gram of `trajectory`: from `directory`, else measured (from what is there) and saved."""
-    wanted = [(checkpoint.step, checkpoint.weights.identity) for checkpoint in trajectory.checkpoints]
+    wanted = trajectory.checkpoints
     base = trajectory.base.identity
     known: Gram | None = None
     superseded: Path | None = None
     for path in sorted(directory.glob("*.safetensors")):
         kept = _load(path, base)
-        if kept is None:
+        # A file may be written again with its size and time put back; then it has changed all the same.
+        if kept is None or not _untouched(trajectory.base.changes, kept.base_changes):
             continue
-        have = list(zip(kept.steps, kept.identities, strict=True))
+        have = zip(kept.steps, kept.identities, kept.changes, strict=True)
         # Only from the first on: the last bits of a product depend on its place in the tiles.
-        if have[: len(wanted)] == wanted:
-            return kept.rows(range(len(wanted)))
-        shared = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(have, wanted, strict=False))))
+        shared = len(list(takewhile(lambda pair: _same(*pair), zip(have, wanted, strict=False))))
+        if shared == len(wanted):
+            return kept.rows(range(shared))
         if shared > (len(known.steps) if known is not None else 0):
-            known, superseded = kept.rows(range(shared)), path if shared == len(have) else None
+            known, superseded = kept.rows(range(shared)), path if shared == len(kept.steps) else None
     gram = measure(trajectory, memory=memory, threads=threads, known=known, on_progress=on_progress)
     _save(gram, base, directory)
     if superseded is not None and superseded.name != f"{gram.digest}.safetensors":
         # Every row of the shorter one is in the longer one.
         superseded.unlink(missing_ok=True)
     return gram
+
+
+def _same(kept: tuple[int, str, Changes], wanted: Checkpoint) -> bool:
+    """Whether a row of a saved Gram was read from the files that a checkpoint has now."""
+    step, identity, changes = kept
+    return (step, identity) == (wanted.step, wanted.weights.identity) and _untouched(wanted.weights.changes, changes)
+
+
+def _untouched(now: Changes, was: Changes) -> bool:
+    return len(now) == len(was) and all(map(untouched, now, was))
 
 
 def _save(gram: Gram, base_identity: str, directory: Path) -> None:
@@ -282,6 +303,8 @@ def _save(gram: Gram, base_identity: str, directory: Path) -> None:
         "base_identity": base_identity,
         "digests": gram.digests,
         "identities": gram.identities,
+        "base_changes": gram.base_changes,
+        "changes": gram.changes,
     }
     content = save(
         {"products": gram.products.contiguous(), "base_norms": gram.base_norms},
@@ -307,6 +330,8 @@ def _load(path: Path, base_identity: str) -> Gram | None:
             metadata: Mapping[str, Any] = json.loads((file.metadata() or {}).get("relex", "{}"))
             if metadata.get("format") != FORMAT or metadata.get("base_identity") != base_identity:
                 return None
+            if "changes" not in metadata:
+                return None
             products, base_norms = file.get_tensor("products"), file.get_tensor("base_norms")
     except (SafetensorError, OSError):
         return None
@@ -318,4 +343,10 @@ def _load(path: Path, base_identity: str) -> Gram | None:
         metadata["base_digest"],
         tuple(metadata["digests"]),
         tuple(metadata["identities"]),
+        _pairs(metadata["base_changes"]),
+        tuple(map(_pairs, metadata["changes"])),
     )
+
+
+def _pairs(changes: Any) -> Changes:
+    return tuple((when, links) for when, links in changes)

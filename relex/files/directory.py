@@ -22,12 +22,28 @@ class FileIdentity:
     """What a file was when it was looked at: name, size in bytes, modification time in ns, and version.
 
     The version is the inode on a disk, and elsewhere what the store itself calls a version (ETag, content digest).
+    Where a file system says so, `changed_ns` is when anything of the file last changed, which nobody can put back,
+    and `links` how many names it has.
     """
 
     name: str
     size: int
     mtime_ns: int
     version: str
+    changed_ns: int = 0
+    links: int = 0
+
+    def is_still(self, was: "FileIdentity") -> bool:
+        """Whether a file is what it was: one more name, or one less, changes nothing but that."""
+        known = (self.name, self.size, self.mtime_ns, self.version)
+        return known == (was.name, was.size, was.mtime_ns, was.version) and untouched(
+            (self.changed_ns, self.links), (was.changed_ns, was.links)
+        )
+
+
+def untouched(now: tuple[int, int], was: tuple[int, int]) -> bool:
+    """Whether `changed_ns` is what it was, or another because the number of links is."""
+    return now[0] == was[0] or now[1] != was[1]
 
 
 class Directory(Protocol):

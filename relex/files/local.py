@@ -101,4 +101,4 @@ class LocalDirectory:
 
 
 def _identity(name: str, stat: os.stat_result) -> FileIdentity:
-    return FileIdentity(name, stat.st_size, stat.st_mtime_ns, str(stat.st_ino))
+    return FileIdentity(name, stat.st_size, stat.st_mtime_ns, str(stat.st_ino), stat.st_ctime_ns, stat.st_nlink)

@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from typing import Any
@@ -62,7 +62,14 @@ class Weights:
     @cached_property
     def identity(self) -> str:
         """Hex digest of which files these are (name, size, mtime, version), without reading them."""
-        return sha256(json.dumps([asdict(file) for file in self.files]).encode()).hexdigest()
+        named = [(file.name, file.size, file.mtime_ns, file.version) for file in self.files]
+        keys = ("name", "size", "mtime_ns", "version")
+        return sha256(json.dumps([dict(zip(keys, one, strict=True)) for one in named]).encode()).hexdigest()
+
+    @property
+    def changes(self) -> tuple[tuple[int, int], ...]:
+        """When each file last changed in any way, in ns, and how many links it has: no part of what it is called."""
+        return tuple((file.changed_ns, file.links) for file in self.files)
 
     @property
     def scratch(self) -> int:
@@ -100,11 +107,11 @@ class Weights:
                     f"{path} was removed while it was read. Raise the trainer's number of kept checkpoints, then run"
                     " again."
                 ) from None
-            if now != was:
+            if not now.is_still(was):
                 raise CheckpointChangedError(
                     f"{path} changed while it was read (size {was.size} → {now.size} bytes, mtime {was.mtime_ns} →"
-                    f" {now.mtime_ns} ns, version {was.version} → {now.version}). Was the run resumed? Run again when"
-                    " it is quiet."
+                    f" {now.mtime_ns} ns, version {was.version} → {now.version}, changed {was.changed_ns} →"
+                    f" {now.changed_ns} ns). Was the run resumed? Run again when it is quiet."
                 )
 
 
