@@ -41,7 +41,7 @@ ROWS, COLUMNS = 4, 24
 WIDTH = 1 << 13
 # What a file system gives back for a part that it lost: whole sectors of zeros.
 _SECTOR_BYTES = 512
-# At the end of a file less than a sector may be lost; fewer zeros than this may be chance.
+# Where a tensor begins or ends less than a sector of it may be lost; fewer zeros than this may be chance.
 _FEWEST_ZEROS = 4
 FORMAT = 1
 
@@ -210,7 +210,7 @@ def _add_products(total: NDArray[np.float64], deltas: NDArray[np.float64], *, fi
 
 
 def _erased(stored_RN: Tensor, base_N: Tensor) -> list[int]:
-    """Return the rows of a chunk in which a whole sector, or the end, is zero and the base's is not."""
+    """Return the rows of a chunk in which a whole sector, or its begin or end, is zero and the base's is not."""
     if stored_RN.shape[1] < _FEWEST_ZEROS:
         return []
     sector = min(_SECTOR_BYTES // stored_RN.itemsize, stored_RN.shape[1])
@@ -222,7 +222,7 @@ def _erased(stored_RN: Tensor, base_N: Tensor) -> list[int]:
 def _lost(stored_N: Tensor, base_N: Tensor, *, sector: int) -> bool:
     kept = ((stored_N != 0) | (base_N == 0)).nonzero().flatten()
     gaps = torch.cat([torch.tensor([-1]), kept, torch.tensor([len(stored_N)])]).diff() - 1
-    return int(gaps.max()) >= sector or int(gaps[-1]) >= _FEWEST_ZEROS
+    return int(gaps.max()) >= sector or int(gaps[0]) >= _FEWEST_ZEROS or int(gaps[-1]) >= _FEWEST_ZEROS
 
 
 def _refuse_erased(erased: Sequence[tuple[str, int]], trajectory: Trajectory) -> None:

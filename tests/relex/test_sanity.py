@@ -13,7 +13,7 @@ from relex.inspection import inspect
 from relex.layouts.hf import SINGLE_FILE, open_model
 from relex.output import manifest
 from relex.predictors import parse_method
-from relex.sanity import duplicates, findings, holes, increments, jumps
+from relex.sanity import duplicates, findings, foreign, holes, increments, jumps
 from tests.helpers.trajectories import MIB, State, drift, measure, quiet, write_run
 
 SHAPES = {"attention": (12, 10), "mlp": (30, 7), "norm": (5,)}
@@ -149,6 +149,21 @@ def test_a_part_of_a_file_that_was_lost_is_named_and_refused(tmp_path: Path, nam
         measure(run.open())
 
 
+@pytest.mark.parametrize("before", [0, 2, 4, 12, 500, 508, 510, 512])
+def test_a_sector_that_is_lost_across_the_border_of_two_tensors_is_found(tmp_path: Path, before: int) -> None:
+    states = drift({"embedding": (64, 512), "mlp": (64, 512)}, base=torch.bfloat16, stored=torch.bfloat16)
+    run = write_run(tmp_path, states)
+    weights = open_model(LocalDirectory(run.run / "checkpoint-25"), config={})
+    first, second = (weights.tensors[name] for name in ("embedding", "mlp"))
+    assert second.pieces[0].offset == first.pieces[0].offset + first.nbytes
+    with (run.run / "checkpoint-25" / SINGLE_FILE).open("r+b") as file:
+        file.seek(second.pieces[0].offset - before)
+        file.write(bytes(512))
+    quiet(run.run / "checkpoint-25")
+    with pytest.raises(CheckpointDamagedError, match=r"checkpoint-25: a stretch of .* is all zeros at step 25"):
+        measure(run.open())
+
+
 def test_what_is_zero_in_the_base_too_was_not_lost(tmp_path: Path) -> None:
     states = drift({"embedding": (64, 512)})
     for state in states.values():
@@ -166,3 +181,62 @@ def test_a_base_that_the_run_was_not_started_from_is_pointed_out(tmp_path: Path)
     assert [(item.kind, item.step) for item in found] == [("far", 10)]
     assert "step 10 is 1.3" in found[0].text
     assert "Is this the base that the run was started from?" in found[0].text
+
+
+@pytest.mark.parametrize("moved", [0.0, 1e-4])
+def test_weights_that_are_alike_in_all_models_do_not_hide_another_base(moved: float, tmp_path: Path) -> None:
+    shapes = {"a.weight": (12, 10), "b.weight": (30, 7), "c.weight": (7, 30), "a.norm": (4000,), "b.norm": (4000,)}
+    generator = torch.Generator().manual_seed(0)
+
+    def model() -> State:
+        return {
+            name: torch.ones(shape) if "norm" in name else 0.3 * torch.randn(shape, generator=generator)
+            for name, shape in shapes.items()
+        }
+
+    states = {0: model()}
+    own = model()
+    for step in (10, 20, 25, 40):
+        moving = {name: tensor + moved * step * ("norm" in name) for name, tensor in own.items()}
+        states[step] = moving | {"a.weight": own["a.weight"] * (1 + 1e-4 * step)}
+    found = findings(gram_of(states, tmp_path))
+    assert [(item.kind, item.step) for item in found] == [("far", 10)]
+
+
+def trained(seed: int, *, steps: Sequence[int]) -> dict[int, State]:
+    """Return a base and checkpoints of a small regression that Adam fits, its batches in the order of `seed`."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.Tanh(), torch.nn.Linear(32, 4))
+    inputs = torch.randn(512, 16)
+    targets = torch.randn(512, 4)
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    states: dict[int, State] = {0: {name: tensor.clone() for name, tensor in model.state_dict().items()}}
+    for step in range(1, max(steps) + 1):
+        batch = torch.randint(0, 512, (8,), generator=generator)
+        optimizer.zero_grad()
+        torch.autograd.backward(torch.nn.functional.mse_loss(model(inputs[batch]), targets[batch]))
+        optimizer.step()
+        if step in steps:
+            states[step] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    return states
+
+
+@pytest.mark.parametrize("place", [1, 2, 3])
+def test_a_step_of_another_run_turns_back(place: int, tmp_path: Path) -> None:
+    steps = [10, 20, 25, 40, 75]
+    states = trained(1, steps=steps)
+    assert foreign(gram_of(states, tmp_path / "own")) == []
+    states[steps[place]] = trained(2, steps=steps)[steps[place]]
+    (found,) = foreign(gram_of(states, tmp_path / "mixed"))
+    assert str(steps[place]) in found.text.partition(":")[0]
+    assert found.step in (steps[place], steps[place - 1])
+    assert "as they do at a checkpoint of another run" in found.text
+    assert foreign(gram_of({step: states[step] for step in [0, *steps[:4]]}, tmp_path / "four")) == []
+
+
+def test_a_run_that_only_jitters_has_no_foreign_step(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    base = {"w": torch.randn(200, 20, generator=generator)}
+    jitter = {s: {"w": base["w"] + 0.01 * torch.randn(200, 20, generator=generator)} for s in range(10, 110, 10)}
+    assert foreign(gram_of({0: base, **jitter}, tmp_path)) == []

@@ -18,6 +18,7 @@ from relex.backtest.backtest import Backtest, backtest
 from relex.gram import Gram
 from relex.predictors import parse_method
 from relex.predictors.predictor import Window
+from relex.sanity import foreign
 
 STRAIGHT, BENT = "sort-seed-1-prompts-8-lr-4e-06-fp32", "sort-seed-1-prompts-32-lr-2e-05-fp32"
 WINDOWS = (24, 48, 96)
@@ -138,3 +139,13 @@ def test_the_cells_of_the_usual_ways_are_those_that_were_kept(runs: dict[str, Ke
         numbers = [cell.skill, cell.lower_bound, cell.cosine, cell.norm_ratio, cell.jumps, cell.longest, cell.trusted]
         for number, value in zip(numbers, expected[3:], strict=True):
             assert number == (None if value is None else pytest.approx(value, rel=1e-12)), (cell.way, cell.horizon)
+
+
+@pytest.mark.parametrize("name", [STRAIGHT, BENT])
+def test_no_step_of_a_real_run_is_taken_for_another_runs(runs: dict[str, Kept], name: str) -> None:
+    measured = runs[name].gram
+    count = len(measured.steps)
+    for stride in (1, 2, 3, 6):
+        for first in range(0, count, 3):
+            for last in range(first + 4 * stride, count, 5):
+                assert foreign(measured.rows(range(first, last + 1, stride))) == [], (stride, first, last)
