@@ -1,9 +1,9 @@
 """What can go wrong, as one tree.
 
 RelexError
-├── StoreError                     the store as a whole: no checkpoints, two directories for one step, too few steps
+├── StoreError                     the store as a whole: no checkpoints, too few steps
 │   ├── AbsentError                    there is no such training run
-│   └── UnreachableError               a store on the network does not answer, or does not let us in
+│   └── UnreachableError               a store does not answer, or does not let us in
 ├── CheckpointError                one checkpoint, or the base
 │   ├── CheckpointIncompleteError      files missing, truncated or still being written
 │   ├── CheckpointMismatchError        names, shapes or dtypes differ from the base
@@ -32,7 +32,7 @@ class AbsentError(StoreError):
 
 
 class UnreachableError(StoreError):
-    """A store on the network does not answer, or does not let us in."""
+    """A store, or a file system, does not answer, or does not let us in."""
 
 
 class CheckpointError(RelexError):

@@ -6,14 +6,22 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from relex.errors import AbsentError, CheckpointError, CheckpointIncompleteError, CheckpointMismatchError, StoreError
+from relex.errors import (
+    AbsentError,
+    CheckpointError,
+    CheckpointIncompleteError,
+    CheckpointMismatchError,
+    StoreError,
+    UnreachableError,
+)
 from relex.files.block_cache import BlockCache
 from relex.files.directory import Directory, Kind
 from relex.files.location import open_directory
 from relex.layouts import hf
 from relex.layouts.detection import open_complete
 from relex.layouts.settled import QUIET_SECONDS
-from relex.layouts.steps import doubtful, step_directories
+from relex.layouts.side_files import side_names
+from relex.layouts.steps import doubtful, step_names
 from relex.layouts.weights import Weights
 
 # At once, into a store on the network.
@@ -61,6 +69,7 @@ def open_base(location: str | Path | Directory, *, blocks: BlockCache | None = N
         raise CheckpointIncompleteError(
             f"base {location} has no config.json. Give the directory of the model the run started from."
         )
+    side_names(directory)
     return hf.open_model(directory, config={})
 
 
@@ -76,39 +85,54 @@ def scan(
         raise AbsentError(
             f"training run {run} is not a directory. Give the directory the trainer writes its checkpoints to."
         )
-    directories = step_directories(run)
-    doubts = doubtful([directory.name for directory in directories.values()])
-    steps = [(step, directory) for step, directory in directories.items() if directory.name not in doubts]
+    names = step_names(run)
+    doubts = doubtful([name for each in names.values() for name in each])
+    steps = [(step, each) for step, each in names.items() if each[0] not in doubts]
     broken = tuple(
-        StoredCheckpoint(step, directory, State.BROKEN, f"{run}: {doubts[directory.name]}")
-        for step, directory in directories.items()
-        if directory.name in doubts
+        StoredCheckpoint(step, run.checkpoint(each[0]), State.BROKEN, f"{run}: {doubts[each[0]]}")
+        for step, each in names.items()
+        if each[0] in doubts
     )
-    found = (*_looks(steps, run, base, now), *broken)
-    return tuple(sorted(found, key=lambda checkpoint: checkpoint.step))
+    return tuple(sorted((*_looks(steps, run, base, now), *broken), key=lambda checkpoint: checkpoint.step))
 
 
 def _looks(
-    steps: Sequence[tuple[int, Directory]], run: Directory, base: Weights, now: float
+    steps: Sequence[tuple[int, Sequence[str]]], run: Directory, base: Weights, now: float
 ) -> tuple[StoredCheckpoint, ...]:
     if run.kind is Kind.DISK:
-        return tuple(_look(step, directory, run, base, now) for step, directory in steps)
+        return tuple(_look(step, names, run, base, now) for step, names in steps)
     # Each takes a few requests that wait for nothing but the network.
     with ThreadPoolExecutor(_LOOKS) as pool:
         return tuple(pool.map(lambda pair: _look(pair[0], pair[1], run, base, now), steps))
 
 
-def _look(step: int, directory: Directory, run: Directory, base: Weights, now: float) -> StoredCheckpoint:
+def _look(step: int, names: Sequence[str], run: Directory, base: Weights, now: float) -> StoredCheckpoint:
+    """Look at the directory of one step; whatever is wrong with it is told, and concerns no other step."""
+    directory = run.checkpoint(names[0])
+    if len(names) > 1:
+        reason = f"{run} has {len(names)} directories for step {step}: {' and '.join(names)}. Keep one."
+        return StoredCheckpoint(step, directory, State.BROKEN, reason)
     try:
         try:
             weights = open_complete(step, directory, run=run, base=base, now=now)
             check_same_tensors(weights, base)
+            side_names(weights.directory)
         except CheckpointError as error:
             # What is wrong in a directory that still changes may be right a second later.
             quiet = now - directory.last_change() >= QUIET_SECONDS
             return StoredCheckpoint(step, directory, State.BROKEN if quiet else State.NOT_YET, str(error))
     except FileNotFoundError:
         return StoredCheckpoint(step, directory, State.NOT_YET, f"{directory} is being removed or replaced. Wait.")
+    except UnreachableError as error:
+        if directory.kind is not Kind.DISK:
+            raise
+        return StoredCheckpoint(step, directory, State.NOT_YET, str(error))
+    except OSError as error:
+        reason = f"{error.filename or directory} cannot be read ({error.strerror}). Let it be read, or delete it."
+        return StoredCheckpoint(step, directory, State.BROKEN, reason)
+    except RecursionError:
+        reason = f"{directory}: a file in it is nested too deep to be read. Save the checkpoint again."
+        return StoredCheckpoint(step, directory, State.BROKEN, reason)
     return StoredCheckpoint(step, directory, State.READY, weights=weights)
 
 

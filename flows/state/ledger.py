@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from flows.settings import Settings
 from flows.state.events import Sent
 from flows.state.records import read_json, write_json
-from relex.files.directory import Directory, Kind
+from relex.files.directory import Kind
 from relex.store import StoredCheckpoint
 
 
@@ -62,7 +62,7 @@ def left_behind(stored: Collection[StoredCheckpoint], checkpoints: Mapping[str, 
     for item in stored:
         if item.weights is None and item.directory.kind is Kind.DISK:
             with contextlib.suppress(FileNotFoundError):
-                files = max(_times(item.directory), default=0)
+                files = item.directory.newest_file()
                 written[item.step] = (files, max(files, int(item.directory.last_change() * 1e9)))
     behind, newest = set(), 0
     for step, (files, changed) in sorted(written.items()):
@@ -94,8 +94,3 @@ def written_at(checkpoint: StoredCheckpoint, *, default: int) -> int:
     if checkpoint.weights is None or checkpoint.directory.kind is not Kind.DISK:
         return default
     return max(file.mtime_ns for file in checkpoint.weights.files)
-
-
-def _times(directory: Directory) -> list[int]:
-    inner = [time for name in directory.children() for time in _times(directory.enter(name))]
-    return [file.mtime_ns for file in directory.files().values()] + inner

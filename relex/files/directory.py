@@ -5,6 +5,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+from relex.errors import CheckpointMismatchError
+
+# No file that is read whole is larger: the index of a model of 10^12 parameters has 20 MB, the tokenizer of the largest
+# vocabularies 40, a trainer's log of 10^5 entries too.
+MOST_WHOLE = 100_000_000
+
 
 class Kind(StrEnum):
     """How files come to be there, which decides when a checkpoint is complete.
@@ -47,7 +53,11 @@ def untouched(now: tuple[int, int], was: tuple[int, int]) -> bool:
 
 
 class Directory(Protocol):
-    """One directory. Its string is the location that `open_directory` takes; equal locations are equal, and hash."""
+    """One directory. Its string is the location that `open_directory` takes; equal locations are equal, and hash.
+
+    On a disk only a regular file of the tree, links resolved, is ever opened, and CheckpointMismatchError raised for
+    another. What fails for a moment is tried again, and raises UnreachableError when it goes on failing.
+    """
 
     def __hash__(self) -> int: ...
 
@@ -71,11 +81,20 @@ class Directory(Protocol):
     def enter(self, name: str) -> "Directory":
         """Return the directory `name` in it, there or not."""
 
+    def checkpoint(self, name: str) -> "Directory":
+        """Return the directory `name` in it as a tree of its own, whose links may not lead out of it."""
+
     def identity(self, name: str) -> FileIdentity:
         """Look at one file again; raises FileNotFoundError."""
 
+    def check(self, name: str) -> None:
+        """Raise CheckpointMismatchError for a file that may not be opened, or is too large to be read whole."""
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
-        """Return bytes `start` to `stop` of a file (None: to its end); fewer where it ends before."""
+        """Return bytes `start` to `stop` of a file (None: to its end); fewer where it ends before.
+
+        A file of more than MOST_WHOLE bytes is not read to its end: CheckpointMismatchError.
+        """
 
     def read_into(self, name: str, position: int, buffer: memoryview) -> int:
         """Fill `buffer` with the bytes from `position` on and return how many there were; raises OSError."""
@@ -83,8 +102,17 @@ class Directory(Protocol):
     def last_change(self) -> float:
         """Return when anything in it last changed, in seconds since the epoch."""
 
-    def outside(self, file: FileIdentity) -> str | None:
-        """Return where a file really lies when that is outside of this directory, None when it is in it."""
+    def newest_file(self) -> int:
+        """Return when the newest of the files in it, at any depth, was written (ns since the epoch), 0 without any."""
 
     def hole(self, file: FileIdentity) -> int | None:
         """Return the first byte of a file that was never written although its length is right, None without one."""
+
+
+def check_whole(directory: Directory, name: str, size: int) -> None:
+    """Raise CheckpointMismatchError for a file of too many bytes to be read whole."""
+    if size > MOST_WHOLE:
+        raise CheckpointMismatchError(
+            f"{directory}/{name} has {size} bytes, and what is read whole has at most {MOST_WHOLE}. It is no such file:"
+            " delete it, or save the checkpoint again."
+        )

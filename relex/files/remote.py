@@ -12,7 +12,7 @@ from functools import cached_property, lru_cache, partial
 from typing import Protocol
 
 from relex.files.block_cache import BlockCache
-from relex.files.directory import FileIdentity, Kind
+from relex.files.directory import FileIdentity, Kind, check_whole
 
 # As much as a header, a config or an index has: one request brings it.
 _OPENING = 256 << 10
@@ -105,6 +105,14 @@ class RemoteDirectory:
         inside = self.tree.trees.get(name, Tree())
         return RemoteDirectory(f"{self.location}/{name}", self.store, self.blocks, f"{self.path}{name}/", inside)
 
+    def checkpoint(self, name: str) -> "RemoteDirectory":
+        """Return the directory `name` in it: stores have no links."""
+        return self.enter(name)
+
+    def check(self, name: str) -> None:
+        """Compare the size of a file, as it was listed, with what is read whole."""
+        check_whole(self, name, self._listed(name).size)
+
     def identity(self, name: str) -> FileIdentity:
         """Ask for one file as it is now."""
         return self.store.look(self.path + name)
@@ -112,6 +120,8 @@ class RemoteDirectory:
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         """Return bytes `start` to `stop` of a file; small files, and the beginning of large ones, are remembered."""
         file = self._listed(name)
+        if stop is None:
+            check_whole(self, name, file.size)
         stop = file.size if stop is None else min(stop, file.size)
         if stop <= _OPENING:
             opening = _small_file if file.size <= _OPENING else _opening
@@ -132,8 +142,9 @@ class RemoteDirectory:
         """Return when anything in it last changed, in seconds since the epoch; 0 where stores keep no times."""
         return self.tree.newest() / 1e9
 
-    def outside(self, file: FileIdentity) -> str | None:
-        """Return None: stores have no links."""
+    def newest_file(self) -> int:
+        """Return when the newest file in it was written (ns since the epoch); 0 where stores keep no times."""
+        return self.tree.newest()
 
     def hole(self, file: FileIdentity) -> int | None:
         """Return None: stores have no holes."""

@@ -71,7 +71,7 @@ def _parse(directory: Directory, file: FileIdentity) -> Header:
         raise ValueError(f"its header is said to have {length} bytes")
     content = json.loads(directory.read(file.name, 8, 8 + length))
     if not isinstance(content, dict):
-        raise TypeError(f"its header holds a JSON {type(content).__name__}")
+        raise ValueError(f"its header holds a JSON {type(content).__name__}, not an object")  # noqa: TRY004
     metadata = content.pop("__metadata__", {})
     entries = sorted(
         (_entry(name, described, where=f"{directory}/{file.name}") for name, described in content.items()),
@@ -92,6 +92,8 @@ def _parse(directory: Directory, file: FileIdentity) -> Header:
 def _entry(name: str, described: Any, *, where: str) -> tuple[tuple[str, torch.dtype, tuple[int, ...]], int, int]:
     if not isinstance(described, dict) or not described.keys() >= {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"tensor {name} has no dtype, shape and place")
+    if not isinstance(described["dtype"], str):
+        raise ValueError(f"tensor {name} has a dtype that is a JSON {type(described['dtype']).__name__}")  # noqa: TRY004
     if described["dtype"] not in DTYPES:
         raise CheckpointMismatchError(
             f"{where}: tensor {name} has dtype {described['dtype']}, which cannot be extrapolated;"

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from functools import lru_cache
 
-from relex.errors import CheckpointIncompleteError, CheckpointMismatchError
+from relex.errors import CheckpointIncompleteError
 from relex.files.directory import Directory, FileIdentity, Kind
 from relex.layouts.weights import Weights
 
@@ -24,12 +24,14 @@ _INCOMPLETE_MARKER = "checkpoint-is-incomplete.txt"
 # What verl writes last, beside its step directories: the number of the latest one.
 TRACKER = "latest_checkpointed_iteration.txt"
 _TRACKED = "global_step_"
+# No number of steps has more digits.
+_MOST_TRACKER_BYTES = 32
 
 
 def check_settled(weights: Weights, *, step: int, directory: Directory, run: Directory, now: float) -> None:
     """Raise CheckpointIncompleteError unless the weights in step directory `directory` are finished at time `now`.
 
-    `now` is in seconds since the epoch. A file that only leads to another place raises CheckpointMismatchError.
+    `now` is in seconds since the epoch.
     """
     _refuse_defects(weights)
     kind = weights.directory.kind
@@ -68,12 +70,6 @@ def check_settled(weights: Weights, *, step: int, directory: Directory, run: Dir
 
 def _refuse_defects(weights: Weights) -> None:
     for file in weights.files:
-        target = weights.directory.outside(file)
-        if target is not None:
-            raise CheckpointMismatchError(
-                f"{weights.directory}/{file.name} is a link to {target}, outside of it. A checkpoint may not point"
-                " outside itself: copy the file, or give the directory that holds it."
-            )
         hole = weights.directory.hole(file)
         if hole is not None:
             raise CheckpointIncompleteError(
@@ -93,8 +89,8 @@ def _refuse_older(marker: FileIdentity, newest: int, directory: Directory) -> No
 def _check_tracker(
     run: Directory, siblings: Mapping[str, FileIdentity], *, step: int, newest: int, directory: Directory
 ) -> None:
-    text = run.read(TRACKER).decode(errors="replace").strip()
-    if not text.isdecimal():
+    text = run.read(TRACKER, 0, _MOST_TRACKER_BYTES).decode(errors="replace").strip()
+    if not (text.isascii() and text.isdecimal()):
         raise CheckpointIncompleteError(f"{run}/{TRACKER} reads {text!r}: the trainer is writing it. Wait.")
     if int(text) < step:
         raise CheckpointIncompleteError(

@@ -4,7 +4,6 @@ import re
 from collections import Counter
 from collections.abc import Collection
 
-from relex.errors import StoreError
 from relex.files.directory import Directory
 
 # What trainers call them, and what is to be added to the number to get the count of finished training steps.
@@ -17,21 +16,26 @@ _NAMES = (
     (re.compile(r"epoch\d+epochstep\d+globalstep(\d+)"), 1),  # AReaL counts from 0
     (re.compile(r"iter_(\d+)"), 0),  # Megatron-LM, to refuse it by name
 )
+# A number of more is no count of steps, and a name like any other.
+_MOST_DIGITS = 15
+
+
+def step_names(run: Directory) -> dict[int, tuple[str, ...]]:
+    """Return the names of the step directories of a training run by ascending training step.
+
+    Only one of several for a step can be meant. Other names are not looked at.
+    """
+    names: dict[int, tuple[str, ...]] = {}
+    for name in run.children():
+        step = _step(name)
+        if step is not None:
+            names[step] = (*names.get(step, ()), name)
+    return dict(sorted(names.items()))
 
 
 def step_directories(run: Directory) -> dict[int, Directory]:
-    """Return the step directories of a training run by ascending training step; other names are not looked at."""
-    directories: dict[int, Directory] = {}
-    for name in run.children():
-        step = _step(name)
-        if step is None:
-            continue
-        if step in directories:
-            raise StoreError(
-                f"{run} has two directories for step {step}: {directories[step].name} and {name}. Keep one."
-            )
-        directories[step] = run.enter(name)
-    return dict(sorted(directories.items()))
+    """Return the step directories of a training run by ascending training step, of several for a step the first."""
+    return {step: run.checkpoint(names[0]) for step, names in step_names(run).items()}
 
 
 def doubtful(names: Collection[str]) -> dict[str, str]:
@@ -56,6 +60,6 @@ def doubtful(names: Collection[str]) -> dict[str, str]:
 def _step(name: str) -> int | None:
     for pattern, offset in _NAMES:
         match = pattern.fullmatch(name)
-        if match is not None:
+        if match is not None and len(match[1]) <= _MOST_DIGITS:
             return int(match[1]) + offset
     return None

@@ -12,7 +12,6 @@ import shutil
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -24,22 +23,9 @@ from relex.files.directory import Directory
 from relex.formats.safetensors_header import DTYPE_NAMES
 from relex.layouts.hf import INDEX_FILE, SINGLE_FILE
 from relex.layouts.peft import WEIGHTS_FILE as ADAPTER_FILE
+from relex.layouts.side_files import side_names
 from relex.layouts.weights import Weights
 from relex.output.manifest import FILE_NAME, FileRecord, read
-
-# What a model needs besides its weights. Code is not in the list, and neither is what a trainer keeps for itself.
-SIDE_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.*",
-)
 
 # The order in which safetensors itself lays tensors out: by dtype, then by name.
 _DTYPE_ORDER = ("U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "I8", "U8", "BOOL")
@@ -209,7 +195,7 @@ def side_files(base: Weights, latest: Weights) -> dict[str, bytes]:
     """Return config, tokenizer and generation files by name: the base's, and what only the latest checkpoint has."""
     owners: dict[str, Directory] = {}
     for directory in (latest.directory, base.directory):
-        owners |= {name: directory for name in directory.files() if any(fnmatch(name, one) for one in SIDE_FILES)}
+        owners |= dict.fromkeys(side_names(directory), directory)
     return {name: directory.read(name) for name, directory in sorted(owners.items())}
 
 

@@ -61,10 +61,16 @@ def test_plain_step_directories_are_checkpoints(run: Run, name: str) -> None:
     assert _scan(run)[7].state is State.READY
 
 
-def test_two_directories_for_one_step_are_refused(run: Run) -> None:
+def test_two_directories_for_one_step_are_broken_and_no_other_step(run: Run) -> None:
     write_model(run.run / "step_25", drift()[25])
-    with pytest.raises(StoreError, match="two directories for step 25: checkpoint-25 and step_25"):
-        _scan(run)
+    found = _scan(run)
+    assert [step for step, item in found.items() if item.state is State.READY] == [10, 20, 40, 75]
+    assert (found[25].state, found[25].reason) == (
+        State.BROKEN,
+        f"{run.run} has 2 directories for step 25: checkpoint-25 and step_25. Keep one.",
+    )
+    with pytest.raises(CheckpointIncompleteError, match=r"step 25 is broken: .* has 2 directories for step 25"):
+        _observed(run)
 
 
 @pytest.mark.parametrize(
@@ -178,6 +184,7 @@ def test_a_link_to_nothing_is_broken_and_no_crash(run: Run) -> None:
     path = run.run / "checkpoint-75"
     (path / "model.safetensors").unlink()
     (path / "model.safetensors").symlink_to(path / "pruned-blob")
+    os.utime(path / "model.safetensors", (0, 0), follow_symlinks=False)
     os.utime(path, (0, 0))
     assert _scan(run)[75].state is State.BROKEN
 
