@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from flows.settings import Settings
 from flows.state.events import Sent
 from flows.state.records import read_json, write_json
+from relex.errors import UnreachableError
 from relex.files.directory import Kind
 from relex.store import StoredCheckpoint
 
@@ -61,7 +62,8 @@ def left_behind(stored: Collection[StoredCheckpoint], checkpoints: Mapping[str, 
     written = {int(step): (seen.written, seen.written) for step, seen in checkpoints.items()}
     for item in stored:
         if item.weights is None and item.directory.kind is Kind.DISK:
-            with contextlib.suppress(FileNotFoundError):
+            # Of what does not answer nobody can tell; it is not ready, and keeps its window waiting.
+            with contextlib.suppress(FileNotFoundError, UnreachableError):
                 files = item.directory.newest_file()
                 written[item.step] = (files, max(files, int(item.directory.last_change() * 1e9)))
     behind, newest = set(), 0

@@ -6,6 +6,7 @@ pinned. A step that is written again takes its old pins with it. Left out is wha
 layout reads: optimizer, schedule, random states, critic.
 """
 
+import errno
 import os
 import re
 import shutil
@@ -19,15 +20,20 @@ from pathlib import Path
 
 from flows.errors import PinError
 from flows.settings import Settings
+from relex.errors import CheckpointError, UnreachableError
 from relex.files.local import LocalDirectory
 from relex.layouts.settled import TRACKER
-from relex.layouts.steps import step_directories
+from relex.layouts.steps import step_names
 from relex.store import State, StoredCheckpoint
 
 # How often the trainer's directory is looked at for something new.
 REFRESH_SECONDS = 0.1
 # Times are as coarse as the file system's clock: what changed so lately may be changing.
 _RACY_SECONDS = 2.0
+# What no other try changes, and no other checkpoint escapes.
+_IMPOSSIBLE = frozenset({errno.EXDEV, errno.EROFS, errno.ENOSYS, errno.EOPNOTSUPP})
+# More than any number of steps has.
+_MOST_TRACKER_BYTES = 64
 _LEFT_OUT = re.compile(
     r"optim.*|.*_optim_states\.pt|scheduler\.pt|scaler\.pt|rng_state.*|extra_state.*|critic|data\.pt|dataloader.*"
     r"|\.tmp.*|.*\.tmp"
@@ -47,6 +53,8 @@ class Pins:
         self._looked: dict[str, dict[Path, tuple[int, int]]] = {}
         # Size and time of files that are still to be copied.
         self._growing: dict[Path, tuple[int, int]] = {}
+        # By step directory: why it is not pinned yet.
+        self._troubles: dict[str, str] = {}
         self._active = not released
 
     @contextmanager
@@ -56,7 +64,9 @@ class Pins:
 
         def work() -> None:
             while not stop.wait(REFRESH_SECONDS):
-                self._refresh()
+                # Who refreshes from outside is told; here the next try comes soon.
+                with suppress(OSError, UnreachableError):
+                    self._refresh()
 
         with ThreadPoolExecutor(1, "pins") as pool:
             worker = pool.submit(work)
@@ -74,6 +84,12 @@ class Pins:
             self._looked.clear()
         self._refresh()
 
+    @property
+    def troubles(self) -> dict[str, str]:
+        """A line for each step directory that could not be pinned when it was last tried, by its name."""
+        with self._lock:
+            return dict(self._troubles)
+
     def release(self) -> None:
         """Delete all pins, and make none until the next `refresh`."""
         with self._lock:
@@ -84,9 +100,10 @@ class Pins:
     def drop(self, steps: Collection[int]) -> None:
         """Delete the pins of those of the steps that the trainer has deleted."""
         with self._lock:
-            for step, name in _steps(self._root).items():
-                if step in steps and not _tree(self._live / name)[0]:
-                    shutil.rmtree(self._root / name)
+            for step, names in _steps(self._root).items():
+                for name in names:
+                    if step in steps and not _tree(self._live / name)[0]:
+                        shutil.rmtree(self._root / name)
 
     def vanished(self, stored: Collection[StoredCheckpoint]) -> list[int]:
         """Return the steps that were deleted by the trainer before they were whole here."""
@@ -95,8 +112,10 @@ class Pins:
             saved.step
             for saved in stored
             if saved.state is State.BROKEN
-            and saved.step in pinned
-            and not _tree(self._root / pinned[saved.step])[0].keys() <= _tree(self._live / pinned[saved.step])[0].keys()
+            and any(
+                not _tree(self._root / name)[0].keys() <= _tree(self._live / name)[0].keys()
+                for name in pinned.get(saved.step, ())
+            )
         ]
 
     def end(self) -> int:
@@ -112,18 +131,47 @@ class Pins:
             if not self._active or not self._live.is_dir():
                 return
             # What the tracker vouches for was there before it was read, and is pinned before it is.
-            tracker = _read(self._live / TRACKER)
+            tracker = _read(self._live)
             live = _steps(self._live)
             last = self._last(live)
-            for step, name in live.items():
-                if step <= last:
-                    self._refresh_step(name)
-            if tracker is not None and tracker != _read(self._root / TRACKER):
+            self._troubles = {name: line for name, line in self._troubles.items() if name in _all(live)}
+            self._keep_doubled(live)
+            for step, names in live.items():
+                for name in names if step <= last else ():
+                    self._try_step(name)
+            if tracker is not None and tracker != _read(self._root):
                 self._write_tracker(*tracker)
+
+    def _keep_doubled(self, live: dict[int, tuple[str, ...]]) -> None:
+        """Have the pins of a step in as many directories as the trainer has: one of two may be empty, or be deleted."""
+        pinned = _steps(self._root)
+        for step, names in live.items():
+            if len(names) > 1:
+                for name in names:
+                    (self._root / name).mkdir(parents=True, exist_ok=True)
+            for name in set(pinned.get(step, ())) - set(names):
+                shutil.rmtree(self._root / name)
+
+    def _try_step(self, name: str) -> None:
+        """Pin what is new of one step; what is wrong with it concerns no other, and is tried again."""
+        try:
+            self._refresh_step(name)
+        except UnreachableError as error:
+            self._troubles[name] = str(error)
+        except OSError as error:
+            self._troubles[name] = (
+                f"{error.filename or self._live / name} cannot be pinned ({error.strerror}). It is tried again; let it"
+                " be read, or delete it."
+            )
 
     def _refresh_step(self, name: str) -> None:
         looked = self._looked.get(name)
         if looked is not None and looked == _looks(looked):
+            return
+        self._troubles.pop(name, None)
+        # What is pinned is no link any more, and would be read.
+        if not os.path.realpath(self._live / name).startswith(f"{os.path.realpath(self._live)}/"):
+            self._troubles[name] = f"{self._live / name} is a link out of the run and is not pinned. Copy it there."
             return
         files, directories = _tree(self._live / name)
         pinned, _ = _tree(self._root / name)
@@ -146,9 +194,28 @@ class Pins:
     def _pin_files(self, name: str, files: dict[str, os.stat_result]) -> bool:
         # A marker is written last, and pinned last.
         for place in sorted(files, key=lambda place: (files[place].st_mtime_ns, place)):
-            if not self._pin(self._live / name / place, self._root / name / place):
+            source, target = self._live / name / place, self._root / name / place
+            try:
+                if not self._pin(source, target):
+                    return False
+            except FileNotFoundError:
+                # The trainer was quicker.
+                continue
+            except OSError as error:
+                line = f"{source} cannot be pinned as {target} ({self._mode}: {error.strerror}). {self._way_out(error)}"
+                if error.errno in _IMPOSSIBLE:
+                    raise PinError(line) from error
+                self._troubles[name] = line
                 return False
         return True
+
+    def _way_out(self, error: OSError) -> str:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(self._root).free
+            return f"{free >> 20} MB are free there: make room. It is tried again."
+        if self._mode == "link":
+            return f"Set pin: copy, or state: to a directory on the file system of {self._live}."
+        return "Let it be read, or let the trainer keep the window's checkpoints."
 
     def _same(self, live: os.stat_result, pinned: os.stat_result) -> bool:
         if self._mode == "link":
@@ -157,23 +224,10 @@ class Pins:
 
     def _pin(self, source: Path, target: Path) -> bool:
         """Pin one file; False when it may still change, and nothing that was written after it may be pinned yet."""
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if self._mode == "copy":
-                return self._copy(source, target)
-            os.link(source, target, follow_symlinks=False)
-        except FileNotFoundError:
-            # The trainer was quicker.
-            return True
-        except OSError as error:
-            way_out = (
-                f"Set pin: copy, or state: to a directory on the file system of {self._live}."
-                if self._mode == "link"
-                else "Make room, or let the trainer keep the window's checkpoints."
-            )
-            raise PinError(
-                f"{source} cannot be pinned as {target} ({self._mode}: {error.strerror}). {way_out}"
-            ) from error
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if self._mode == "copy":
+            return self._copy(source, target)
+        os.link(source, target, follow_symlinks=False)
         return True
 
     def _copy(self, source: Path, target: Path) -> bool:
@@ -189,7 +243,11 @@ class Pins:
                 return False
         half = target.with_name(f".tmp-{target.name}")
         half.unlink(missing_ok=True)
-        shutil.copy2(source, half, follow_symlinks=False)
+        try:
+            shutil.copy2(source, half, follow_symlinks=False)
+        except OSError:
+            half.unlink(missing_ok=True)
+            raise
         if _size(source) != before:
             return False
         half.replace(target)
@@ -204,10 +262,12 @@ class Pins:
         half.replace(self._root / TRACKER)
 
 
-def _steps(root: Path) -> dict[int, str]:
-    if not root.is_dir():
-        return {}
-    return {step: directory.name for step, directory in step_directories(LocalDirectory(root)).items()}
+def _steps(root: Path) -> dict[int, tuple[str, ...]]:
+    return step_names(LocalDirectory(root)) if root.is_dir() else {}
+
+
+def _all(steps: dict[int, tuple[str, ...]]) -> set[str]:
+    return {name for names in steps.values() for name in names}
 
 
 def _tree(root: Path) -> tuple[dict[str, os.stat_result], dict[Path, tuple[int, int]]]:
@@ -248,9 +308,12 @@ def _size(path: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _read(path: Path) -> tuple[bytes, int] | None:
+def _read(root: Path) -> tuple[bytes, int] | None:
+    """Return the tracker of a run and when it was written, None without one."""
+    directory = LocalDirectory(root)
     try:
-        with path.open("rb") as file:
-            return file.read(), os.fstat(file.fileno()).st_mtime_ns
-    except FileNotFoundError:
+        if TRACKER not in directory.files():
+            return None
+        return directory.read(TRACKER, 0, _MOST_TRACKER_BYTES), directory.identity(TRACKER).mtime_ns
+    except (FileNotFoundError, CheckpointError):
         return None

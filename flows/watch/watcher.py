@@ -25,7 +25,7 @@ from flows.watch import outbox
 from flows.watch.announce import full_window, lost, tick
 from flows.watch.due import DueWindow, arm
 from flows.watch.pins import Pins
-from relex.errors import AbsentError, UnreachableError
+from relex.errors import RelexError
 from relex.files.location import open_directory
 from relex.layouts.pruning import setting_of, warning
 from relex.layouts.weights import Weights
@@ -33,6 +33,9 @@ from relex.sanity import holes
 from relex.store import State, StoredCheckpoint, open_base, scan
 
 logger = logging.getLogger(__name__)
+
+# Until the next look after one that failed, at most.
+_AGAIN_SECONDS = 5.0
 
 Look = Callable[[float, str], None]
 """Called after every look at the store, with how full the window is in per cent and one line for a reader."""
@@ -42,7 +45,8 @@ def watch_store(settings: Settings, *, seconds: float, on_look: Look | None = No
     """Look at the store every `poll_seconds` for `seconds`, and send what is due.
 
     Raises WatchError when another watcher of this training run is still at work after `patience` seconds, PinError when
-    a checkpoint cannot be pinned. A store or base that is not there yet, or does not answer, is waited for.
+    no checkpoint can be pinned where it is to be. A store or base that is not there yet, does not answer or cannot be
+    read is waited for, and so is one checkpoint, without the others.
     """
     settings.home.mkdir(parents=True, exist_ok=True)
     path = settings.home / "watcher.lock"
@@ -54,31 +58,35 @@ def watch_store(settings: Settings, *, seconds: float, on_look: Look | None = No
                 " Stop that one first."
             )
         pins = None if settings.pin == "none" else Pins(settings, released=bool(read_ledger(settings).released))
-        warned_before = ""
+        told: set[str] = set()
         with nullcontext() if pins is None else pins.kept_fresh():
             while True:
+                pause = settings.poll_seconds
                 try:
-                    warned = _look(settings, pins, on_look)
-                except (UnreachableError, AbsentError, FileNotFoundError) as error:
-                    # The network comes back, a repository may be made later, and who starts anew moves the run away.
-                    warned = f"waiting: {error}"
+                    lines = _look(settings, pins, on_look)
+                except (RelexError, OSError) as error:
+                    # The network comes back, a repository may be made later, who starts anew moves the run away, and
+                    # what is wrong with the base or the file system somebody may put right.
+                    lines = [f"waiting: {error}"]
+                    pause = min(pause, _AGAIN_SECONDS)
                     if on_look is not None:
-                        on_look(0.0, f"{settings.training_run}: {warned}")
-                if warned and warned != warned_before:
-                    logger.warning("%s", warned)
-                warned_before = warned
-                if time.monotonic() + settings.poll_seconds > end:
+                        on_look(0.0, f"{settings.training_run}: {lines[0]}")
+                for line in lines:
+                    if line not in told:
+                        logger.warning("%s", line)
+                told.update(lines)
+                if time.monotonic() + pause > end:
                     return
-                time.sleep(settings.poll_seconds)
+                time.sleep(pause)
 
 
-def _look(settings: Settings, pins: Pins | None, on_look: Look | None) -> str:
-    """Look once; return what the user should be warned of."""
+def _look(settings: Settings, pins: Pins | None, on_look: Look | None) -> list[str]:
+    """Look once; return the lines that the user should be warned with."""
     base_directory, run = open_directory(settings.base), open_directory(settings.checkpoints)
     there = base_directory.exists() and "config.json" in base_directory.files()
     if not there or not run.exists():
         logger.info("waiting for %s and %s", settings.base, settings.checkpoints)
-        return ""
+        return []
     now = time.time()
     base = open_base(base_directory)
     before = ledger = read_ledger(settings)
@@ -109,25 +117,42 @@ def _look(settings: Settings, pins: Pins | None, on_look: Look | None) -> str:
     if ledger != before:
         write_ledger(settings, ledger)
     write_sent(settings, sent)
-    warned = warning(run, window=settings.end) if pins is None else ""
+    broken = {item.directory.name: item for item in stored if item.state is State.BROKEN}
+    troubles = {} if pins is None else pins.troubles
+    lines = [line for name, line in troubles.items() if name not in broken]
+    lines += filter(None, [warning(run, window=settings.end)] if pins is None else [])
+    warned = "; ".join(lines)
     if on_look is not None:
         gone = pins.vanished(stored) if pins is not None else ()
         progress, text = describe(settings, stored, ledger, due, vanished=gone)
         on_look(progress, f"{text}; {warned}" if warned else text)
     if pins is not None:
         pins.drop(left_behind(stored, ledger.checkpoints))
-    return warned
+    return [*lines, *(f"step {item.step} is broken: {item.reason}" for item in broken.values())]
 
 
 def _pinned(
     settings: Settings, pins: Pins, base: Weights, *, now: float, released: bool
 ) -> tuple[StoredCheckpoint, ...]:
-    """Return the checkpoints of the window as they are pinned (none once released), and the later ones as they are."""
+    """Return the checkpoints of the window as they are pinned (none once released), and the later ones as they are.
+
+    One of the window that is not pinned is not ready: without it, the window would silently be another one.
+    """
     if not released:
         pins.refresh()
     end = pins.end()
     kept = scan(settings.pins, base, now=now) if settings.pins.exists() else ()
-    return (*kept, *(item for item in scan(settings.checkpoints, base, now=now) if item.step > end))
+    live = scan(settings.checkpoints, base, now=now)
+    steps = {item.step for item in kept}
+    left = [_unpinned(item) for item in live if item.step <= end and item.step not in steps and not released]
+    inside = sorted((*kept, *left), key=lambda item: item.step)
+    return (*inside, *(item for item in live if item.step > end))
+
+
+def _unpinned(item: StoredCheckpoint) -> StoredCheckpoint:
+    if item.state is not State.READY:
+        return item
+    return replace(item, state=State.NOT_YET, reason=f"{item.directory} is not pinned yet. Wait.", weights=None)
 
 
 def _with_release(due: DueWindow, newest: Sequence[StoredCheckpoint], ledger: Ledger) -> Ledger:

@@ -4,6 +4,7 @@ Trainer and TRL pickle their arguments into every checkpoint (read here without 
 whole configuration there, and verl's lies where Hydra was told to put it.
 """
 
+import contextlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from relex.errors import CheckpointError
+from relex.errors import CheckpointError, UnreachableError
 from relex.files.directory import Directory, FileIdentity
 from relex.formats.pickled import Made
 from relex.formats.torch_file import read_torch_file
@@ -59,14 +60,18 @@ def find_limit(run: Directory) -> Limit | None:
     """Return the limit that the files of a training run show, None when they show none."""
     steps = list(step_directories(run).values())
     for directory in reversed(steps):
-        present = directory.files()
-        if _ARGUMENTS in present:
-            return _read(directory, present[_ARGUMENTS])
-        if _CONFIG in present:
-            return _read(directory, present[_CONFIG])
-    hydra = descend(run, _HYDRA)
-    present = hydra.files() if hydra is not None else {}
-    return _read(hydra, present[_CONFIG]) if hydra is not None and _CONFIG in present else None
+        # What cannot be read says nothing, and whoever opens the checkpoint is told.
+        with contextlib.suppress(OSError, UnreachableError):
+            present = directory.files()
+            if _ARGUMENTS in present:
+                return _read(directory, present[_ARGUMENTS])
+            if _CONFIG in present:
+                return _read(directory, present[_CONFIG])
+    with contextlib.suppress(OSError, UnreachableError):
+        hydra = descend(run, _HYDRA)
+        present = hydra.files() if hydra is not None else {}
+        return _read(hydra, present[_CONFIG]) if hydra is not None and _CONFIG in present else None
+    return None
 
 
 def warning(run: Directory, *, window: int) -> str:
@@ -74,7 +79,7 @@ def warning(run: Directory, *, window: int) -> str:
     limit = find_limit(run)
     if limit is None:
         return ""
-    steps = [0, *step_directories(run)]
+    steps = sorted({0, *step_directories(run)})
     gaps = [later - earlier for earlier, later in pairwise(steps)]
     spacing = min([*gaps[1:], limit.spacing] if limit.spacing else gaps, default=window)
     needed = math.ceil(window / spacing)

@@ -24,8 +24,8 @@ _INCOMPLETE_MARKER = "checkpoint-is-incomplete.txt"
 # What verl writes last, beside its step directories: the number of the latest one.
 TRACKER = "latest_checkpointed_iteration.txt"
 _TRACKED = "global_step_"
-# No number of steps has more digits.
-_MOST_TRACKER_BYTES = 32
+_MOST_TRACKER_BYTES = 64
+_MOST_DIGITS = 15
 
 
 def check_settled(weights: Weights, *, step: int, directory: Directory, run: Directory, now: float) -> None:
@@ -90,7 +90,7 @@ def _check_tracker(
     run: Directory, siblings: Mapping[str, FileIdentity], *, step: int, newest: int, directory: Directory
 ) -> None:
     text = run.read(TRACKER, 0, _MOST_TRACKER_BYTES).decode(errors="replace").strip()
-    if not (text.isascii() and text.isdecimal()):
+    if not (text.isascii() and text.isdecimal() and len(text) <= _MOST_DIGITS):
         raise CheckpointIncompleteError(f"{run}/{TRACKER} reads {text!r}: the trainer is writing it. Wait.")
     if int(text) < step:
         raise CheckpointIncompleteError(
