@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ TOKENIZER = (
     "chat_template.json",
     "chat_template.jinja",
 )
+# The index of a model of 10^12 parameters has 20 MB.
+_MOST_BYTES = 100_000_000
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -65,17 +68,18 @@ def fingerprint(model: Path | LogitsExtrapolation) -> Fingerprint:
     model = model.absolute()
     if not model.is_dir():
         raise ModelError(f"{model} is not a directory: pass a Hugging Face model directory.")
+    _has(model, "config.json")
     config = _read_json(model / "config.json")
     for name in ("config.json", "tokenizer_config.json"):
-        if (model / name).is_file() and "auto_map" in _read_json(model / name):
+        if _has(model, name) and "auto_map" in _read_json(model / name):
             raise ModelError(
                 f"{model / name} has auto_map, code of the model's own, which is never executed here: "
                 "use an architecture that transformers ships."
             )
-    if not any((model / name).is_file() for name in TOKENIZER):
+    if not any(_has(model, name) for name in TOKENIZER):
         raise ModelError(f"{model} has no tokenizer: copy the tokenizer files of the base model into it.")
     names = [*CONFIGURATION, *TOKENIZER, *_weight_names(model)]
-    digests = {name: digest_file(model / name) for name in names if (model / name).is_file()}
+    digests = {name: digest_file(model / name) for name in names if _has(model, name)}
     dtype = config.get("dtype") or config.get("torch_dtype")
     return Fingerprint(model=model, digest=digest_value(digests), dtype=dtype)
 
@@ -93,14 +97,14 @@ def _fingerprint_pair(pair: LogitsExtrapolation) -> Fingerprint:
 
 
 def _weight_names(model: Path) -> list[str]:
-    if (model / SINGLE).is_file():
+    if _has(model, SINGLE):
         return [SINGLE]
-    if not (model / INDEX).is_file():
+    if not _has(model, INDEX):
         raise ModelError(f"{model} has neither {SINGLE} nor {INDEX}: only safetensors are loaded, convert the weights.")
     shards = sorted(set(_read_json(model / INDEX).get("weight_map", {}).values()))
     if outside := [shard for shard in shards if Path(shard).name != shard]:
         raise ModelError(f"{model / INDEX} names {outside[0]}, which is no file of {model}: do not trust this model.")
-    missing = [shard for shard in shards if not (model / shard).is_file()]
+    missing = [shard for shard in shards if not _has(model, shard)]
     if missing or not shards:
         raise ModelError(
             f"{model / INDEX} names {len(shards)} shards and {len(shards) - len(missing)} are present "
@@ -109,10 +113,31 @@ def _weight_names(model: Path) -> list[str]:
     return [INDEX, *shards]
 
 
+def _has(model: Path, name: str) -> bool:
+    """Whether the model has a regular file; ModelError for a link out of it and of the Hub cache it lies in."""
+    path = model / name
+    if not path.is_file():
+        return False
+    root, real = (Path(os.path.realpath(place)) for place in (model, path))
+    caches = [parent.parent for parent in root.parents if parent.name == "snapshots"]
+    blobs = [cache / "blobs" for cache in caches if cache.name.startswith("models--")]
+    # Large files that several repositories have in common lie below the cache itself.
+    shared = [cache.parent.parent / "blobs" for cache in blobs]
+    if root in real.parents or real.parent in blobs or real.parent.parent in shared:
+        return True
+    raise ModelError(
+        f"{path} is a link to {real}, outside of the model: copy the file, or pass the directory that holds it."
+    )
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
+        if (size := path.stat().st_size) > _MOST_BYTES:
+            raise ModelError(
+                f"{path} has {size} bytes, and such a file has at most {_MOST_BYTES}: copy the model again."
+            )
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read ({error}): this is no Hugging Face model directory.") from error
     if not isinstance(content, dict):
         raise ModelError(f"{path} holds a {type(content).__name__} and must hold an object.")

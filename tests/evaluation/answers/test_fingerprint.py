@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -79,3 +80,40 @@ def test_a_model_without_tokenizer_is_refused(copy: Path) -> None:
 
 def test_other_weights_are_another_model(model: Path, other_model: Path) -> None:
     assert fingerprint(other_model).digest != fingerprint(model).digest
+
+
+@pytest.mark.parametrize("name", ["config.json", "vocab.txt", "tokenizer.json", "model.safetensors"])
+def test_a_file_that_leads_out_of_the_model_is_refused(copy: Path, name: str) -> None:
+    outside = copy.parent / "outside"
+    if (copy / name).exists():
+        (copy / name).rename(outside)
+    else:
+        outside.write_text("secret")
+    (copy / name).symlink_to(outside)
+    with pytest.raises(ModelError, match=f"{name} is a link to {outside}, outside of the model"):
+        fingerprint(copy)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_model_in_the_cache_of_the_hub_is_the_same_model(model: Path, tmp_path: Path, shared: bool) -> None:
+    repository = tmp_path / "models--org--name"
+    revision, blobs = repository / "snapshots" / "f00d", repository / "blobs"
+    common = tmp_path / "blobs" / "01"
+    for directory in (revision, blobs, common):
+        directory.mkdir(parents=True)
+    for file in model.iterdir():
+        blob = (common if shared else blobs) / f"{file.name}-digest"
+        blob.write_bytes(file.read_bytes())
+        if shared:
+            (blobs / blob.name).symlink_to(blob)
+        (revision / file.name).symlink_to(blobs / blob.name)
+    assert fingerprint(revision).digest == fingerprint(model).digest
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b" " * 8 + b"{}"])
+def test_a_configuration_that_is_too_deep_or_too_large_is_refused(copy: Path, content: bytes) -> None:
+    (copy / "config.json").write_bytes(content)
+    if b"{" in content:
+        os.truncate(copy / "config.json", 8 << 30)
+    with pytest.raises(ModelError, match=r"config\.json (cannot be read \(maximum recursion|has 8589934592 bytes)"):
+        fingerprint(copy)
