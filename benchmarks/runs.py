@@ -16,7 +16,8 @@ from safetensors.torch import save
 from benchmarks.ablation import stored_as
 from evaluation.benchmarks.benchmark import write_benchmark
 from flows.demo.task import DIGITS, Name, Split, problems
-from relex.gram import Gram, keep
+from relex.files.whole import write_whole
+from relex.gram import Gram
 
 STEPS, SAVE_STEPS = 480, 2
 PROBLEMS = {"selection": 500, "gate": 1000, "report": 1000}
@@ -116,6 +117,6 @@ def keep_gram(gram: Gram, path: Path) -> None:
         {"lower": thin.products[:, rows, columns].contiguous(), "base_norms": thin.base_norms},
         metadata={"relex": json.dumps(metadata)},
     )
-    keep(content, path)
+    write_whole(content, path)
     # What is made in a temporary file is private, and these are shared.
     path.chmod(0o644)

@@ -9,8 +9,6 @@ Shape suffixes: T = tensors that move, K = checkpoints.
 """
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -29,6 +27,7 @@ from torch import Tensor
 from relex import factor_gram
 from relex.errors import CheckpointDamagedError, NonFiniteError
 from relex.files.directory import untouched
+from relex.files.whole import write_whole
 from relex.progress import Progress
 from relex.store import Checkpoint
 from relex.streaming import Unit, Workspace, as_bytes, in_order, units, workspaces
@@ -310,17 +309,7 @@ def _save(gram: Gram, base_identity: str, directory: Path) -> None:
         {"products": gram.products.contiguous(), "base_norms": gram.base_norms},
         metadata={"relex": json.dumps(metadata)},
     )
-    keep(content, directory / f"{gram.digest}.safetensors")
-
-
-def keep(content: bytes, path: Path) -> None:
-    """Write a file of what was measured, complete or absent, in a directory that is made when missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".tmp", delete=False) as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    Path(file.name).replace(path)
+    write_whole(content, directory / f"{gram.digest}.safetensors")
 
 
 def _load(path: Path, base_identity: str) -> Gram | None:

@@ -13,7 +13,8 @@ from zipfile import BadZipFile
 
 from relex import rank_one
 from relex.errors import TargetError
-from relex.gram import Gram, keep
+from relex.files.whole import write_whole
+from relex.gram import Gram
 from relex.predictors import Method
 from relex.predictors.predictor import MatrixPredictor
 from relex.progress import Progress
@@ -71,7 +72,7 @@ def _found(
         made = unit.vectors(source, missing)
         source.trajectory.check_unchanged()
         for aim, vectors in zip(missing, made, strict=True):
-            keep(rank_one.to_bytes(vectors), directory / f"{keys[aim]}.npz")
+            write_whole(rank_one.to_bytes(vectors), directory / f"{keys[aim]}.npz")
             ready[keys[aim]] = vectors
     return ready
 

@@ -9,7 +9,9 @@ from pathlib import Path
 from relex.errors import CheckpointChangedError
 from relex.files.directory import Directory, FileIdentity
 from relex.files.location import is_remote
+from relex.files.whole import room_for
 from relex.layouts.hf import INDEX_FILE
+from relex.layouts.weights import Weights
 from relex.output.writer import side_files
 from relex.store import open_base
 
@@ -21,7 +23,8 @@ def local_model(location: str | Path, directory: Path) -> Path:
     """Return where the model at `location` lies on this machine: there, or in a copy in `directory`, made if missing.
 
     The copy is complete or absent, and the only one in `directory`. Raises CheckpointError when it is no model,
-    CheckpointChangedError when it changed meanwhile, UnreachableError.
+    CheckpointChangedError when it changed meanwhile, UnreachableError, OutputError when
+    the disk is full.
     """
     if not is_remote(location):
         return Path(location)
@@ -37,19 +40,28 @@ def local_model(location: str | Path, directory: Path) -> Path:
         for leftover in directory.iterdir():
             shutil.rmtree(leftover)
         partial = directory / f".{copy.name}.partial"
-        partial.mkdir()
-        for name, content in side_files(model, model).items():
-            partial.joinpath(name).write_bytes(content)
-        for file in model.files:
-            _fetch(model.directory, file, partial / file.name)
-        if INDEX_FILE in model.directory.files():
-            partial.joinpath(INDEX_FILE).write_bytes(model.directory.read(INDEX_FILE))
-        model.check_unchanged()
+        try:
+            with room_for(sum(file.size for file in model.files), copy, partial=partial):
+                _copy(model, partial)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         partial.rename(copy)
         os.fsync(lock)
     finally:
         os.close(lock)
     return copy
+
+
+def _copy(model: Weights, partial: Path) -> None:
+    partial.mkdir()
+    for name, content in side_files(model, model).items():
+        partial.joinpath(name).write_bytes(content)
+    for file in model.files:
+        _fetch(model.directory, file, partial / file.name)
+    if INDEX_FILE in model.directory.files():
+        partial.joinpath(INDEX_FILE).write_bytes(model.directory.read(INDEX_FILE))
+    model.check_unchanged()
 
 
 def _fetch(directory: Directory, file: FileIdentity, path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from zipfile import BadZipFile
 
 from relex import rank_one
-from relex.errors import OutputError
+from relex.errors import CheckpointError, OutputError
 from relex.files.location import open_directory
 from relex.forecast import FORMAT, Forecast
 from relex.trajectory import Trajectory
@@ -130,7 +130,7 @@ def read(location: str | Path) -> Manifest:
         )
     except FileNotFoundError:
         raise OutputError(f"{location} has no {FILE_NAME}: relex did not write it.") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (CheckpointError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise OutputError(
             f"{path} is no manifest of relex ({error!r}). Predict again into another directory."
         ) from error

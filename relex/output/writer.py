@@ -20,6 +20,7 @@ import torch
 
 from relex.errors import OutputError
 from relex.files.directory import Directory
+from relex.files.whole import room_for
 from relex.formats.safetensors_header import DTYPE_NAMES
 from relex.layouts.hf import INDEX_FILE, SINGLE_FILE
 from relex.layouts.peft import WEIGHTS_FILE as ADAPTER_FILE
@@ -73,9 +74,10 @@ class ModelWriter:
 
     def announce(self, side_files: Mapping[str, bytes], manifest: Any) -> None:
         """Put down what other processes need to write shards; `publish` replaces it."""
-        for name, content in side_files.items():
-            _write_durably(self.partial / name, content)
-        _write_durably(self.partial / FILE_NAME, _json(manifest))
+        with self._room():
+            for name, content in side_files.items():
+                _write_durably(self.partial / name, content)
+            _write_durably(self.partial / FILE_NAME, _json(manifest))
 
     def begin(self, name: str) -> None:
         """Make room for the shard of tensor `name`, unless it is open already."""
@@ -85,21 +87,26 @@ class ModelWriter:
         inside = [tensor for tensor in self.tensors.values() if tensor.shard == shard]
         header, offsets, size = _header(inside)
         path = self.partial / f"{shard}{self._suffix}"
-        descriptor = os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC, 0o666)
-        _write_at(descriptor, memoryview(header), 0)
-        os.truncate(descriptor, len(header) + size)
-        self._open[shard] = _Shard(path, descriptor, offsets)
+        with self._room():
+            descriptor = os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC, 0o666)
+            self._open[shard] = _Shard(path, descriptor, offsets)
+            _write_at(descriptor, memoryview(header), 0)
+            os.truncate(descriptor, len(header) + size)
 
     def write(self, name: str, start: int, data: memoryview) -> None:
         """Put `data` at byte `start` of tensor `name`; any thread, any order."""
         shard = self._open[self.tensors[name].shard]
-        _write_at(shard.descriptor, data, shard.offsets[name] + start)
+        with self._room():
+            _write_at(shard.descriptor, data, shard.offsets[name] + start)
 
     def close(self, shard: str) -> None:
         """Every tensor of `shard` is written: make it durable and give it its name."""
         done = self._open.pop(shard)
-        os.fsync(done.descriptor)
-        os.close(done.descriptor)
+        try:
+            with self._room():
+                os.fsync(done.descriptor)
+        finally:
+            os.close(done.descriptor)
         done.path.replace(self.partial / shard)
 
     def publish(self, side_files: Mapping[str, bytes], manifest: Callable[[Mapping[str, FileRecord]], Any]) -> None:
@@ -112,10 +119,11 @@ class ModelWriter:
             files[INDEX_FILE] = _json({"metadata": {"total_size": total}, "weight_map": weight_map})
         # Of processes that were killed while they wrote a shard.
         _remove_unfinished(self.partial)
-        for name, content in files.items():
-            _write_durably(self.partial / name, content)
-        records = {name: FileRecord.of(self.partial / name) for name in sorted({*files, *shards})}
-        _write_durably(self.partial / FILE_NAME, _json(manifest(records)))
+        with self._room():
+            for name, content in files.items():
+                _write_durably(self.partial / name, content)
+            records = {name: FileRecord.of(self.partial / name) for name in sorted({*files, *shards})}
+            _write_durably(self.partial / FILE_NAME, _json(manifest(records)))
         os.fsync(self._lock)
         try:
             self.partial.rename(self.out)
@@ -127,6 +135,9 @@ class ModelWriter:
         os.fsync(parent)
         os.close(parent)
         self.release()
+
+    def _room(self) -> contextlib.AbstractContextManager[None]:
+        return room_for(sum(tensor.nbytes for tensor in self.tensors.values()), self.out, partial=self.partial)
 
     def discard(self) -> None:
         """Remove what was written so far."""

@@ -1,8 +1,10 @@
+import errno
 import json
 import os
 from collections.abc import Callable, Mapping
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -338,4 +340,27 @@ def test_a_prediction_that_leaves_the_range_of_its_precision_is_refused_and_leav
         NonFiniteError, match=r"predicted at step 100000000000 by relex leaves the range of torch.float16"
     ):
         write(trajectory, predict(trajectory, target=10**11), tmp_path / "new" / "out")
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("function", ["pwrite", "truncate", "fsync"])
+def test_a_full_disk_is_one_line_with_the_room_that_is_needed_and_leaves_nothing(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
+    trajectory = run.open()
+    made = predict(trajectory)
+    before = tree(tmp_path)
+    real = getattr(os, function)
+    calls = iter(range(1000))
+
+    def full(*args: Any) -> Any:
+        if next(calls) >= 1 or function != "pwrite":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(*args)
+
+    monkeypatch.setattr(os, function, full)
+    out = tmp_path / "predictions" / "out"
+    said = rf"{out} takes \d+ bytes, and {out.parent} has room for \d+ \(No space left on device\)\. Make room"
+    with pytest.raises(OutputError, match=said):
+        write(trajectory, made, out)
     assert tree(tmp_path) == before
