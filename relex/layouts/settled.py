@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from functools import lru_cache
 
-from relex.errors import CheckpointIncompleteError
+from relex.errors import CheckpointIncompleteError, CheckpointMismatchError
 from relex.files.directory import Directory, FileIdentity, Kind
 from relex.layouts.weights import Weights
 
