@@ -186,6 +186,8 @@ def test_the_digest_is_of_what_an_adapter_holds_and_not_of_where_it_lies(tmp_pat
     run = write_run(tmp_path)
     wanted = measure(run.open()).digests
     shutil.move(adapter(run, 25), adapter(run, 26))
+    state = adapter(run, 26) / "trainer_state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"global_step": 26}))
     quiet(adapter(run, 26))
     assert measure(run.open()).digests == wanted
     settings(adapter(run, 26), lora_alpha=9)
