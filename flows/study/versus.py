@@ -81,7 +81,8 @@ def show_versus(console: Console, pairs: Sequence[Versus], *, problems: int) -> 
             ):
                 print_line(console, f"  {name}  {score:.2f}  {' | '.join(map(_cut, answers[:2]))}{_more(answers)}")
         if hidden := len(each.differences[problems:]):
-            print_line(console, f"\n{hidden} more problems of {each.gate.benchmark} differ: --problems or --json")
+            console.print()
+            print_line(console, f"{hidden} more problems of {each.gate.benchmark} differ: --problems or --json")
 
 
 def _cut(text: str) -> str:

@@ -117,6 +117,10 @@ def test_a_watched_bucket_is_announced_and_predicted_as_the_same_run_on_disk_is(
     assert fetch_base(settings) == base
 
 
+class _WindowFullError(Exception):
+    """Ends a watcher; one of the file system would be waited for."""
+
+
 def test_a_watcher_waits_while_a_store_does_not_answer(hub: Hub, remote: RemoteRun, local: Run, tmp_path: Path) -> None:
     settings = load_settings(_config(tmp_path, remote.run, "hf://org/later")).model_copy(update={"poll_seconds": 0.2})
     seen: list[str] = []
@@ -132,9 +136,9 @@ def test_a_watcher_waits_while_a_store_does_not_answer(hub: Hub, remote: RemoteR
     def look(progress: float, text: str) -> None:
         seen.append(text)
         if text.endswith("window full"):
-            raise InterruptedError
+            raise _WindowFullError
 
-    with pytest.raises(InterruptedError):
+    with pytest.raises(_WindowFullError):
         watch_store(settings, seconds=120.0, on_look=look)
     trainer.join()
     assert seen[0].startswith("remote: waiting: hf://org/later: the Hub has no such repository")
