@@ -106,8 +106,6 @@ def test_the_disk_holds_no_more_than_the_bound_and_nothing_with_a_name(network: 
     # Tests before this one, of other libraries, may have left some.
     before = set(threading.enumerate())
     directory = tmp_path / "made"
-    # What other tests of this process have left is not this cache's.
-    before = set(threading.enumerate())
     with BlockCache(directory, size=5 * BLOCK) as cache:
         _pass(cache, network)
         assert os.fstat(cache._descriptor).st_size <= 5 * BLOCK
