@@ -14,7 +14,6 @@ from deploy.local import stack
 from deploy.local.stack import Stack
 from evaluation.benchmarks.benchmark import write_benchmark
 from flows.demo.task import DIGITS, problems
-from tests.helpers.stacks import environment_given_back
 
 STEPS = 24
 
@@ -49,11 +48,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def servers(home: Path) -> Iterator[Stack]:
-    with environment_given_back():
-        try:
-            yield stack.up(home)
-        finally:
-            stack.down(home)
+    try:
+        yield stack.up(home)
+    finally:
+        stack.down(home)
 
 
 @pytest.fixture(scope="session")
