@@ -58,7 +58,7 @@ def watch_store(settings: Settings, *, seconds: float, on_look: Look | None = No
                 " Stop that one first."
             )
         pins = None if settings.pin == "none" else Pins(settings, released=bool(read_ledger(settings).released))
-        told: set[str] = set()
+        warned: list[str] = []
         with nullcontext() if pins is None else pins.kept_fresh():
             while True:
                 pause = settings.poll_seconds
@@ -72,9 +72,10 @@ def watch_store(settings: Settings, *, seconds: float, on_look: Look | None = No
                     if on_look is not None:
                         on_look(0.0, f"{settings.training_run}: {lines[0]}")
                 for line in lines:
-                    if line not in told:
+                    if line not in warned:
                         logger.warning("%s", line)
-                told.update(lines)
+                # What comes back after it was gone is said again.
+                warned = lines
                 if time.monotonic() + pause > end:
                     return
                 time.sleep(pause)
