@@ -52,14 +52,14 @@ def start(
         raise StackError(f"{argv[0]} is not a program, so {name} cannot start. Name one that is on the path.")
     stop(home, [name])
     log = home / "logs" / f"{name}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
+    log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     pid = os.posix_spawn(
         program,
         list(argv),
         environment,
         file_actions=[
             (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-            (os.POSIX_SPAWN_OPEN, 1, str(log), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644),
+            (os.POSIX_SPAWN_OPEN, 1, str(log), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600),
             (os.POSIX_SPAWN_DUP2, 1, 2),
         ],
         setsid=True,
@@ -163,4 +163,6 @@ def _read(home: Path, name: str) -> dict[str, Any] | None:
 
 
 def _write(home: Path, name: str, record: Mapping[str, Any]) -> None:
-    write_file(home / "services" / f"{name}.json", json.dumps(record))
+    path = home / "services" / f"{name}.json"
+    write_file(path, json.dumps(record))
+    path.chmod(0o600)

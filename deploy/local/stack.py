@@ -1,7 +1,7 @@
 """The local stack: a Prefect server, an MLflow server, and whatever else runs in the background beside them.
 
 Everything lies in one directory, the home: prefect/ and mlflow/ (databases and artifacts), logs/ and services/. Servers
-listen on the loopback interface only, and ask for a password where the home has a file auth (see deploy.local.access).
+listen on the loopback interface only, and let in whom the home's file auth says (see deploy.local.access).
 """
 
 import logging
@@ -17,9 +17,27 @@ from filelock import FileLock, Timeout
 
 from deploy.errors import StackError
 from deploy.local import daemon
-from deploy.local.access import client_environment, read_access
+from deploy.local.access import (
+    access_file,
+    client_environment,
+    close_files,
+    close_home,
+    make_access,
+    read_access,
+)
 from deploy.local.daemon import Daemon
-from deploy.local.server import MLFLOW, NO_TELEMETRY, PREFECT, admits, answers, is_outdated, launch, still_starting
+from deploy.local.server import (
+    MLFLOW,
+    NO_TELEMETRY,
+    PREFECT,
+    admits,
+    answers,
+    argv,
+    is_outdated,
+    launch,
+    port_of,
+    still_starting,
+)
 from deploy.tracking import prepare
 
 __all__ = [
@@ -27,6 +45,9 @@ __all__ = [
     "Stack",
     "down",
     "environment",
+    "has_access",
+    "how_to_enter",
+    "how_to_enter_first",
     "running",
     "spawn",
     "status",
@@ -59,17 +80,24 @@ def up(home: Path, *, on_progress: Callable[[str], None] | None = None) -> Stack
 
     Servers of this home that answer with the installed version are left alone, whoever started them. StackError with
     the end of its log for one that does not answer within 120 s or ends before, and for one that asks for another
-    password than the home's.
+    password than the home's. The first time, a password is made.
     """
     report = on_progress or _log.info
     home = _home(home)
-    access = read_access(home)
     with _locked(home), httpx.Client(trust_env=False, timeout=5) as client:
+        _refuse_former(home)
+        make_access(home)
+        access = read_access(home)
         began = time.monotonic()
         waiting = {}
         for server in _SERVERS:
             started = daemon.find(home, server.name)
-            if started is not None and started.state == "running" and is_outdated(client, started, server):
+            if (
+                started is not None
+                and started.state == "running"
+                and answers(client, home, started, server)
+                and is_outdated(client, started, server, access)
+            ):
                 report(f"restarting {server.name}: another version of it is running")
                 daemon.stop(home, [server.name])
                 started = daemon.find(home, server.name)
@@ -86,7 +114,33 @@ def up(home: Path, *, on_progress: Callable[[str], None] | None = None) -> Stack
                 else:
                     waiting[server] = still_starting(home, started, server, seconds=seconds, limit=_START_SECONDS)
             time.sleep(0.1)
+        close_files(home)
     return running(home)
+
+
+def has_access(home: Path) -> bool:
+    """Return whether the home says who may use its stack; if not, `up` makes a password."""
+    return access_file(_home(home)).exists()
+
+
+def how_to_enter(home: Path) -> str:
+    """Return who is let in by the stack of this home, for a person, without the password."""
+    path = access_file(_home(home))
+    if read_access(_home(home)) is None:
+        return f"No password: anyone on this machine may run commands as you. {path} says so."
+    return f"The pages ask for the user and the password in {path}."
+
+
+def how_to_enter_first(home: Path) -> str:
+    """Return how the pages of a running stack are opened by addresses with the password in them."""
+    found = running(home)
+    path, access = access_file(found.home), read_access(found.home)
+    if access is None:
+        return how_to_enter(home)
+    return (
+        f"A password was made and is shown this once; it lies in {path}. The pages, already let in:\n"
+        f"  Prefect: {access.enter(found.prefect_url)}\n  MLflow:  {access.enter(found.mlflow_url)}"
+    )
 
 
 def running(home: Path) -> Stack:
@@ -127,6 +181,7 @@ def tracking_uri(home: Path) -> str:
     mlflow = daemon.find(_home(home), "mlflow")
     if mlflow is not None and mlflow.state == "running" and mlflow.url is not None:
         return mlflow.url
+    close_home(_home(home))
     return prepare(_home(home) / "mlflow").tracking_uri
 
 
@@ -168,6 +223,19 @@ def _enter(home: Path) -> None:
     os.environ.update(client_environment(read_access(home)))
 
 
+def _refuse_former(home: Path) -> None:
+    """Refuse servers that an earlier version started, which let anyone in, and those that outlived their password."""
+    for server in _SERVERS:
+        found = daemon.find(home, server.name)
+        if found is None or found.state != "running":
+            continue
+        again = "Run `relex down`, then `relex up`."
+        if list(found.argv) != argv(home, server, port_of(found)):
+            raise StackError(f"{server.name} was started by another version of relex, and may let anyone in. {again}")
+        if not access_file(home).exists():
+            raise StackError(f"{server.name} runs and {access_file(home)}, which says who may use it, is gone. {again}")
+
+
 def _is_server(name: str) -> bool:
     return name in {server.name for server in _SERVERS}
 
@@ -178,9 +246,9 @@ def _home(home: Path) -> Path:
 
 @contextmanager
 def _locked(home: Path) -> Iterator[None]:
-    home.mkdir(parents=True, exist_ok=True)
+    close_home(home)
     try:
-        with FileLock(home / ".stack.lock", timeout=_LOCK_SECONDS):
+        with FileLock(home / ".stack.lock", timeout=_LOCK_SECONDS, mode=0o600):
             yield
     except Timeout as error:
         raise StackError(

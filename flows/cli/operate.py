@@ -35,13 +35,16 @@ def demo(
 
     Example: relex demo
     """
+    from deploy.local import stack
     from flows.demo.run import run_demo, show
 
+    known = stack.has_access(home)
     done = run_demo(directory, seed=seed, home=home, err=err)
     if as_json:
         print_json(asdict(done))
     else:
         show(out, done)
+        print_sentence(stack.how_to_enter(home) if known else stack.how_to_enter_first(home))
 
 
 @_command()
@@ -52,8 +55,7 @@ def up(
 ) -> None:
     """Start the local stack: Prefect server, MLflow server, and for each CONFIG its watcher and deployments.
 
-    What runs is left alone, what died is started again. Where the home has a file auth, one line user:password, both
-    servers ask for it.
+    What runs is left alone, what died is started again. The first time, a password is made for both servers and shown.
     Example: relex up relex.yaml
     """
     from deploy.local import stack
@@ -71,6 +73,7 @@ def up(
         for benchmark in (settings.selection, settings.gate, *settings.report):
             resolve_benchmark(benchmark)
         configs[settings.training_run] = path
+    known = stack.has_access(home)
     with err.status("starting the servers"):
         started = stack.up(home)
         for name, path in configs.items():
@@ -78,6 +81,8 @@ def up(
         revive_watchers(started)
         revive_promoter(started)
     _show_stack(home, as_json=as_json)
+    if not as_json:
+        print_sentence(stack.how_to_enter(home) if known else stack.how_to_enter_first(home))
 
 
 @_command()
@@ -102,7 +107,11 @@ def status(home: Home = HOME, as_json: Json = False) -> None:
 
     Example: relex status
     """
+    from deploy.local import stack
+
     _show_stack(home, as_json=as_json)
+    if not as_json and stack.has_access(home):
+        print_sentence(stack.how_to_enter(home))
 
 
 def _show_stack(home: Path, *, as_json: bool) -> None:

@@ -5,23 +5,25 @@ from typing import Any
 
 from deploy.local.stack import Stack
 from tests.helpers.api import call
+from tests.helpers.stacks import auth
 
 
 def look(server: Stack, run: str) -> dict[str, Any]:
     """Return the flow run that asks."""
-    answer: dict[str, Any] = call("GET", f"{server.prefect_api_url}/flow_runs/{run}")
+    answer: dict[str, Any] = call("GET", f"{server.prefect_api_url}/flow_runs/{run}", auth=auth(server))
     return answer
 
 
 def question(server: Stack, run: str, part: str = "description") -> Any:
     """Return what the page shows: the description, or the schema of its form."""
     keys = look(server, run)["state"]["state_details"]["run_input_keyset"]
-    return call("GET", f"{server.prefect_api_url}/flow_runs/{run}/input/{keys[part]}")
+    return call("GET", f"{server.prefect_api_url}/flow_runs/{run}/input/{keys[part]}", auth=auth(server))
 
 
 def resume(server: Stack, run: str, **form: str) -> str:
     """Answer as the page does; return what the server makes of it."""
-    return str(call("POST", f"{server.prefect_api_url}/flow_runs/{run}/resume", {"run_input": form})["status"])
+    url = f"{server.prefect_api_url}/flow_runs/{run}/resume"
+    return str(call("POST", url, {"run_input": form}, auth=auth(server))["status"])
 
 
 def wait_for_state(server: Stack, run: str, *states: str, seconds: float = 240) -> str:

@@ -32,6 +32,7 @@ from flows.settings import Settings, load_settings
 from flows.state.events import CHECKPOINT_READY, WINDOW_READY, resource
 from flows.state.windows import read_decisions
 from tests.helpers.api import call
+from tests.helpers.stacks import environment_given_back
 from tests.helpers.waiting import wait_for
 
 ROUNDS = int(os.environ.get("RELEX_KILL_ROUNDS", "2"))
@@ -102,17 +103,15 @@ def runs(tmp_path: Path) -> list[Run]:
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def place(tmp_path: Path) -> Iterator[Path]:
     """A home of its own, since its server is killed, with a password."""
-    # Given back to the tests after this one.
-    for variable in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
-        monkeypatch.setenv(variable, "")
     home = tmp_path / "home"
     home.mkdir()
     home.joinpath("auth").write_text(":".join(ACCESS))
     home.joinpath("auth").chmod(0o600)
-    yield home
-    stack.down(home)
+    with environment_given_back():
+        yield home
+        stack.down(home)
 
 
 def _up(home: Path, runs: list[Run]) -> Stack:

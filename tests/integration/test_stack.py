@@ -15,6 +15,7 @@ import pytest
 
 from deploy.errors import StackError
 from deploy.local import daemon, stack
+from deploy.local.access import make_access
 from deploy.local.server import MLFLOW, is_outdated, launch, still_starting
 from deploy.local.stack import Daemon, Stack
 from deploy.registry import models
@@ -23,6 +24,7 @@ from evaluation.benchmarks.benchmark import write_benchmark
 from flows.cli import main
 from flows.processes import revive_watchers, spawn_watcher
 from tests.helpers.api import call
+from tests.helpers.stacks import auth, environment_given_back
 from tests.helpers.waiting import wait_for
 
 UP = """
@@ -48,6 +50,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         told = {starter.communicate(timeout=300)[0] for starter in starters}
         assert len(told) == 1
         assert ":4200" not in told.pop()
+        held.enter_context(environment_given_back())
         yield home
 
 
@@ -58,7 +61,7 @@ def running(home: Path) -> Stack:
 
 def test_the_pages_ask_their_own_server(running: Stack) -> None:
     """On the default port they do by themselves; here a stranger has that."""
-    settings = call("GET", f"{running.prefect_url}/ui-settings")
+    settings = call("GET", f"{running.prefect_url}/ui-settings", auth=auth(running))
     assert settings["api_url"] == running.prefect_api_url
 
 
@@ -82,7 +85,7 @@ def test_up_twice_is_one_set_of_servers(running: Stack) -> None:
 
 def test_both_pages_are_there(running: Stack) -> None:
     for url in (running.prefect_url, running.mlflow_url):
-        page = httpx.get(url, follow_redirects=True, trust_env=False, timeout=60)
+        page = httpx.get(url, auth=auth(running), follow_redirects=True, trust_env=False, timeout=60)
         assert page.status_code == 200
         assert "<html" in page.text.lower()
 
@@ -93,9 +96,9 @@ def test_the_mlflow_page_shows_what_was_recorded(running: Stack, tmp_path: Path)
     uri = stack.tracking_uri(running.home)
     assert uri == running.mlflow_url
     run = record("tiny", tracking_uri=uri, key="refusal", title="step 240", artifacts=[decision])
-    place = {"path": "decision.json", "run_uuid": run.run_id}
-    shown = httpx.get(f"{running.mlflow_url}/get-artifact", params=place, trust_env=False, timeout=60)
-    assert shown.json() == {"verdict": "refused"}
+    query = "path=decision.json&run_uuid=" + run.run_id
+    shown = call("GET", f"{running.mlflow_url}/get-artifact?{query}", auth=auth(running))
+    assert shown == {"verdict": "refused"}
 
 
 def test_a_child_with_the_stacks_environment_talks_to_its_prefect(running: Stack) -> None:
@@ -135,7 +138,7 @@ def test_down_leaves_no_process_and_up_finds_the_data_again(running: Stack) -> N
     kept = record("down", tracking_uri=running.mlflow_url, key="before", title="before down")
     stack.spawn(running.home, "sleeper", ["sleep", "1000"])
     everything = [p for name in _pids(running.home) for p in daemon.processes(running.home, name)]
-    assert len(everything) >= 4
+    assert len(everything) >= 3
     stopped = stack.down(running.home)
     assert {found.state for found in stopped} == {"stopped"}
     assert not any(process.is_running() for process in everything)
@@ -146,6 +149,7 @@ def test_down_leaves_no_process_and_up_finds_the_data_again(running: Stack) -> N
 
 
 def test_a_server_that_ends_at_once_is_reported_with_its_log(quiet: Path) -> None:
+    make_access(quiet)
     (quiet / "mlflow").mkdir()
     (quiet / "mlflow/mlflow.db").write_text("not a database")
     found = launch(quiet, MLFLOW)
@@ -175,9 +179,9 @@ def test_a_server_of_another_version_is_outdated(quiet: Path) -> None:
     found = daemon.start(quiet, "mlflow", argv, environment=dict(os.environ), url=url)
     with httpx.Client(trust_env=False, timeout=60) as client:
         assert not is_outdated(
-            client, Daemon("mlflow", None, "http://127.0.0.1:9", "running", quiet, ("mlflow",)), MLFLOW
+            client, Daemon("mlflow", None, "http://127.0.0.1:9", "running", quiet, ("mlflow",)), MLFLOW, None
         )
-        wait_for("the answer of another version", lambda: is_outdated(client, found, MLFLOW))
+        wait_for("the answer of another version", lambda: is_outdated(client, found, MLFLOW, None))
 
 
 def test_spawning_a_live_name_again_leaves_it_alone_and_refuses_to_make_it_something_else(quiet: Path) -> None:

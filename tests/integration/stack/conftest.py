@@ -14,6 +14,7 @@ from deploy.local import stack
 from deploy.local.stack import Stack
 from evaluation.benchmarks.benchmark import write_benchmark
 from flows.demo.task import DIGITS, problems
+from tests.helpers.stacks import environment_given_back
 
 STEPS = 24
 
@@ -48,10 +49,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def servers(home: Path) -> Iterator[Stack]:
-    try:
-        yield stack.up(home)
-    finally:
-        stack.down(home)
+    with environment_given_back():
+        try:
+            yield stack.up(home)
+        finally:
+            stack.down(home)
 
 
 @pytest.fixture(scope="session")

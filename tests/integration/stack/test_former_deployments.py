@@ -9,6 +9,7 @@ import pytest
 
 from deploy.local.stack import Stack
 from tests.helpers.api import call
+from tests.helpers.stacks import auth
 from tests.helpers.straight_run import WriteCheckpoint
 from tests.helpers.waiting import wait_for
 
@@ -40,16 +41,16 @@ def test_the_deployment_of_an_earlier_version_is_removed_with_its_triggers_and_w
     api = servers.prefect_api_url
 
     def named(flow: str) -> str | None:
-        answer = httpx.get(f"{api}/deployments/name/{flow}/tiny", timeout=60)
+        answer = httpx.get(f"{api}/deployments/name/{flow}/tiny", auth=auth(servers), timeout=60)
         return None if answer.status_code == 404 else str(answer.raise_for_status().json()["id"])
 
     def triggers(deployment: str) -> list[object]:
         owner = f"prefect.deployment.{deployment}"
-        return list(call("GET", f"{api}/automations/related-to/{owner}"))
+        return list(call("GET", f"{api}/automations/related-to/{owner}", auth=auth(servers)))
 
     def waiting(deployment: str) -> list[object]:
         asked = {"flow_runs": {"deployment_id": {"any_": [deployment]}, "state": {"type": {"any_": ["SCHEDULED"]}}}}
-        return list(call("POST", f"{api}/flow_runs/filter", asked))
+        return list(call("POST", f"{api}/flow_runs/filter", asked, auth=auth(servers)))
 
     subprocess.run([sys.executable, "-c", FORMER], env=server_environment, check=True)
     former = named("extrapolate")

@@ -12,6 +12,7 @@ from deploy.local.stack import Stack
 from flows.settings import Settings
 from flows.state.events import CHECKPOINT_READY, Event, event
 from flows.watch import outbox
+from tests.helpers.stacks import prefect_settings
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def _kept(settings: Settings) -> list[int]:
 
 def test_what_the_server_does_not_show_is_sent_again_and_the_same(servers: Stack, settings: Settings) -> None:
     sent, lost = _events(settings)[:2], _events(settings)[2:]
-    with temporary_settings({PREFECT_API_URL: servers.prefect_api_url}):
+    with temporary_settings(prefect_settings(servers)):
         for item in sent:
             emit_event(item.name, {"prefect.resource.id": item.resource}, payload=item.payload, id=item.id)
         outbox.keep(settings, [*sent, *lost], now=100.0)

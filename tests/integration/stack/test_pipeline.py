@@ -23,6 +23,7 @@ from relex.files.local import LocalDirectory
 from relex.layouts.steps import step_directories
 from relex.output import manifest
 from tests.helpers.api import call
+from tests.helpers.stacks import auth
 from tests.helpers.waiting import wait_for
 from tests.integration.stack.conftest import STEPS, TrainedRun, write_config
 
@@ -53,9 +54,9 @@ def flow_process(pid: int, environment_word: str, names: dict[str, str]) -> psut
 
 def flow_runs(servers: Stack) -> list[dict[str, str]]:
     """Return id, flow name and state of every flow run."""
-    flows = call("POST", f"{servers.prefect_api_url}/flows/filter", {})
+    flows = call("POST", f"{servers.prefect_api_url}/flows/filter", {}, auth=auth(servers))
     names = {flow["id"]: flow["name"] for flow in flows}
-    runs = call("POST", f"{servers.prefect_api_url}/flow_runs/filter", {"limit": 200})
+    runs = call("POST", f"{servers.prefect_api_url}/flow_runs/filter", {"limit": 200}, auth=auth(servers))
     return [
         {
             "id": run["id"],
@@ -192,7 +193,7 @@ def test_a_prediction_that_is_no_better_is_refused_with_its_numbers(
     assert decision.gates == ()
     assert registry.models("refused", tracking_uri=servers.mlflow_url) == []
     # The refusal is on record, in MLflow and on a page of Prefect's.
-    artifacts = call("POST", f"{servers.prefect_api_url}/artifacts/filter", {"limit": 200})
+    artifacts = call("POST", f"{servers.prefect_api_url}/artifacts/filter", {"limit": 200}, auth=auth(servers))
     assert any(item["key"] == "decision-refused" and "keep training" in item["data"] for item in artifacts)
     assert decision.record_url.startswith(servers.mlflow_url)
     # The second call found the decision and paid for nothing.
@@ -221,7 +222,7 @@ def test_window_targets_and_attempts_are_left_to_the_backtest(
     # Five hundredths, shared by two windows.
     assert [(item.confidence, item.comparisons) for item in decision.gates] == [(0.95, 2)]
     asked = {"artifacts": {"key": {"any_": ["decision-automatic"]}}}
-    (page,) = call("POST", f"{servers.prefect_api_url}/artifacts/filter", asked)
+    (page,) = call("POST", f"{servers.prefect_api_url}/artifacts/filter", asked, auth=auth(servers))
     assert "Backtest" in page["data"]
     # In MLflow every candidate is a run below the decision's.
     client = MlflowClient(servers.mlflow_url)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import temporary_settings
 
 from deploy.local import daemon
 from deploy.local.stack import Stack
@@ -13,6 +13,7 @@ from flows.processes import PROMOTER, revive_promoter
 from flows.promote.ask import ask
 from tests.helpers.questions import question, resume, wait_for_state
 from tests.helpers.registry import BEST, GOOD, Registry
+from tests.helpers.stacks import prefect_settings
 
 
 def answered(servers: Stack, run: str, **form: str) -> str:
@@ -29,7 +30,7 @@ def ended(servers: Stack, run: str) -> str:
 @pytest.fixture(autouse=True)
 def stopped(servers: Stack) -> Iterator[None]:
     """Talk to the server here; afterwards nobody serves questions."""
-    with temporary_settings({PREFECT_API_URL: servers.prefect_api_url}):
+    with temporary_settings(prefect_settings(servers)):
         yield
     daemon.stop(servers.home, [PROMOTER])
 

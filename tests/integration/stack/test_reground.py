@@ -15,6 +15,7 @@ from flows.demo.task import DIGITS, problems
 from relex.output import manifest
 from tests.helpers import ROOT
 from tests.helpers.api import call
+from tests.helpers.stacks import auth
 from tests.integration.stack.conftest import TrainedRun
 
 REAL, JUMP = 6, 30
@@ -64,8 +65,8 @@ def test_grpo_goes_on_from_a_jump_that_was_judged(
     assert manifest.verify(Path(found["model"])).base == first["model"]
     AutoModelForCausalLM.from_pretrained(found["model"])
     api = servers.prefect_api_url
-    artifacts = call("POST", f"{api}/artifacts/filter", {"limit": 200})
+    artifacts = call("POST", f"{api}/artifacts/filter", {"limit": 200}, auth=auth(servers))
     pages = [item["data"] for item in artifacts if item["key"] == "reground-regrounded-cycles"]
     assert any("Cycle 1: The jump is kept" in page for page in pages)
-    runs = call("POST", f"{api}/task_runs/filter", {"limit": 200})
+    runs = call("POST", f"{api}/task_runs/filter", {"limit": 200}, auth=auth(servers))
     assert {"train cycle 1", "jump cycle 1", "judge cycle 2"} <= {run["name"] for run in runs}

@@ -17,7 +17,7 @@ from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.exceptions import Pause
 from prefect.flow_engine import run_flow
-from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
+from prefect.settings import PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
 
 from deploy.local import stack
 from deploy.local.stack import Stack
@@ -30,6 +30,7 @@ from flows.stop.execute import Stop, read_stop
 from flows.stop.flow import CONTINUE, STOP, offer, stop_flow
 from flows.stop.status import confirm
 from tests.helpers.questions import look, question, resume, wait_for_state
+from tests.helpers.stacks import prefect_settings
 from tests.helpers.stopped import COMMAND, configure, decided, runs
 from tests.helpers.straight_run import WriteCheckpoint
 
@@ -37,7 +38,7 @@ from tests.helpers.straight_run import WriteCheckpoint
 @pytest.fixture
 def server(servers: Stack) -> Iterator[Stack]:
     """The servers, and this process talking to them."""
-    with temporary_settings({PREFECT_API_URL: servers.prefect_api_url, PREFECT_LOGGING_TO_API_ENABLED: False}):
+    with temporary_settings({**prefect_settings(servers), PREFECT_LOGGING_TO_API_ENABLED: False}):
         yield servers
 
 

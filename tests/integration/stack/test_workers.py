@@ -19,7 +19,7 @@ from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import State, TaskRun
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import temporary_settings
 
 from deploy.local.stack import Stack
 from flows.decide.workers import spreading
@@ -30,6 +30,7 @@ from relex.output.shards import Spread
 from relex.predictors import parse_method
 from relex.trajectory import open_run
 from tests.helpers import ROOT
+from tests.helpers.stacks import prefect_settings
 from tests.helpers.trajectories import drift, write_run
 
 STEPS = (10, 20, 25, 40, 75)
@@ -65,7 +66,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, server_environment: Mappin
 
 @pytest.fixture(autouse=True)
 def server(servers: Stack) -> Iterator[None]:
-    with temporary_settings({PREFECT_API_URL: servers.prefect_api_url}):
+    with temporary_settings(prefect_settings(servers)):
         yield
 
 
