@@ -143,7 +143,7 @@ def write_as_predicted(base: Weights, real: Checkpoint, out: Path, *, memory: in
     trajectory = _alone(base, real)
     gram = measure(trajectory, memory=memory, threads=threads)
     made = forecast(trajectory, gram, parse_method("hold"), target_step=real.step)
-    materialise(trajectory, [Output(made, out)], memory=memory, threads=threads)
+    materialise(trajectory, [Output(made, out)], contents=gram.contents, memory=memory, threads=threads)
 
 
 def _alone(base: Weights, real: Checkpoint) -> Trajectory:

@@ -51,6 +51,10 @@ class CheckpointChangedError(CheckpointError):
     """A file changed while it was read."""
 
 
+class ContentChangedError(CheckpointChangedError):
+    """A file holds other bytes than when the trajectory was first read, and its size and times do not say so."""
+
+
 class CheckpointDamagedError(CheckpointError):
     """A stretch of a tensor reads as zeros where the base has weights."""
 

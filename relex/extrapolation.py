@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Literal
 
 from relex import sanity
-from relex.errors import TargetError
+from relex.errors import ContentChangedError, TargetError
 from relex.files.block_cache import BlockCache
 from relex.files.location import is_remote
 from relex.forecast import Forecast, check_target, forecast
-from relex.gram import cached
+from relex.gram import cached, forget
 from relex.matrix_updates import added
 from relex.output import manifest
 from relex.output.adapter import adapter_digest, check_adapters, write_adapter
@@ -113,29 +113,35 @@ def extrapolate(
             discard_other(request.directory, digest)
         missing.append((made, request))
     writing = telling(tell, "writing")
-    if form == "adapter":
-        for made, request in missing:
-            write_adapter(
+    try:
+        if form == "adapter":
+            for made, request in missing:
+                write_adapter(
+                    trajectory,
+                    made,
+                    request.directory,
+                    contents=gram.contents,
+                    memory=memory,
+                    threads=threads,
+                    command=command,
+                    on_progress=writing,
+                )
+        else:
+            materialise(
                 trajectory,
-                made,
-                request.directory,
+                [Output(made, request.directory) for made, request in missing],
+                contents=gram.contents,
                 memory=memory,
                 threads=threads,
+                shard_size=shard_size,
+                spread=spread,
                 command=command,
                 on_progress=writing,
             )
-    else:
-        outputs = [Output(made, request.directory) for made, request in missing]
-        materialise(
-            trajectory,
-            outputs,
-            memory=memory,
-            threads=threads,
-            shard_size=shard_size,
-            spread=spread,
-            command=command,
-            on_progress=writing,
-        )
+    except ContentChangedError:
+        # Else the next call would take the products of the former bytes again.
+        forget(trajectory, grams)
+        raise
     for _, request in missing:
         if request.destination:
             upload(request.directory, request.destination)

@@ -9,11 +9,11 @@ Shape suffixes: K = checkpoints, S = ranks of all checkpoints together, P = posi
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from relex.contents import Hash, describe_factors
 from relex.layouts.factors import AdapterWeights, Factor, LowRank
 from relex.layouts.weights import TensorEntry
 from relex.streaming import CHUNK, as_bytes
@@ -25,13 +25,6 @@ TILE = 1 << 10
 
 Side = Callable[[LowRank], Factor]
 """Gives one of the two factors."""
-
-
-class Hash(Protocol):
-    """What takes bytes in."""
-
-    def update(self, data: bytes | memoryview, /) -> None:
-        """Go on with `data`."""
 
 
 def left_side(entry: LowRank) -> Factor:
@@ -95,7 +88,7 @@ def read_parts(
     """
     lost: list[int] = []
     for digest, entry in zip(digests, spec.adapted, strict=True):
-        digest.update(f"{entry.scale!r} {[list(part.shape) for part in entry.parts]}".encode())
+        digest.update(describe_factors(entry))
     for number, parts in enumerate(zip(*(entry.parts for entry in spec.adapted), strict=True)):
         alike = len({(part.shape, part.dtype) for part in parts}) == 1
         zero_before: set[int] = set()

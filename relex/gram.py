@@ -25,6 +25,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from relex import factor_gram
+from relex.contents import stack
 from relex.errors import CheckpointDamagedError, NonFiniteError
 from relex.files.directory import untouched
 from relex.files.whole import write_whole
@@ -54,6 +55,7 @@ class Gram:
     `products` is (T, K, K) fp64, one for each of `names`; `base_norms` is (T,) fp64, the squared norm of the base's
     tensor. `base_digest` and `digests` (one a checkpoint) identify the contents; `identities` say which files they were
     read from, `base_changes` and `changes` when each of these last changed in any way (see `Weights.changes`).
+    `contents` (U, 1 + K, 16) uint8 has a digest of what each unit held, the base first (see `relex.contents`).
     """
 
     steps: tuple[int, ...]
@@ -65,6 +67,7 @@ class Gram:
     identities: tuple[str, ...]
     base_changes: Changes = ()
     changes: tuple[Changes, ...] = ()
+    contents: Tensor | None = None
 
     @property
     def digest(self) -> str:
@@ -89,6 +92,7 @@ class Gram:
             tuple(self.identities[i] for i in positions),
             self.base_changes,
             tuple(self.changes[i] for i in positions) if self.changes else (),
+            self.contents[:, [0, *(1 + i for i in positions)]] if self.contents is not None else None,
         )
 
 
@@ -152,8 +156,10 @@ def measure(
     ]
     total = sum(spec.count * size for spec, size in zip(trajectory.tensors, per_element, strict=True))
     done = 0
+    held = bytearray()
     for unit, (part, base_norm, digests, zeroed) in in_order(work, units(trajectory), spaces):
         spec = trajectory.tensors[unit.tensor]
+        held += b"".join(digests)
         for whole, digest in zip(hashes, digests, strict=True):
             if unit.start == 0:
                 whole.update(f"{spec.name} {list(spec.base.shape)}".encode())
@@ -183,6 +189,7 @@ def measure(
         tuple(checkpoint.weights.identity for checkpoint in trajectory.checkpoints),
         trajectory.base.changes,
         tuple(checkpoint.weights.changes for checkpoint in trajectory.checkpoints),
+        stack(held, checkpoints=count),
     )
     if known is not None and (gram.base_digest, gram.digests[:kept]) != (known.base_digest, known.digests):
         # Same files by their stat, other bytes: what was known is about something else.
@@ -283,6 +290,13 @@ def cached(
     return gram
 
 
+def forget(trajectory: Trajectory, directory: Path) -> None:
+    """Remove the Grams of this trajectory's base from `directory`: what they were read from holds other bytes."""
+    for path in directory.glob("*.safetensors"):
+        if _load(path, trajectory.base.identity) is not None:
+            path.unlink(missing_ok=True)
+
+
 def _same(kept: tuple[int, str, Changes], wanted: Checkpoint) -> bool:
     """Whether a row of a saved Gram was read from the files that a checkpoint has now."""
     step, identity, changes = kept
@@ -305,10 +319,10 @@ def _save(gram: Gram, base_identity: str, directory: Path) -> None:
         "base_changes": gram.base_changes,
         "changes": gram.changes,
     }
-    content = save(
-        {"products": gram.products.contiguous(), "base_norms": gram.base_norms},
-        metadata={"relex": json.dumps(metadata)},
-    )
+    tensors = {"products": gram.products.contiguous(), "base_norms": gram.base_norms}
+    if gram.contents is not None:
+        tensors["contents"] = gram.contents.contiguous()
+    content = save(tensors, metadata={"relex": json.dumps(metadata)})
     write_whole(content, directory / f"{gram.digest}.safetensors")
 
 
@@ -319,9 +333,11 @@ def _load(path: Path, base_identity: str) -> Gram | None:
             metadata: Mapping[str, Any] = json.loads((file.metadata() or {}).get("relex", "{}"))
             if metadata.get("format") != FORMAT or metadata.get("base_identity") != base_identity:
                 return None
-            if "changes" not in metadata:
+            # Of an earlier version, which did not keep what a later pass is compared with.
+            if "changes" not in metadata or "contents" not in file.keys():  # noqa: SIM118
                 return None
             products, base_norms = file.get_tensor("products"), file.get_tensor("base_norms")
+            held = file.get_tensor("contents")
     except (SafetensorError, OSError):
         return None
     return Gram(
@@ -334,6 +350,7 @@ def _load(path: Path, base_identity: str) -> Gram | None:
         tuple(metadata["identities"]),
         _pairs(metadata["base_changes"]),
         tuple(map(_pairs, metadata["changes"])),
+        held,
     )
 
 

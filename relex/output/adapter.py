@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from relex.contents import SecondReading
 from relex.errors import NonFiniteError, RelexError, TargetError
 from relex.factor_gram import left_side, right_side
 from relex.forecast import Forecast
@@ -59,12 +61,15 @@ def write_adapter(
     forecast: Forecast,
     directory: Path,
     *,
+    contents: Tensor | None = None,
     memory: int,
     threads: int,
     command: Sequence[str] = (),
     on_progress: Progress | None = None,
 ) -> None:
     """Write the adapter `directory` unless it is there, within `memory` bytes.
+
+    What is read is compared with `contents` (see `SecondReading`).
 
     Raises TargetError for a trajectory that `check_adapters` refuses, OutputError when the directory holds something
     else, NonFiniteError, CheckpointChangedError when an input changed meanwhile (then nothing is left behind).
@@ -82,7 +87,10 @@ def write_adapter(
         if on_progress is not None:
             on_progress(done, len(first) + len(second))
 
+    reading = SecondReading(trajectory, contents)
+
     def find(_: Workspace, unit: Unit) -> Truncated:
+        reading.check_factors(unit, range(len(trajectory.checkpoints)))
         return truncation.truncate(trajectory, trajectory.tensors[unit.tensor], forecast)
 
     cuts: dict[str, Truncated] = {}
@@ -98,7 +106,7 @@ def write_adapter(
         if spec.relative:
             _write_factors(writer, trajectory, spec, truncated=cuts[spec.name])
         else:
-            _write_whole(writer, trajectory, forecast, space=space, unit=unit)
+            _write_whole(writer, reading, forecast, space=space, unit=unit)
 
     try:
         name = next(iter(writer.tensors))
@@ -196,12 +204,13 @@ def _write_factors(writer: ModelWriter, trajectory: Trajectory, spec: TensorSpec
 
 
 def _write_whole(
-    writer: ModelWriter, trajectory: Trajectory, forecast: Forecast, *, space: Workspace, unit: Unit
+    writer: ModelWriter, reading: SecondReading, forecast: Forecast, *, space: Workspace, unit: Unit
 ) -> None:
+    trajectory = reading.trajectory
     spec = trajectory.tensors[unit.tensor]
     made, keys = forecast.tensors[spec.name], _whole_keys(trajectory, spec)
     rows = needed_rows(made, len(spec.entries))
-    for block in space.blocks(trajectory, unit, rows):
+    for block in reading.blocks(space, unit, rows):
         for place, deltas in chunks(space, block, spec):
             base, stored = block.base[place], block.stored[:, place]
             chunk = predicted(made, rows, base, stored=stored, deltas=deltas).to(spec.dtype)

@@ -8,13 +8,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from relex import rank_one
 from relex.errors import OutputError, RelexError
 from relex.forecast import Forecast
 from relex.output import manifest
 from relex.output.adapter import write_adapter
 from relex.output.manifest import FileRecord
-from relex.output.shards import Spread, fill, missing_shards, output_tensors, reopen
+from relex.output.shards import Spread, announced, fill, missing_shards, output_tensors, reopen
 from relex.output.writer import ModelWriter, open_writer, side_files
 from relex.progress import Progress
 from relex.trajectory import Trajectory
@@ -32,6 +34,7 @@ def materialise(
     trajectory: Trajectory,
     outputs: Sequence[Output],
     *,
+    contents: Tensor | None = None,
     memory: int,
     threads: int,
     shard_size: int | None = None,
@@ -56,10 +59,18 @@ def materialise(
                 writers[index] = writer
         provenance = {index: partial(_manifest, forecasts[index], trajectory, command, shard_size) for index in writers}
         if spread is None:
-            fill(trajectory, forecasts, writers, memory=memory, threads=threads, on_progress=on_progress)
+            fill(
+                trajectory,
+                forecasts,
+                writers,
+                contents=contents,
+                memory=memory,
+                threads=threads,
+                on_progress=on_progress,
+            )
         else:
             for index, writer in writers.items():
-                writer.announce(_vectors(forecasts[index]), provenance[index]({}))
+                writer.announce(_vectors(forecasts[index]) | announced(contents), provenance[index]({}))
             spread(missing_shards(trajectory, list(writers.values()), memory=memory, threads=threads), on_progress)
         trajectory.check_unchanged()
         for index, writer in writers.items():

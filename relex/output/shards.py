@@ -13,7 +13,10 @@ from hashlib import sha256
 from pathlib import Path
 
 import torch
+from safetensors.torch import load, save
+from torch import Tensor
 
+from relex.contents import SecondReading
 from relex.errors import CheckpointChangedError, NonFiniteError, OutputError
 from relex.files.block_cache import BlockCache
 from relex.files.location import open_directory
@@ -28,6 +31,9 @@ from relex.progress import Progress
 from relex.store import Checkpoint, open_base
 from relex.streaming import CHUNK, Unit, Workspace, as_bytes, in_order, units, workspaces
 from relex.trajectory import TensorSpec, Trajectory, open_trajectory
+
+# Beside the shards until they are published, with what is unfinished.
+_CONTENTS = "contents.tmp"
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,7 @@ def fill(
     forecasts: Sequence[Forecast],
     writers: Mapping[int, ModelWriter],
     *,
+    contents: Tensor | None,
     memory: int,
     threads: int,
     only: str | None = None,
@@ -86,8 +93,8 @@ def fill(
 ) -> None:
     """Write the shards that are missing, or `only` the one of that name, of every forecast that has a writer.
 
-    One pass within `memory` bytes. Raises NonFiniteError when a prediction leaves the range of its precision,
-    CheckpointChangedError, MemoryBudgetError.
+    One pass that compares what it reads with `contents` (see `SecondReading`), within `memory` bytes. Raises
+    NonFiniteError when a prediction leaves the range of its precision, CheckpointChangedError, MemoryBudgetError.
     """
     tensors = trajectory.tensors
     # Which outputs a tensor still goes to is fixed before the first byte: shards are finished while others are written.
@@ -112,10 +119,12 @@ def fill(
         trajectory, max(len(needed) for needed in rows.values()), memory=memory, threads=threads, extra=2 * CHUNK * 8
     )
 
+    reading = SecondReading(trajectory, contents)
+
     def work(space: Workspace, unit: Unit) -> None:
         spec = tensors[unit.tensor]
         needed = rows[unit.tensor]
-        for block in space.blocks(trajectory, unit, needed):
+        for block in reading.blocks(space, unit, needed):
             for place, deltas in chunks(space, block, spec):
                 for i in filling[spec.name]:
                     tensor, writer = forecasts[i].tensors[spec.name], writers[i]
@@ -162,6 +171,18 @@ def missing_shards(trajectory: Trajectory, writers: Sequence[ModelWriter], *, me
     return [Shard(file, tuple(partials), inputs, memory, threads) for file, partials in sorted(lacking.items())]
 
 
+def announced(contents: Tensor | None) -> dict[str, bytes]:
+    """Return the file by which other processes know what the trajectory held (see `SecondReading`)."""
+    return {} if contents is None else {_CONTENTS: save({"contents": contents.contiguous()})}
+
+
+def _read_contents(partial: Path) -> Tensor | None:
+    try:
+        return load((partial / _CONTENTS).read_bytes())["contents"]
+    except FileNotFoundError:
+        return None
+
+
 def write_shard(shard: Shard, *, blocks: BlockCache | None = None) -> None:
     """Write one shard of every output that still lacks it.
 
@@ -186,12 +207,21 @@ def write_shard(shard: Shard, *, blocks: BlockCache | None = None) -> None:
     forecasts = [
         manifest.with_vectors(plan.forecast, Path(partial)) for plan, partial in zip(plans, shard.partials, strict=True)
     ]
+    contents = _read_contents(Path(shard.partials[0]))
     writers = {
         index: join_writer(Path(partial), output_tensors(trajectory, plan.forecast.dtype, plan.shard_size))
         for index, (plan, partial) in enumerate(zip(plans, shard.partials, strict=True))
     }
     try:
-        fill(trajectory, forecasts, writers, memory=shard.memory, threads=shard.threads, only=shard.file)
+        fill(
+            trajectory,
+            forecasts,
+            writers,
+            contents=contents,
+            memory=shard.memory,
+            threads=shard.threads,
+            only=shard.file,
+        )
     finally:
         for writer in writers.values():
             writer.release()

@@ -43,7 +43,7 @@ def work(shards: Sequence[Shard], dies_at: str, point: str) -> None:
 
     def hook(event: str, arguments: tuple[object, ...]) -> None:
         nonlocal happened
-        if event == "open" and str(arguments[0]).endswith(".tmp"):
+        if event == "open" and str(arguments[0]).endswith(".tmp") and int(str(arguments[2])) & os.O_WRONLY:
             # One write: the lines of several processes do not mix.
             os.write(1, f"{os.getpid()} {arguments[0]}\n".encode())
         if event == f"os.{point}" and current == dies_at:
