@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 from pydantic import AliasChoices, Field
 
 from evaluation.errors import ComparisonError
-from evaluation.verdict.bounds import paired_bounds
+from evaluation.verdict.bounds import POWER, paired_bounds
 from evaluation.verdict.report import Report
 
 
@@ -24,8 +24,8 @@ class Gate:
     """What the comparison showed; differences and bounds are in score units, candidate minus reference.
 
     `confidence` is that of all `comparisons` together; bounds and interval are at `confidence_each`. `needed` is how
-    many problems would pass the gate if the differences went on as they were; None where it is passed or no number
-    would. What a gate of an earlier version did not hold is None.
+    many problems pass the gate four times in five if the differences go on as they were; None where it is passed or no
+    number does. What a gate of an earlier version did not hold is None.
     """
 
     candidate: str
@@ -83,7 +83,8 @@ class Gate:
         if self.needed is None:
             return f"not shown: {interval} {where}; the difference points the wrong way, more problems would not help"
         more = _two_digits(self.needed - self.n)
-        return f"not shown: {interval} {where}; about {more:,} more problems would settle it if it stays as it is"
+        settled = f"about {more:,} more problems would show it with {100 * POWER:g} % probability"
+        return f"not shown: {interval} {where}; {settled} if it stays as it is"
 
     @property
     def _correction(self) -> str:

@@ -68,7 +68,7 @@ def test_two_models_are_compared_problem_by_problem(
 
     (comparison,) = json.loads(relex(cache, *command, "--json").stdout)
     assert (comparison["gate"]["verdict"], comparison["gate"]["margin"]) == ("not shown", 0.0)
-    assert comparison["gate"]["sentence"].endswith("more problems would settle it if it stays as it is.")
+    assert comparison["gate"]["sentence"].endswith("would show it with 80 % probability if it stays as it is.")
     assert [each["problem"] for each in comparison["differences"]] == [0, 3, 6, 9]
     assert comparison["differences"][1]["candidate_answers"] == [problems[3]["answer"]]
 
