@@ -35,7 +35,7 @@ WINDOWS, WINDOW = (12, 24, 48, 72), 48
 TARGETS = (120, 240, 360, 480, 720)
 METHODS = (
     "relex", "relex:rank=5", "relex:rank=10", "raw", "polynomial:degree=3", "neural", "weight-extrapolation",
-    "relex-pinned:damping=0.3", "hold",
+    "secant", "travel", "saturating", "relex-pinned:damping=0.3", "hold",
 )  # fmt: skip
 PROBLEMS = 1000
 MEMORY = 1 << 30

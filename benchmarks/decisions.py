@@ -49,6 +49,8 @@ SHARES = (5, 10, 20)
 # So many windows share the gate's error: those of the shares, and what is due by itself.
 LOOKS = len(SHARES) + 1
 MULTIPLES = (2, 4, 8)
+# Forms that are read at the run's end, beside plain RELEX and the last observed checkpoint.
+FORMS = ("relex-pinned:damping=0.3", "saturating", "secant", "travel")
 # Every window is a step of the curve.
 CURVE = (0, 24, 48, 96, 192, 288, 384, 480)
 
@@ -89,7 +91,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Row:
-    """One window of one run: what was observed, what plain RELEX makes of it, what the backtest says, the decision."""
+    """One window of one run: what was observed, what plain RELEX makes of it, what the backtest says, the decision.
+
+    `forms` are the accuracies of other forms at the run's end, by method.
+    """
 
     run: str
     share: str
@@ -97,6 +102,7 @@ class Row:
     observed: float
     end: float
     relex: tuple[Point, ...]
+    forms: dict[str, float]
     recommendation: Recommendation
     outcome: Outcome
 
@@ -209,6 +215,11 @@ def measure(run: Run, root: Path, out: Path) -> tuple[dict[int, float], list[Row
             Point(target, predicted.accuracy, real(settings, target).accuracy, _is_better(observed, predicted))
             for target, predicted in ((step, report(settings, path)) for step, path in plain(settings, out).items())
         )
+        forms = {
+            method: report(settings, directory).accuracy
+            for method in FORMS
+            for directory in predicted_at(settings, out / "forms", method, [STEPS]).values()
+        }
         looked = backtest(
             cached(
                 open_run(settings.checkpoints, settings.base, window=window),
@@ -239,7 +250,17 @@ def measure(run: Run, root: Path, out: Path) -> tuple[dict[int, float], list[Row
                 made.reason,
             )
         rows.append(
-            Row(run.title, share, window, observed.accuracy, curve[STEPS], points, looked.recommendation, outcome)
+            Row(
+                run.title,
+                share,
+                window,
+                observed.accuracy,
+                curve[STEPS],
+                points,
+                forms,
+                looked.recommendation,
+                outcome,
+            )
         )
     return curve, rows
 
@@ -247,13 +268,20 @@ def measure(run: Run, root: Path, out: Path) -> tuple[dict[int, float], list[Row
 def plain(settings: Settings, out: Path) -> dict[int, Path]:
     """Return the directories of plain RELEX by target step, written once."""
     targets = [*(settings.end * multiple for multiple in MULTIPLES if settings.end * multiple < STEPS), STEPS]
+    return predicted_at(settings, out / "plain", "relex", targets)
+
+
+def predicted_at(settings: Settings, out: Path, method: str, targets: Sequence[int]) -> dict[int, Path]:
+    """Return the directories of a method's predictions by target step, written once."""
+    parsed = parse_method(method)
+    place = out / settings.training_run / f"window-{settings.end}"
     made = extrapolate_run(
         settings.checkpoints,
         settings.base,
         targets=targets,
-        out=out / "plain" / settings.training_run / f"window-{settings.end}",
+        out=place if method == "relex" else place / parsed.directory,
         window=settings.end,
-        method=parse_method("relex"),
+        method=parsed,
         memory=int(settings.memory),
         threads=1,
         grams=settings.home / "grams",
@@ -281,6 +309,18 @@ def relex_table(rows: Sequence[Row]) -> Iterator[str]:
         yield f"| {row.run} | {_window(row)} | {row.observed:.3f} | {' | '.join(cells)} | {said} |"
 
 
+def form_table(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield the table of forms at the run's end."""
+    yield f"Every form at the run's end, step {STEPS}."
+    yield ""
+    yield f"| run | window | last observed | `relex` | {' | '.join(f'`{form}`' for form in FORMS)} | real end |"
+    yield "|---" * (5 + len(FORMS)) + "|"
+    for row in rows:
+        plainly = next(point.accuracy for point in row.relex if point.step == STEPS)
+        cells = " | ".join(f"{accuracy:.3f}" for accuracy in (row.observed, plainly, *row.forms.values(), row.end))
+        yield f"| {row.run} | {_window(row)} | {cells} |"
+
+
 def decision_table(rows: Sequence[Row]) -> Iterator[str]:
     """Yield the table of what was decided; a wrong yes is flagged."""
     yield "What was decided, and the accuracy on report problems of what that leaves one with."
@@ -303,6 +343,10 @@ def decision_table(rows: Sequence[Row]) -> Iterator[str]:
             f"{row.saved}",
         ]
         yield f"| {' | '.join(cells)} |"
+
+
+def tables(rows: Sequence[Row]) -> str:
+    return "\n".join([*relex_table(rows), "", *form_table(rows), "", *decision_table(rows)]) + "\n"
 
 
 def _window(row: Row) -> str:
@@ -333,14 +377,14 @@ def main() -> None:
             "windows": list(map(asdict, run_rows)),
         }
         results[run.name] = content
-        print("\n".join([*relex_table(run_rows), "", *decision_table(run_rows), ""]), flush=True)
+        print(tables(run_rows), flush=True)
         if chosen.keep is not None and run.kept:
             whole = open_run(root / "run", root / "base", window=None)
             gram = cached(whole, out / "state" / run.name / "grams", memory=1 << 30, threads=1)
             keep_gram(gram, chosen.keep / f"{run.name}.safetensors")
             write_json(chosen.keep / f"{run.name}.json", content)
     write_json(out / "decisions.json", results)
-    text = "\n".join([*relex_table(rows), "", *decision_table(rows)]) + "\n"
+    text = tables(rows)
     (out / "decisions.md").write_text(text, encoding="utf-8")
     print(text)
 

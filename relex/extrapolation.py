@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -79,6 +79,10 @@ def extrapolate(
                 )
     gram = cached(trajectory, grams, memory=memory, threads=threads, on_progress=telling(tell, "reading"))
     sanity.refuse_duplicates(gram)
+    requests = [
+        replace(request, method=request.method.informed(trajectory, memory=memory, threads=threads))
+        for request in requests
+    ]
     vectors = added(
         trajectory,
         gram,

@@ -145,6 +145,9 @@ def show_extrapolation(console: Console, manifests: "Mapping[str, Manifest]") ->
         f"{first.method} from {len(first.steps)} checkpoints, steps {first.steps[0]} to {first.steps[-1]}:"
         f" rank-1 energy {first.energy:.3f}, R² {first.r_squared:.3f}"
     )
+    for family in first.description["family"].values():
+        if "told_by" in family:
+            console.print(f"learning rate {family['lr']:g}, from {family['told_by']}")
     print_warnings(console, first.warnings)
     console.print(table)
 

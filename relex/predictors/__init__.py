@@ -7,7 +7,7 @@ A family is one module; a method is a row of METHODS: a family with some paramet
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -21,7 +21,10 @@ from relex.predictors.next import Next
 from relex.predictors.predictor import Predictor
 from relex.predictors.raw import RawLinear
 from relex.predictors.reconstruct import Reconstruct
-from relex.predictors.secant import Secant
+from relex.predictors.saturating import Saturating
+from relex.predictors.secant import LateSecant, Secant
+from relex.predictors.travel import Travel
+from relex.trajectory import Trajectory
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,24 @@ METHODS: Mapping[str, Row] = {
         backtest="on demand",
         why="every jump trains a network",
     ),
+    "secant": Row(
+        "line from the checkpoint nearest a share of the latest step (0: the base) through the latest",
+        LateSecant,
+        {"share": float},
+    ),
+    "travel": Row(
+        "the same line, the jump J damped to T (1 - exp(-J / T)), T = 0.0015 / lr; lr is read from the trainer's state,"
+        " else from the weights",
+        Travel,
+        {"share": float, "lr": float},
+        backtest="no",
+        why="it reads the learning rate, and a backtest has only Grams",
+    ),
+    "saturating": Row(
+        "curve a (1 - exp(-s / tau)) in the step through the leading singular coordinate, zero at the base",
+        Saturating,
+        {},
+    ),
     "raw": Row("least-squares line through every parameter", RawLinear, {}),
     "weight-extrapolation": Row(
         "line from step start (0: the base) through the latest checkpoint, norms copied",
@@ -164,6 +185,12 @@ class Method:
     def directory(self) -> str:
         """The spec as it is written in a path: what a directory of its predictions is called."""
         return self.spec.replace(":", "-").replace(",", "-").replace("=", "")
+
+    def informed(self, trajectory: Trajectory, *, memory: int, threads: int) -> "Method":
+        """Return the method with what it needs to know of the run besides Grams and steps. Raises RelexError."""
+        if not isinstance(self.predictor, Travel):
+            return self
+        return replace(self, predictor=self.predictor.informed(trajectory, memory=memory, threads=threads))
 
     def describe(self) -> dict[str, Any]:
         """Return name, given parameters and every parameter of the family, for a manifest."""

@@ -61,10 +61,12 @@ def hold_share(path: Path, steps: Sequence[int], size: int, *, runs: int) -> flo
 EVERY_LINEAR = (
     "relex:rank=2",
     "polynomial:degree=2",
-    "sinusoid",
+    "neural:epochs=1",
     "neural:epochs=1",
     "raw",
     "weight-extrapolation",
+    "secant:share=0.3",
+    "saturating",
     "expo:alpha=1.0",
     "first-update:alpha=20.0",
     "mean:last=2",

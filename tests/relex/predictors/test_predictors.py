@@ -48,6 +48,11 @@ TABLE = {
     "weight-extrapolation:start=20": Traits(
         line=True, offset_line=True, shift=False, uses_target=True, uses_gram=False
     ),
+    "secant": Traits(line=True, offset_line=True, shift=False, uses_target=True, uses_gram=False),
+    "secant:share=0": Traits(line=True, offset_line=False, shift=False, uses_target=True, uses_gram=False),
+    "travel:lr=1e-05": Traits(line=False, offset_line=False, shift=False, uses_target=True, uses_gram=False),
+    # Through deltas that follow no curve it is level: the target makes no difference.
+    "saturating": Traits(line=True, offset_line=False, shift=False, uses_target=False, uses_gram=True),
     "expo": Traits(line=False, offset_line=False, shift=True, uses_target=False, uses_gram=False),
     "expo:alpha=1.6666666666666667": Traits(
         line=True, offset_line=False, shift=True, uses_target=False, uses_gram=False
@@ -107,7 +112,7 @@ def test_a_method_looks_only_at_what_it_says(spec: str, traits: Traits) -> None:
 def test_the_origin_of_the_step_axis_matters_only_to_a_line_from_the_base(seed: int, shift: int) -> None:
     deltas_KD = deltas(seed)
     for spec, traits in TABLE.items():
-        if "start=" in spec:  # names a step
+        if "start=" in spec or spec.startswith(("secant", "travel")):  # names a step, or a share of the steps
             continue
         moved = predicted(spec, deltas_KD, WINDOW + shift, TARGET + shift)
         assert same(moved, predicted(spec, deltas_KD)) is traits.shift, spec
@@ -118,7 +123,7 @@ def test_the_origin_of_the_step_axis_matters_only_to_a_line_from_the_base(seed: 
 def test_the_unit_of_the_step_axis_does_not_matter(seed: int, factor: int) -> None:
     deltas_KD = deltas(seed)
     for spec in TABLE:
-        scaled = spec.replace("start=20", f"start={20 * factor}")
+        scaled = spec.replace("start=20", f"start={20 * factor}").replace("lr=1e-05", f"lr={1e-5 / factor}")
         assert same(predicted(scaled, deltas_KD, WINDOW * factor, TARGET * factor), predicted(spec, deltas_KD)), spec
 
 
@@ -201,6 +206,8 @@ def test_a_method_is_named_in_one_way(spec: str, canonical: str) -> None:
         ("relex:rank=0", r"rank is 0; give at least 1\.$"),
         ("relex-pinned:damping=nan", r"damping='nan' is not a valid float\.$"),
         ("expo:alpha=inf", r"alpha='inf' is not a valid float\.$"),
+        ("secant:share=1", r"share is 1; give at least 0 and less than 1\.$"),
+        ("travel:lr=-1e-5", r"lr is -1e-05; give a learning rate above 0"),
         ("first-update", r"method first-update needs alpha=…: write first-update:alpha=…\.$"),
     ],
 )
@@ -233,6 +240,46 @@ def test_the_description_names_every_parameter_of_the_family() -> None:
         "family": {"LowRankLinear": {"rank": 1, "anchor": "base", "damping": 1.0}},
     }
     assert build("hold")["family"] == {"Mean": {"last": 1}}
+
+
+@pytest.mark.parametrize(
+    ("share", "start"), [(0.0, None), (0.06, None), (0.1, 10.0), (0.2, 20.0), (0.5, 40.0), (0.7, 40.0), (0.99, 40.0)]
+)
+def test_a_late_secant_starts_at_the_nearest_checkpoint_the_base_among_them(share: float, start: float | None) -> None:
+    coefficients_K = parse_method(f"secant:share={share}").predictor.coefficients(Window(torch.eye(5), WINDOW), 150.0)
+    expected_K = torch.zeros(5, dtype=torch.float64)
+    expected_K[-1] = 1.0 + 75.0 / (75.0 - (start or 0.0))
+    if start is not None:
+        expected_K[WINDOW.tolist().index(start)] = 1.0 - expected_K[-1]
+    assert torch.allclose(coefficients_K, expected_K)
+
+
+def test_travel_is_the_secant_near_by_and_stands_still_far_away() -> None:
+    deltas_KD = deltas(0)
+    near, far = (predicted("travel:lr=1e-05", deltas_KD, target=target) for target in (75.001, 1e6))
+    assert torch.allclose(near, predicted("secant", deltas_KD, target=75.001), atol=1e-6)
+    # All of T = 1.5e-3 / 1e-5 = 150 steps, and no more.
+    assert same(far, predicted("secant", deltas_KD, target=75.0 + 150.0))
+
+
+def test_travel_without_a_learning_rate_says_how_to_give_it() -> None:
+    with pytest.raises(TargetError, match=r"needs the learning rate, which a Gram does not tell: write travel:lr=…"):
+        predicted("travel", deltas(0))
+
+
+@pytest.mark.parametrize("tau", [5.0, 60.0, 300.0])
+def test_a_run_that_saturates_goes_on_saturating(tau: float) -> None:
+    direction = torch.randn(40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    curve = torch.outer(3.0 * -torch.expm1(-WINDOW / tau), direction)
+    expected = 3.0 * -torch.expm1(torch.tensor(-TARGET / tau, dtype=torch.float64)) * direction
+    assert torch.allclose(predicted("saturating", curve), expected, rtol=1e-8)
+
+
+def test_a_run_that_quickens_is_a_line_to_the_saturating_curve() -> None:
+    direction = torch.randn(40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    quickening = torch.outer(WINDOW**2, direction)
+    line = predicted("saturating", quickening)
+    assert same(2.0 * line, predicted("saturating", quickening, target=2.0 * TARGET))
 
 
 def test_a_sinusoid_goes_on_as_it_began() -> None:
@@ -282,7 +329,12 @@ def test_a_row_says_what_its_parameters_are_where_it_was_published_and_whether_i
     assert METHODS["relex-pinned"].written == "rank=1,damping=1.0"
     assert METHODS["first-update"].written == "alpha=…"
     assert METHODS["alpha-rl"].written == "accuracies=…,goal=…"
-    assert {name for name, row in METHODS.items() if row.backtest == "no"} == {"alpha-rl", "next", "reconstruct"}
+    assert {name for name, row in METHODS.items() if row.backtest == "no"} == {
+        "alpha-rl",
+        "next",
+        "reconstruct",
+        "travel",
+    }
     assert {name for name, row in METHODS.items() if row.backtest == "on demand"} == {"neural", "sinusoid"}
     assert all(bool(row.why) is (row.backtest != "yes") and "\n" not in row.summary for row in METHODS.values())
 

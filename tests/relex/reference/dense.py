@@ -77,6 +77,43 @@ def secant(D: Array, steps: Sequence[int], target: int, *, start: int = 0) -> Ar
     return delta
 
 
+def late_secant(D: Array, steps: Sequence[int], target: float, *, share: float = 0.5) -> Array:
+    """The line through the latest checkpoint and the one nearest a share of its step; the base is one of them."""
+    points = np.vstack([np.zeros_like(D[:1]), D[:-1]])
+    at = [0, *steps[:-1]]
+    nearest = int(np.argmin([abs(step - share * steps[-1]) for step in at]))
+    slope: Array = (D[-1] - points[nearest]) / (steps[-1] - at[nearest])
+    delta: Array = D[-1] + (target - steps[-1]) * slope
+    return delta
+
+
+def travel(D: Array, steps: Sequence[int], target: int, *, lr: float, share: float = 0.5) -> Array:
+    """The same line, the jump damped to T (1 - exp(-jump / T)) with T = 1.5e-3 / lr."""
+    length = 1.5e-3 / lr
+    jump = length * (1.0 - np.exp(-(target - steps[-1]) / length))
+    return late_secant(D, steps, steps[-1] + jump, share=share)
+
+
+def saturating(D: Array, steps: Sequence[int], target: int) -> Array:
+    """A curve a (1 - exp(-s / tau)) through the leading coordinate, by trying every tau on an ever finer grid."""
+    values, directions = coordinates(D, 1)
+    at = np.array(steps, dtype=np.float64)
+
+    def solve(tau: float) -> tuple[float, float]:
+        curve = -np.expm1(-at / tau)
+        amplitude = float(curve @ values[:, 0] / (curve @ curve))
+        return float(((values[:, 0] - amplitude * curve) ** 2).sum()), amplitude
+
+    low, high = np.log(at[-1] / 30.0), np.log(at[-1] * 1e7)
+    for _ in range(8):
+        grid = np.linspace(low, high, 201)
+        best = int(np.argmin([solve(float(np.exp(value)))[0] for value in grid]))
+        low, high = grid[max(best - 1, 0)], grid[min(best + 1, 200)]
+    tau = float(np.exp((low + high) / 2.0))
+    predicted: Array = solve(tau)[1] * -np.expm1(-target / tau) * directions[0]
+    return predicted
+
+
 def expo(D: Array, alpha: float) -> Array:
     """ExPO: the latest weights plus alpha times what they gained on the base."""
     delta: Array = D[-1] + alpha * D[-1]
