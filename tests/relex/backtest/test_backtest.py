@@ -61,7 +61,7 @@ def hold_share(path: Path, steps: Sequence[int], size: int, *, runs: int) -> flo
 EVERY_LINEAR = (
     "relex:rank=2",
     "polynomial:degree=2",
-    "neural:epochs=1",
+    "sinusoid",
     "neural:epochs=1",
     "raw",
     "weight-extrapolation",
