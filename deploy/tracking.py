@@ -161,10 +161,14 @@ def own_directory(path: Path) -> Path:
     """
     with contextlib.suppress(FileExistsError):
         path.mkdir(mode=0o700)
-    found = path.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    status = path.lstat()
+    if (
+        not stat.S_ISDIR(status.st_mode)
+        or status.st_uid != os.getuid()
+        or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    ):
         raise RegistryError(
-            f"{path} is not a directory of ours alone ({stat.filemode(found.st_mode)}, user {found.st_uid}; we are"
+            f"{path} is not a directory of ours alone ({stat.filemode(status.st_mode)}, user {status.st_uid}; we are"
             f" user {os.getuid()}). Remove it, or set TMPDIR to a directory of your own."
         )
     path.chmod(0o700)

@@ -51,9 +51,9 @@ def methods() -> str:
         f"| `{name}` | {_cell(row.summary)} | {_code(row.written)} | {_paper(row.paper)} | {_cell(row.backtest)} |\n"
         for name, row in METHODS.items()
     )
-    before, found, rest = METHODS_PAGE.read_text(encoding="utf-8").partition(_BEGIN)
+    before, mark, rest = METHODS_PAGE.read_text(encoding="utf-8").partition(_BEGIN)
     _, end, after = rest.partition(_END)
-    if not (found and end):
+    if not (mark and end):
         raise ValueError(f"{METHODS_PAGE} has lost its marks {_BEGIN.strip()} and {_END.strip()}")
     return "".join((before, _BEGIN, _HEADINGS, *rows, _END, after))
 

@@ -28,10 +28,10 @@ def verify_data(path: Path, sha256: str) -> None:
     """Refuse with BenchmarkError data that is missing or whose sha256 (hex) is another than the benchmark states."""
     if not path.is_file():
         raise BenchmarkError(f"{path} does not exist: a benchmark's data lies beside its YAML, copy both.")
-    found = digest_file(path)
-    if found != sha256:
+    actual = digest_file(path)
+    if actual != sha256:
         raise BenchmarkError(
-            f"{path} has sha256 {found} and its benchmark was written for {sha256}: "
+            f"{path} has sha256 {actual} and its benchmark was written for {sha256}: "
             "restore the data, or write a benchmark of another name."
         )
 

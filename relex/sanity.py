@@ -47,8 +47,8 @@ class Finding:
 
 def findings(gram: Gram) -> list[Finding]:
     """Return everything that looks wrong, by step."""
-    found = [*far(gram), *duplicates(gram), *jumps(gram), *foreign(gram), *holes(gram.steps)]
-    return sorted(found, key=lambda finding: finding.step)
+    findings = [*far(gram), *duplicates(gram), *jumps(gram), *foreign(gram), *holes(gram.steps)]
+    return sorted(findings, key=lambda finding: finding.step)
 
 
 def refuse_duplicates(gram: Gram) -> None:

@@ -133,13 +133,13 @@ def how_to_enter(home: Path) -> str:
 
 def how_to_enter_first(home: Path) -> str:
     """Return how the pages of a running stack are opened by addresses with the password in them."""
-    found = running(home)
-    path, access = access_file(found.home), read_access(found.home)
+    stack = running(home)
+    path, access = access_file(stack.home), read_access(stack.home)
     if access is None:
         return how_to_enter(home)
     return (
         f"A password was made and is shown this once; it lies in {path}. The pages, already let in:\n"
-        f"  Prefect: {access.enter(found.prefect_url)}\n  MLflow:  {access.enter(found.mlflow_url)}"
+        f"  Prefect: {access.enter(stack.prefect_url)}\n  MLflow:  {access.enter(stack.mlflow_url)}"
     )
 
 
@@ -226,11 +226,11 @@ def _enter(home: Path) -> None:
 def _refuse_former(home: Path) -> None:
     """Refuse servers that an earlier version started, which let anyone in, and those that outlived their password."""
     for server in _SERVERS:
-        found = daemon.find(home, server.name)
-        if found is None or found.state != "running":
+        former = daemon.find(home, server.name)
+        if former is None or former.state != "running":
             continue
         again = "Run `relex down`, then `relex up`."
-        if list(found.argv) != argv(home, server, port_of(found)):
+        if list(former.argv) != argv(home, server, port_of(former)):
             raise StackError(f"{server.name} was started by another version of relex, and may let anyone in. {again}")
         if not access_file(home).exists():
             raise StackError(f"{server.name} runs and {access_file(home)}, which says who may use it, is gone. {again}")

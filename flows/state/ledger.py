@@ -60,12 +60,12 @@ def left_behind(stored: Collection[StoredCheckpoint], checkpoints: Mapping[str, 
     for the steps after it, and by any change to it for itself, since first files may be copies with times of their own.
     """
     written = {int(step): (seen.written, seen.written) for step, seen in checkpoints.items()}
-    for item in stored:
-        if item.weights is None and item.directory.kind is Kind.DISK:
+    for checkpoint in stored:
+        if checkpoint.weights is None and checkpoint.directory.kind is Kind.DISK:
             # Of what does not answer nobody can tell; it is not ready, and keeps its window waiting.
             with contextlib.suppress(FileNotFoundError, UnreachableError):
-                files = item.directory.newest_file()
-                written[item.step] = (files, max(files, int(item.directory.last_change() * 1e9)))
+                files = checkpoint.directory.newest_file()
+                written[checkpoint.step] = (files, max(files, int(checkpoint.directory.last_change() * 1e9)))
     behind, newest = set(), 0
     for step, (files, changed) in sorted(written.items()):
         if changed < newest:

@@ -295,12 +295,12 @@ def _tree(root: Path) -> tuple[dict[str, os.stat_result], dict[Path, tuple[int, 
 
 
 def _looks(directories: Collection[Path]) -> dict[Path, tuple[int, int]]:
-    found = {}
+    states = {}
     for directory in directories:
         with suppress(FileNotFoundError, NotADirectoryError):
             status = directory.stat()
-            found[directory] = (status.st_ino, status.st_mtime_ns)
-    return found
+            states[directory] = (status.st_ino, status.st_mtime_ns)
+    return states
 
 
 def _size(path: Path) -> tuple[int, int]:

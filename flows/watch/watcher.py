@@ -108,7 +108,7 @@ def _look(settings: Settings, pins: Pins | None, on_look: Look | None) -> list[s
     events, ledger = tick(settings, snapshot, end=due.end)
     drifted, sent = announce(settings, stored, ledger, now=now) if settings.drift != "off" else ([], {})
     # A window and a target are announced until somebody works on them; for a checkpoint nobody has to.
-    outbox.keep(settings, [item for item in events if item.name == CHECKPOINT_READY], now=now)
+    outbox.keep(settings, [event for event in events if event.name == CHECKPOINT_READY], now=now)
     for event in (*events, *drifted, *outbox.due(settings, now=now)):
         emit_event(event.name, {"prefect.resource.id": event.resource}, payload=event.payload, id=event.id)
         logger.info("%s %s", event.name, event.payload)
@@ -118,7 +118,7 @@ def _look(settings: Settings, pins: Pins | None, on_look: Look | None) -> list[s
     if ledger != before:
         write_ledger(settings, ledger)
     write_sent(settings, sent)
-    broken = {item.directory.name: item for item in stored if item.state is State.BROKEN}
+    broken = {checkpoint.directory.name: checkpoint for checkpoint in stored if checkpoint.state is State.BROKEN}
     troubles = {} if pins is None else pins.troubles
     lines = [line for name, line in troubles.items() if name not in broken]
     lines += filter(None, [warning(run, window=settings.end)] if pins is None else [])
@@ -129,7 +129,7 @@ def _look(settings: Settings, pins: Pins | None, on_look: Look | None) -> list[s
         on_look(progress, f"{text}; {warned}" if warned else text)
     if pins is not None:
         pins.drop(left_behind(stored, ledger.checkpoints))
-    return [*lines, *(f"step {item.step} is broken: {item.reason}" for item in broken.values())]
+    return [*lines, *(f"step {checkpoint.step} is broken: {checkpoint.reason}" for checkpoint in broken.values())]
 
 
 def _pinned(
@@ -144,16 +144,22 @@ def _pinned(
     end = pins.end()
     kept = scan(settings.pins, base, now=now) if settings.pins.exists() else ()
     live = scan(settings.checkpoints, base, now=now)
-    steps = {item.step for item in kept}
-    left = [_unpinned(item) for item in live if item.step <= end and item.step not in steps and not released]
-    inside = sorted((*kept, *left), key=lambda item: item.step)
-    return (*inside, *(item for item in live if item.step > end))
+    steps = {checkpoint.step for checkpoint in kept}
+    left = [
+        _unpinned(checkpoint)
+        for checkpoint in live
+        if checkpoint.step <= end and checkpoint.step not in steps and not released
+    ]
+    inside = sorted((*kept, *left), key=lambda checkpoint: checkpoint.step)
+    return (*inside, *(checkpoint for checkpoint in live if checkpoint.step > end))
 
 
-def _unpinned(item: StoredCheckpoint) -> StoredCheckpoint:
-    if item.state is not State.READY:
-        return item
-    return replace(item, state=State.NOT_YET, reason=f"{item.directory} is not pinned yet. Wait.", weights=None)
+def _unpinned(checkpoint: StoredCheckpoint) -> StoredCheckpoint:
+    if checkpoint.state is not State.READY:
+        return checkpoint
+    return replace(
+        checkpoint, state=State.NOT_YET, reason=f"{checkpoint.directory} is not pinned yet. Wait.", weights=None
+    )
 
 
 def _with_release(due: DueWindow, newest: Sequence[StoredCheckpoint], ledger: Ledger) -> Ledger:

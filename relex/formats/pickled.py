@@ -282,15 +282,15 @@ def _refuse_unbounded(value: Any, where: str) -> None:
     # Levels and references below what has been seen, by its id.
     seen: dict[int, tuple[int, int]] = {}
 
-    def extent(item: Any, level: int) -> tuple[int, int]:
-        levels, references = seen.get(id(item), (0, 1))
-        if id(item) not in seen and level <= _MOST_DEPTH:
+    def extent(value: Any, level: int) -> tuple[int, int]:
+        levels, references = seen.get(id(value), (0, 1))
+        if id(value) not in seen and level <= _MOST_DEPTH:
             # What refers to itself is a leaf there.
-            seen[id(item)] = levels, references
-            for inner in _inside(item):
+            seen[id(value)] = levels, references
+            for inner in _inside(value):
                 below, more = extent(inner, level + 1)
                 levels, references = max(levels, 1 + below), references + more
-            seen[id(item)] = levels, references
+            seen[id(value)] = levels, references
         if level + levels > _MOST_DEPTH or references > _MOST_REFERENCES:
             raise CheckpointMismatchError(
                 f"{where} is nested more than {_MOST_DEPTH} deep, or refers to the same things more than"

@@ -90,13 +90,13 @@ def _choices(items: Any, length: int) -> tuple[int, int]:
             inner = [content[-1]]
         elif kind is _constants.ATOMIC_GROUP:
             inner = [content]
-        found = [_choices(one, length) for one in inner]
-        more = sum(each for each, _ in found) or 1
-        repeats += max((count for _, count in found), default=0)
+        branches = [_choices(one, length) for one in inner]
+        more = sum(each for each, _ in branches) or 1
+        repeats += max((count for _, count in branches), default=0)
         if kind in _REPEATS:
             least, most, _ = content
             # A repeat of what has choices of its own has them each time.
-            if least > length or (most > 1 and found[0] != (1, 0)):
+            if least > length or (most > 1 and branches[0] != (1, 0)):
                 return _MOST_WAYS + 1, 0
             more, repeats = (more + 1, repeats) if most == 1 else (more, repeats + 1)
         choices = min(choices * more, _MOST_WAYS + 1)
