@@ -1,6 +1,6 @@
 """Random faults, RELEX_FAULTS a layout: none is read wrong, none executes, none kills the process.
 
-`make test` tries 40 a layout, the slow tests 300, `make soak` 2,000.
+`make test` tries a few of them, the slow tests 300, `make soak` 2,000.
 """
 
 import os
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.helpers import dcp_files, peft_files, verl_files
-from tests.helpers.random_faults import check_random_faults, states
+from tests.helpers.random_faults import check_mutated_json, check_random_faults, states
 from tests.helpers.trajectories import Run, write_run
 
 CASES = int(os.environ.get("RELEX_FAULTS", "300"))
@@ -72,3 +72,11 @@ WRITERS: tuple[Callable[[Path], Run], ...] = (
 def test_no_random_fault_is_read_wrong(write: Callable[[Path], Run], tmp_path: Path, cases: int) -> None:
     refused = check_random_faults(write, tmp_path, cases=cases, seed=0)
     assert sum(refused.values()) > cases // 3, refused
+
+
+# What DCP writes has no JSON.
+@pytest.mark.parametrize("cases", [15, pytest.param(CASES, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("write", [write for write in WRITERS if write is not write_dcp])
+def test_no_mutated_json_is_read_wrong(write: Callable[[Path], Run], tmp_path: Path, cases: int) -> None:
+    refused = check_mutated_json(write, tmp_path, cases=cases, seed=0)
+    assert sum(refused.values()) > cases // 10, refused
