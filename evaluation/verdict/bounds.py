@@ -102,7 +102,7 @@ def mean_interval(scores: Sequence[float], *, confidence: float = 0.95) -> tuple
     if not {*score_N} - {0.0, 1.0}:
         low, high = stats.binomtest(int(score_N.sum()), len(score_N)).proportion_ci(confidence, method="wilson")
         return float(low), float(high)
-    ends = []
+    ends: list[float] = []
     if np.ptp(score_N) >= 1e-9:
         ends += stats.bootstrap(
             (score_N,), np.mean, confidence_level=confidence, n_resamples=RESAMPLES, rng=np.random.default_rng(0)
