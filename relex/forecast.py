@@ -17,6 +17,7 @@ import torch
 from relex import sanity, spectrum
 from relex.errors import TargetError
 from relex.gram import Gram
+from relex.interval import norm_band
 from relex.predictors import Method
 from relex.predictors.predictor import MatrixPredictor, Window
 from relex.rank_one import RankOne
@@ -47,8 +48,10 @@ class TensorForecast:
 class Forecast:
     """One predicted checkpoint. `steps`, `digests` and `coefficients` are in the order of the observed checkpoints.
 
-    `warnings` say what looks wrong in the window (see `sanity`), a line each. `vectors` are what is added to rank-one
-    tensors: not among the JSON, and absent from a forecast that was read back, where the tensors have their digests.
+    `norm` is of what is predicted, `norm_band` where the delta's norm is with 90 % if the run goes on along a line (see
+    `interval`). `warnings` say what looks wrong in the window (see `sanity`), a line each. `vectors` are what is added
+    to rank-one tensors: not among the JSON, and absent from a forecast that was read back, where the tensors have their
+    digests.
     """
 
     method: str
@@ -176,7 +179,7 @@ def forecast(
             max(0.0, math.fsum([norm**2, *(2.0 * matrix.inner + matrix.square for matrix in added.values())]))
         ),
         norm_latest=float(spectrum.norm(gram.products, latest_K.expand_as(coefficients_TK))),
-        norm_band=spectrum.norm_band(gram.products, steps_K, target_step),
+        norm_band=norm_band(gram.products, steps_K, target_step),
         energy=spectrum.pooled(gram.products, energy_T),
         r_squared=spectrum.pooled(gram.products, r_squared_T),
         warnings=tuple(finding.text for finding in sanity.findings(gram)),

@@ -6,9 +6,6 @@ Shape suffixes: T = tensors (any batch), K = checkpoints, R = rank.
 import torch
 from torch import Tensor
 
-# Two-sided coverage of the norm band, and the normal quantile that gives it.
-BAND_COVERAGE = 0.90
-_BAND_QUANTILE = 1.6448536269514722
 # A unit vector whose squared spread is below this is constant: its entries are not known any better.
 _CONSTANT = torch.finfo(torch.float64).eps
 
@@ -45,23 +42,3 @@ def norm(gram_TKK: Tensor, coefficients_TK: Tensor) -> Tensor:
     """Return the norm of sum_k c_k delta_k over all T tensors together (a scalar)."""
     squared_T = torch.einsum("tk,tkl,tl->t", coefficients_TK, gram_TKK, coefficients_TK)
     return squared_T.clamp(min=0.0).sum().sqrt()
-
-
-def norm_band(gram_TKK: Tensor, steps_K: Tensor, target_step: float) -> tuple[float, float] | None:
-    """Return the 90 % band of the delta's norm at the target if every parameter goes on along its least-squares line.
-
-    Centred on the line's own norm, as wide as the line's standard error there. The residuals of all lines add up to
-    tr((I - H) G), H the hat matrix of (1, step). None with 2 checkpoints, where the line leaves no residual.
-    """
-    count = len(steps_K)
-    if count < 3:
-        return None
-    centred_K = steps_K - steps_K.mean()
-    spread = centred_K.square().sum()
-    hat_KK = 1.0 / count + torch.outer(centred_K, centred_K) / spread
-    residual = torch.einsum("kl,tlk->", torch.eye(count, dtype=torch.float64) - hat_KK, gram_TKK).clamp(min=0.0)
-    distance = target_step - steps_K.mean()
-    line_K = 1.0 / count + distance * centred_K / spread
-    error = _BAND_QUANTILE * float((residual / (count - 2) * (1.0 / count + distance.square() / spread)).sqrt())
-    centre = float(norm(gram_TKK, line_K.expand(len(gram_TKK), -1)))
-    return max(0.0, centre - error), centre + error

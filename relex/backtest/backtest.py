@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from relex import sanity
-from relex.backtest.interval import bootstrap_interval, line_interval
 from relex.backtest.skill import Jumps, Way, jumps, tried
 from relex.files.block_cache import BlockCache
 from relex.gram import Gram, cached
+from relex.interval import norm_band
 from relex.predictors import parse_method
 from relex.trajectory import open_run
 
@@ -226,9 +226,8 @@ def _norm_band(gram: Gram, start: int, target: int) -> tuple[float, float] | Non
     window = gram.rows(range(gram.steps.index(start), len(gram.steps)))
     steps_K = torch.tensor(window.steps, dtype=torch.float64)
     latest = float(window.products[:, -1, -1].sum().sqrt())
-    bands = [interval(window.products, steps_K, target) for interval in (line_interval, bootstrap_interval)]
-    known = [band for band in bands if band is not None]
-    return (min(low for low, _ in known) / latest, max(high for _, high in known) / latest) if known else None
+    band = norm_band(window.products, steps_K, target)
+    return (band[0] / latest, band[1] / latest) if band is not None else None
 
 
 def _why_hold(steps: tuple[int, ...], cells: tuple[Cell, ...], chance: float | None) -> str:

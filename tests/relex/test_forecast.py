@@ -1,10 +1,13 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from relex.errors import TargetError
 from relex.forecast import Forecast, check_target, forecast
+from relex.interval import norm_band
 from relex.predictors import parse_method
 from tests.helpers.trajectories import (
     FROZEN,
@@ -21,6 +24,7 @@ from tests.helpers.trajectories import (
 )
 from tests.relex.reference import dense
 
+STEPS_K = torch.tensor(STEPS, dtype=torch.float64)
 SPECS = ("relex", "relex:rank=3", "relex-pinned:damping=0.3", "weight-extrapolation", "hold", "mean:last=3")
 
 
@@ -82,8 +86,9 @@ def test_the_numbers_of_the_whole_prediction_are_those_of_the_dense_deltas(run: 
     shares = [dense.energy(D, 1) if D.any() else 1.0 for D in moving]
     expected = sum(share * weight for share, weight in zip(shares, trace, strict=True)) / sum(trace)
     assert made.energy == pytest.approx(expected, rel=1e-9)
+    D = np.concatenate(moving, axis=1)
     assert made.norm_band is not None
-    assert made.norm_band[0] < made.norm_band[1]
+    assert made.norm_band == pytest.approx(norm_band(torch.from_numpy(D @ D.T)[None], STEPS_K, TARGET), rel=1e-9)
 
 
 def test_amplification_is_the_largest_sum_of_absolute_coefficients(run: Run) -> None:

@@ -8,8 +8,7 @@ from hypothesis.extra.numpy import arrays
 from torch import Tensor
 
 from relex import spectrum
-from relex.predictors.line import line_at
-from tests.helpers.trajectories import STEPS, TARGET
+from tests.helpers.trajectories import STEPS
 from tests.relex.reference import dense
 
 STEPS_K = torch.tensor(STEPS, dtype=torch.float64)
@@ -41,27 +40,6 @@ def test_the_norm_is_that_of_the_combined_deltas() -> None:
     assert found == pytest.approx(float(combined.norm()), rel=1e-12)
 
 
-def test_the_norm_band_is_the_least_squares_line_with_its_own_error() -> None:
-    deltas_TKD = _deltas()
-    flat = deltas_TKD.permute(1, 0, 2).reshape(5, -1).numpy()
-    centre = float(torch.tensor(dense.raw(flat, STEPS, TARGET)).norm())
-    error = 1.6448536 * dense.line_error(flat, STEPS, TARGET)
-    found = spectrum.norm_band(deltas_TKD @ deltas_TKD.mT, STEPS_K, TARGET)
-    assert found == pytest.approx((max(0.0, centre - error), centre + error), rel=1e-6)
-
-
-def test_two_checkpoints_leave_no_residual_for_a_band() -> None:
-    deltas_TKD = _deltas()[:, :2]
-    assert spectrum.norm_band(deltas_TKD @ deltas_TKD.mT, STEPS_K[:2], TARGET) is None
-
-
-def test_a_perfect_line_has_a_band_without_width() -> None:
-    deltas_TKD = STEPS_K[:, None] * torch.ones(1, 5, 4, dtype=torch.float64)
-    low, high = spectrum.norm_band(deltas_TKD @ deltas_TKD.mT, STEPS_K, TARGET) or (0.0, 0.0)
-    assert low == pytest.approx(high, rel=1e-6)
-    assert high == pytest.approx(2.0 * TARGET, rel=1e-6)
-
-
 @given(BLOCKS, st.integers(1, 5))
 @settings(deadline=None, max_examples=80)
 def test_energy_and_r_squared_are_shares(block: dense.Array, rank: int) -> None:
@@ -89,11 +67,3 @@ def test_a_coordinate_that_stands_still_is_a_line(size: float) -> None:
     """All checkpoints alike: what eigh leaves of the coordinate's spread is its own rounding, and no signal."""
     gram_TKK = torch.full((1, 5, 5), size, dtype=torch.float64)
     assert spectrum.r_squared(gram_TKK, STEPS_K).item() == 1.0
-
-
-def test_the_band_is_centred_where_raw_predicts() -> None:
-    deltas_TKD = _deltas()
-    gram_TKK = deltas_TKD @ deltas_TKD.mT
-    low, high = spectrum.norm_band(gram_TKK, STEPS_K, TARGET) or (0.0, 0.0)
-    line_TK = line_at(STEPS_K, TARGET).expand(3, -1)
-    assert (low + high) / 2 == pytest.approx(float(spectrum.norm(gram_TKK, line_TK)))

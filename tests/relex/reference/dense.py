@@ -144,12 +144,3 @@ def r_squared(D: Array, steps: Sequence[int]) -> float:
     intercept, slope = fit(values, steps)
     residual = values - (intercept + np.outer(steps, slope))
     return float(1.0 - (residual**2).sum() / ((values - values.mean()) ** 2).sum())
-
-
-def line_error(D: Array, steps: Sequence[int], target: int) -> float:
-    """Return the root of the summed OLS variances of all parameters' lines at the target."""
-    intercept, slope = fit(D, steps)
-    residual = D - (intercept + np.outer(steps, slope))
-    variance = (residual**2).sum() / (len(steps) - 2)
-    centred = np.array(steps) - np.mean(steps)
-    return float(np.sqrt(variance * (1 / len(steps) + (target - np.mean(steps)) ** 2 / (centred**2).sum())))

@@ -12,8 +12,9 @@ from scipy.special import stdtrit
 from torch import Tensor
 
 from relex.predictors.line import line_at, slope
-from relex.spectrum import BAND_COVERAGE
 
+# Two-sided coverage of every interval here.
+COVERAGE = 0.90
 _DRAWS = 999
 
 
@@ -32,6 +33,12 @@ class _Series:
         return low, high
 
 
+def norm_band(gram_TKK: Tensor, steps_K: Tensor, target_step: float) -> tuple[float, float] | None:
+    """Return the wider of the two 90 % intervals of the delta's norm; None with fewer than 3 checkpoints."""
+    line, drawn = (interval(gram_TKK, steps_K, target_step) for interval in (line_interval, bootstrap_interval))
+    return (min(line[0], drawn[0]), max(line[1], drawn[1])) if line is not None and drawn is not None else None
+
+
 def line_interval(gram_TKK: Tensor, steps_K: Tensor, target_step: float) -> tuple[float, float] | None:
     """Return the 90 % interval of the delta's norm by the standard error of the least-squares line (Student's t).
 
@@ -42,7 +49,7 @@ def line_interval(gram_TKK: Tensor, steps_K: Tensor, target_step: float) -> tupl
     series = _series(gram_TKK, steps_K, target_step)
     freedom = len(steps_K) - 2
     error = (series.residuals_K.square().sum() / freedom * (1.0 + series.line_K.square().sum())).sqrt()
-    quantile = float(stdtrit(freedom, (1.0 + BAND_COVERAGE) / 2))
+    quantile = float(stdtrit(freedom, (1.0 + COVERAGE) / 2))
     return series.norms(torch.stack([-quantile * error, quantile * error]))
 
 
@@ -63,7 +70,7 @@ def bootstrap_interval(
     first = torch.randint(0, count - size + 1, (_DRAWS, -(-(count + 1) // size)), generator=generator)
     drawn = residuals_K[(first[..., None] + torch.arange(size)).flatten(1)]
     errors_B = drawn[:, count] - drawn[:, :count] @ series.line_K
-    tail = (1.0 - BAND_COVERAGE) / 2
+    tail = (1.0 - COVERAGE) / 2
     return series.norms(torch.quantile(errors_B, torch.tensor([tail, 1.0 - tail], dtype=torch.float64)))
 
 
