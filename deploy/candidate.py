@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Any, Literal
 
 from deploy.errors import CandidateError
 
@@ -25,6 +25,8 @@ _NAMES = (
 )
 # Keys that make transformers import code named by the checkpoint; MLflow loads with trust_remote_code=True.
 _CODE_KEYS = ("auto_map", "custom_pipelines")
+# Far more than a manifest or a configuration takes.
+_MOST_JSON_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -107,12 +109,18 @@ def sha256_of(path: Path) -> str:
 
 def _manifest(path: Path) -> dict[str, object]:
     try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
-    except (OSError, ValueError) as error:
+        manifest = _read_json(path / MANIFEST)
+    except (OSError, ValueError, RecursionError) as error:
         raise CandidateError(f"{path / MANIFEST} cannot be read ({error}). Name a predicted directory.") from error
     if not isinstance(manifest, dict):
         raise CandidateError(f"{path / MANIFEST} holds a {type(manifest).__name__}, not an object. Predict again.")
     return manifest
+
+
+def _read_json(path: Path) -> Any:
+    if (size := path.stat().st_size) > _MOST_JSON_BYTES:
+        raise ValueError(f"it has {size} bytes, and at most {_MOST_JSON_BYTES} are read")
+    return json.loads(path.read_bytes())
 
 
 def _present(path: Path) -> Iterator[str]:
@@ -136,10 +144,10 @@ def _verify_file(path: Path, record: FileRecord, *, contents: Literal["read", "s
 
 def _refuse_code(path: Path) -> None:
     try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
+        keys = set(_keys(_read_json(path)))
+    except (ValueError, RecursionError) as error:
         raise CandidateError(f"{path} is not JSON ({error}). Repair the base model's and predict again.") from error
-    if key := next((key for key in _keys(content) if key in _CODE_KEYS), None):
+    if key := next((key for key in _CODE_KEYS if key in keys), None):
         raise CandidateError(
             f"{path} has {key}, which makes whoever loads the model run code from it. Remove {key} from the base model."
         )

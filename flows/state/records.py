@@ -1,26 +1,20 @@
 """Small JSON files, each complete or absent, read back as the type that was written."""
 
 import json
-import os
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
 
+from relex.files.whole import write_whole
+
 Record = TypeVar("Record")
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON that is complete or absent, also after a power cut."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    hidden = path.with_name(f".{path.name}.tmp")
-    with hidden.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    hidden.replace(path)
+    """Write JSON that is complete or absent, also after a power cut; OutputError where there is no room for it."""
+    write_whole((json.dumps(content, indent=1) + "\n").encode(), path)
 
 
 def read_json(path: Path, kind: type[Record]) -> Record:

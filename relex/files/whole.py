@@ -8,8 +8,8 @@ import contextlib
 import errno
 import fcntl
 import os
+import secrets
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,15 +27,17 @@ def write_whole(content: bytes, path: Path) -> None:
     with room_for(len(content), path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path.parent)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=_SUFFIX, delete=False) as file:
+        # Of the mode that any file of this user has: a trainer of somebody else may be waiting for it.
+        hidden = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_SUFFIX}")
+        with hidden.open("xb") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX)
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-                Path(file.name).replace(path)
+                hidden.replace(path)
             except BaseException:
-                Path(file.name).unlink(missing_ok=True)
+                hidden.unlink(missing_ok=True)
                 raise
 
 

@@ -1,4 +1,5 @@
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +31,11 @@ def test_a_predicted_directory_is_a_candidate_with_every_file_read(model: Path) 
         (lambda path: (path / "generation_config.json").write_text("{}"), "has 2 bytes and relex.json lists"),
         (lambda path: (path / "relex.json").unlink(), "relex.json cannot be read"),
         (lambda path: (path / "relex.json").write_text("[]"), "holds a list, not an object"),
+        (lambda path: (path / "relex.json").write_text("[" * 100_000), "relex.json cannot be read (maximum recursion"),
+        (
+            lambda path: os.truncate(path / "relex.json", 1 << 33),
+            "it has 8589934592 bytes, and at most 67108864 are read",
+        ),
         (lambda path: _edit_json(path / "relex.json", digest="x' or '1'='1"), "not 8 to 128 hex digits"),
         (lambda path: _edit_json(path / "relex.json", target_step=None), "target_step None"),
         (lambda path: _edit_json(path / "relex.json", files={}), "lists no files"),
@@ -70,6 +76,13 @@ def test_the_vectors_a_prediction_was_made_with_are_part_of_it_and_other_arrays_
     (model / "other.npz").write_bytes(b"arrays")
     write_manifest(model)
     with pytest.raises(CandidateError, match=r"lists other\.npz; a model is made of"):
+        verify(model)
+
+
+def test_configuration_that_is_nested_without_end_is_refused(model: Path, write_manifest: Edit) -> None:
+    (model / "config.json").write_text('{"a":' * 50_000 + "1" + "}" * 50_000)
+    write_manifest(model)
+    with pytest.raises(CandidateError, match=r"config\.json is not JSON \(maximum recursion"):
         verify(model)
 
 

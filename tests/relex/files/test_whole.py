@@ -38,3 +38,9 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch:
     with pytest.raises(OutputError, match=said):
         write_whole(b"whole", tmp_path / "new" / "gram")
     assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_a_file_has_the_mode_that_its_user_gives_files(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    write_whole(b"whole", tmp_path / "gram")
+    assert (tmp_path / "gram").stat().st_mode == (tmp_path / "plain").stat().st_mode
