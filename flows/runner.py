@@ -1,8 +1,11 @@
 """The process that serves deployments: it registers them, and runs their flow runs until it is stopped."""
 
+import asyncio
+import logging
 from collections.abc import Sequence
 from uuid import UUID
 
+from httpx import TransportError
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import (
     FlowRunFilter,
@@ -15,7 +18,12 @@ from prefect.deployments.flow_runs import arun_deployment
 from prefect.deployments.runner import RunnerDeployment
 from prefect.exceptions import ObjectNotFound
 from prefect.runner import Runner
+from prefect.settings import PREFECT_API_URL
 from prefect.states import Crashed
+
+_log = logging.getLogger(__name__)
+
+_RETRY_SECONDS = 2.0
 
 
 async def serve(
@@ -28,16 +36,31 @@ async def serve(
     """Register the deployments, start a run of the one that is to begin at once, and serve.
 
     Left to its schedule, it would start up to a period later. `former` are deployments that an earlier version served
-    in their place, as flow/deployment: their triggers would go on making runs that nobody takes up.
+    in their place, as flow/deployment: their triggers would go on making runs that nobody takes up. A server that does
+    not answer is waited for.
     """
     runner = Runner(name=name, pause_on_shutdown=False)
+    while True:
+        try:
+            await _register(runner, served, at_once=at_once, former=former)
+        except TransportError as error:
+            # The server may be killed and come back meanwhile; all of it can be said again.
+            _log.warning("waiting for the Prefect server at %s: %s", PREFECT_API_URL.value(), error)
+            await asyncio.sleep(_RETRY_SECONDS)
+        else:
+            break
+    await runner.start()
+
+
+async def _register(
+    runner: Runner, served: Sequence[RunnerDeployment], *, at_once: RunnerDeployment | None, former: Sequence[str]
+) -> None:
     for former_name in former:
         await remove(former_name)
     for deployment in served:
         await clear(await runner.aadd_deployment(deployment))
     if at_once is not None:
         await arun_deployment(f"{at_once.flow_name}/{at_once.name}", timeout=0, as_subflow=False)
-    await runner.start()
 
 
 async def remove(name: str) -> None:

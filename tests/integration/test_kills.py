@@ -257,6 +257,28 @@ def test_nothing_is_lost_or_doubled_whatever_is_killed(
     _refuse_secrets(place, running)
 
 
+@pytest.mark.slow
+def test_a_watcher_that_starts_while_the_server_is_away_serves_when_it_is_back(place: Path, runs: list[Run]) -> None:
+    stack.up(place)
+    server = _leader(place, "prefect")
+    assert server is not None
+    running = stack.running(place)
+    server.kill()
+    run = runs[0]
+    run.start_anew()
+    argv = [sys.executable, "-m", "flows.deployments", str(run.config), "--tracking-uri", running.mlflow_url]
+    watcher = stack.spawn(
+        place, "watcher-left", argv, environment={**stack.environment(running), "OMP_NUM_THREADS": "1"}
+    )
+    said = f"waiting for the Prefect server at {running.prefect_api_url}: "
+    wait_for("what it waits for", lambda: said in watcher.log.read_text())
+    assert stack.up(place).prefect_api_url == running.prefect_api_url
+    wait_for(
+        "a run of its watcher",
+        lambda: [item for item in _flow_runs(running) if item["state_type"] == "RUNNING"],
+    )
+
+
 def _refuse_secrets(home: Path, running: Stack) -> None:
     """Fail where the password is to be read: files, command lines, what the server tells of deployments and runs."""
     plain = ACCESS[1].encode()
