@@ -10,7 +10,7 @@ from flows.console import markdown_table, plain_table, print_warnings
 from flows.drift.due import Waiting
 from flows.drift.record import Compared
 
-HEADINGS = ("prediction", "from", "real step", "skill", "promised", "cosine", "norm / real", "real norm", "verdict")
+HEADINGS = ("prediction", "from", "real step", "skill", "expected", "cosine", "norm / real", "real norm", "verdict")
 
 
 def show(console: Console, rows: Sequence[Compared], waiting: Sequence[Waiting]) -> None:
@@ -40,8 +40,9 @@ def page(training_run: str, rows: Sequence[Compared]) -> str:
     lines += markdown_table(HEADINGS, map(cells, rows))
     lines += [
         "",
-        "Skill is of the weights against holding the last observed checkpoint (1: exact, 0: no better); promised is"
-        " what the backtest said it is at least. The real norm is in the 90 % band that was predicted, or outside.",
+        "Skill is of the weights against holding the last observed checkpoint (1: exact, 0: no better); expected is"
+        " what the backtest said of the next jump if the run goes on as it did (95 %). The real norm is in the band of"
+        " 90 % that was predicted, or outside.",
         *(f"\n{line}" for line in _accuracies(rows)),
     ]
     return "\n".join(lines) + "\n"
@@ -64,18 +65,18 @@ def verdict(row: Compared) -> str:
     if row.drift.skill is None:
         return "the run stood still"
     if row.broken:
-        return "worse than promised"
+        return "worse than expected"
     if row.promised is not None:
-        return "as promised"
+        return "as expected"
     return "nearer than waiting" if row.drift.skill > 0 else "no nearer than waiting"
 
 
 def warnings(rows: Sequence[Compared]) -> list[str]:
-    """Return one line for each prediction that is worse than was promised, or that cannot be compared."""
+    """Return one line for each prediction that is worse than was expected, or that cannot be compared."""
     incomparable = [f"{row.title} cannot be compared: {row.problem}" for row in rows if row.problem]
     return incomparable + [
-        f"{row.title}, from step {row.observed}, is worse than promised: at step {row.step} its skill is"
-        f" {row.drift.skill:.2f}, and at least {row.promised:.2f} was promised"
+        f"{row.title}, from step {row.observed}, is worse than expected: at step {row.step} its skill is"
+        f" {row.drift.skill:.2f}, and at least {row.promised:.2f} was expected"
         for row in rows
         if row.broken and row.drift is not None
     ]
@@ -88,15 +89,14 @@ def summary(rows: Sequence[Compared]) -> str:
     promised = [row for row in rows if row.promised is not None and row.drift is not None]
     worse = [row for row in rows if row.broken]
     if not worse:
-        kept = (
-            f"none of the {len(promised)} that were promised a skill fell short" if promised else "nothing was promised"
-        )
+        fell = f"none of the {len(promised)} of which a skill was expected fell short"
+        kept = fell if promised else "nothing was expected"
         return f"{_count(len(rows), 'prediction was', 'predictions were')} compared with what the run reached: {kept}."
     last = max(row.observed for row in worse)
     registered = ", ".join(dict.fromkeys(row.registered for row in worse if row.registered))
     use = f"do not promote {registered} (roll back where that is done), " if registered else ""
     return (
-        f"{len(worse)} of {_count(len(promised), 'prediction was', 'predictions were')} worse than promised: the run"
+        f"{len(worse)} of {_count(len(promised), 'prediction was', 'predictions were')} worse than expected: the run"
         f" has left the line it was on up to step {last}, so {use}trust no later target of that window, train on, and"
         " decide again on a later one."
     )

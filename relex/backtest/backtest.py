@@ -1,12 +1,13 @@
 """How far a run can be trusted to extrapolate, told from its observed steps alone.
 
 From rolling origins inside the run, ways to extrapolate (see `skill`; other methods where they are asked for) are read
-at checkpoints that were observed too. A way is trusted at a horizon when it beats holding the latest checkpoint for
-sure: the lower bound of its skill is above 0, and above what 97.5 % of runs without direction reach anywhere, and the
-latest jump is no worse than the bound.
-Runs without direction are this one with the signs of its increments drawn at random, block by block: under a random
-walk they are as probable as the run itself, so that on it the answer is "hold" more than 19 times in 20, however many
-ways are tried.
+at checkpoints that were observed too. A way is trusted at a horizon when the run has a direction, and when the lower
+bound of its next jump's skill is above 0: for a jump like those seen, and for a trend among them that goes on.
+
+A run has a direction when it has come further from its base than 97.5 % of runs without one. Those are this one with
+the signs of its increments drawn at random, block by block: under a random walk they are as probable as the run itself,
+so that on it the answer is "hold" more than 19 times in 20, however many ways are tried. How far one has come is its
+squared net displacement, 1ᵀM1 with M the products of the increments.
 
 Shape suffixes: T = tensors that move, K = checkpoints, B = runs without direction.
 """
@@ -33,8 +34,6 @@ _RUNS = 399
 _BLOCKS = 16
 # Half of what the answer may be wrong on a random walk: the runs are a sample, and so is every check of them.
 _CHANCE = 0.025
-# The test of direction looks at no more checkpoints than this, evenly chosen: it costs the cube of their number.
-_THINNED = 32
 # Of fewer increments too few signs can be drawn to exclude chance.
 _FEWEST = 7
 
@@ -43,8 +42,9 @@ _FEWEST = 7
 class Cell:
     """One way at one horizon (a multiple of the observed steps), all tensors together, averaged over origins.
 
-    `lower_bound` is the one-sided 95 % bound of `skill`, None where no two jumps are apart; `jumps` counts those that
-    are. `longest` is the longest jump in steps. `trusted` says that it beats hold, and that chance does not explain it.
+    `lower_bound` is the one-sided 95 % bound of the next jump's skill (see `Jumps.lower_bound`), None where no two are
+    apart; `jumps` counts those that are. `longest` is the longest jump in steps. `trusted` says that the bound is above
+    0 and that the run has a direction.
     `by_tensor` is the skill of each tensor, in the order of the names; None where it stood still.
     """
 
@@ -87,7 +87,8 @@ class Recommendation:
 class Backtest:
     """Every cell, and the recommendation. `methods` were tried; one that fits no window has no cell.
 
-    `chance` is the lower bound that 2.5 % of runs without direction reach; None where there is nothing to test.
+    `chance` is the share of runs without direction that come as far as this one, itself among them; None where there
+    is nothing to test.
     """
 
     steps: tuple[int, ...]
@@ -116,9 +117,10 @@ def backtest(gram: Gram, *, methods: Sequence[str] = (), seed: int = 0) -> Backt
     """
     specs = tried(methods)
     sanity.refuse_duplicates(gram)
-    directed, chance = _directed(gram, specs, seed=seed)
+    chance = share_as_far(gram.products.sum(0), seed=seed)
+    directed = chance is not None and chance <= _CHANCE
     cells = tuple(
-        _cell(way, horizon, made, directed=(way, horizon) in directed)
+        _cell(way, horizon, made, last=gram.steps[-1], directed=directed)
         for (way, horizon), made in jumps(gram.products, gram.steps, specs).items()
     )
     return Backtest(gram.steps, gram.names, specs, cells, chance, _recommend(gram, cells, chance))
@@ -146,9 +148,9 @@ def backtest_run(
     return backtest(gram, methods=methods)
 
 
-def _cell(way: Way, horizon: float, made: Jumps, *, directed: bool) -> Cell:
+def _cell(way: Way, horizon: float, made: Jumps, *, last: int, directed: bool) -> Cell:
     whole = made.pooled()
-    bound = float(whole.lower_bound()[0])
+    bound = float(whole.lower_bound(last)[0])
     missed_T, held_T = made.missed.sum(0), made.held.sum(0)
     return Cell(
         way,
@@ -159,8 +161,7 @@ def _cell(way: Way, horizon: float, made: Jumps, *, directed: bool) -> Cell:
         norm_ratio=float((whole.predicted / whole.real.clamp(min=1e-300)).sqrt().mean()),
         jumps=made.independent(),
         longest=max(target - origin for origin, target in zip(made.origins, made.targets, strict=True)),
-        # A mean over origins does not see that the run has begun to bend.
-        trusted=directed and bound > 0 and float(whole.skill()[-1]) >= bound,
+        trusted=directed and bound > 0,
         by_tensor=tuple(
             1.0 - missed / held if held > 0 else None
             for missed, held in zip(missed_T.tolist(), held_T.tolist(), strict=True)
@@ -168,26 +169,14 @@ def _cell(way: Way, horizon: float, made: Jumps, *, directed: bool) -> Cell:
     )
 
 
-def _directed(gram: Gram, methods: Sequence[str], *, seed: int) -> tuple[set[tuple[Way, float]], float | None]:
-    """Return where the run as a whole does better than runs without direction do anywhere, and what those reach."""
-    count = min(len(gram.steps), _THINNED)
-    if count < _FEWEST:
-        return set(), None
-    rows = torch.linspace(0, len(gram.steps) - 1, count).round().long()
-    whole_KK = gram.products.sum(0)[rows][:, rows]
-    drawn = jumps(_without_direction(whole_KK, seed=seed), [gram.steps[row] for row in rows.tolist()], methods)
-    bounds = {key: made.lower_bound() for key, made in drawn.items() if made.independent() > 1}
-    if not bounds:
-        return set(), None
-    # The run itself comes first; it is one of those that were drawn.
-    best_B = torch.stack(list(bounds.values())).amax(0)
-    chance = float(best_B.sort().values[-(int(_CHANCE * len(best_B)) + 1)])
-    return {key for key, bound_B in bounds.items() if float(bound_B[0]) > chance}, chance
+def share_as_far(gram_KK: Tensor, *, seed: int) -> float | None:
+    """Return the share of runs without direction that come as far from the base as this one; None with too few steps.
 
-
-def _without_direction(gram_KK: Tensor, *, seed: int) -> Tensor:
-    """Return (1 + B, K, K) the Gram itself, and those of the run with the signs of its increments drawn by block."""
+    The run itself is one of those that were drawn.
+    """
     count = len(gram_KK)
+    if count < _FEWEST:
+        return None
     size = -(-count // _BLOCKS)
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(0, 2, (_RUNS, -(-count // size)), generator=generator).double() * 2.0 - 1.0
@@ -195,8 +184,9 @@ def _without_direction(gram_KK: Tensor, *, seed: int) -> Tensor:
     sums_KK = torch.ones(count, count, dtype=torch.float64).tril()
     increments_KK = torch.linalg.solve_triangular(sums_KK, gram_KK, upper=False, unitriangular=True)
     increments_KK = torch.linalg.solve_triangular(sums_KK, increments_KK.mT, upper=False, unitriangular=True)
-    path_BKK = sums_KK * signs_BK[:, None, :]
-    return torch.matmul(torch.matmul(path_BKK, increments_KK), path_BKK.mT)
+    far_B = ((signs_BK @ increments_KK) * signs_BK).sum(1)
+    # All signs turned round are the run again, to the last bits.
+    return float((far_B >= far_B[0] * (1.0 - 1e-9)).double().mean())
 
 
 def _recommend(gram: Gram, cells: tuple[Cell, ...], chance: float | None) -> Recommendation:
@@ -209,8 +199,9 @@ def _recommend(gram: Gram, cells: tuple[Cell, ...], chance: float | None) -> Rec
     start = next(step for step in steps if step >= best.way.start * last)
     target, wished = last + best.longest, round(last * (1.0 + best.horizon))
     reason = (
-        f"at {best.horizon:g} times the observed steps it beats the latest checkpoint: skill {best.skill:.2f}, at least"
-        f" {best.lower_bound:.2f} (95 %, {best.jumps} jumps that do not overlap)."
+        f"at {best.horizon:g} times the observed steps it beat the latest checkpoint: skill {best.skill:.2f} so far,"
+        f" {best.lower_bound:.2f} or more next (95 %, {best.jumps} jumps that do not overlap) if the run bends no more"
+        " than it did."
     )
     if wished > target:
         reason += (
@@ -239,6 +230,6 @@ def _why_hold(steps: tuple[int, ...], cells: tuple[Cell, ...], chance: float | N
         )
     best = max(bounded, key=lambda cell: cell.lower_bound or 0.0)
     nearest = f"the best, {best.way.method} at {best.horizon:g} times the observed steps, has skill {best.skill:.2f}"
-    if (best.lower_bound or 0.0) <= 0:
-        return f"no way beats the latest checkpoint for sure: {nearest}, at least {best.lower_bound:.2f} (95 %)."
-    return f"{nearest}, and 2.5 % of runs without direction look as good (a lower bound of {chance:.2f})."
+    if chance <= _CHANCE:
+        return f"no way beats the latest checkpoint for sure: {nearest}, next {best.lower_bound:.2f} or more (95 %)."
+    return f"{nearest}, and {100 * chance:.2g} % of runs without direction come as far as this one."

@@ -33,7 +33,8 @@ class Convergence:
     """What the last looks say together.
 
     trusted: one way beats holding the latest checkpoint at `horizon` (multiple of the observed steps) in all of them;
-    `target_step` is as far as such a jump was tested, `skill` and `lower_bound` (one-sided 95 %) are of the last look.
+    `target_step` is as far as such a jump was tested, `skill` and `lower_bound` (of the next jump, 95 %) are of the
+    last look.
     unsettled: only the last look trusts anything. hidden: none does, and the checkpoints are stored in 16 bits, whose
     rounding hides small steps: the weights cannot tell, only scores can. hold: none does.
     """
@@ -138,8 +139,9 @@ def _of(state: Literal["trusted", "unsettled"], latest: Backtest, ends: tuple[in
         f"after {', '.join(map(str, ends[:-1]))} and {last} steps" if state == "trusted" else f"only after {last} steps"
     )
     reason = (
-        f"{cell.way.method} beats the latest checkpoint at {cell.horizon:g} times the observed steps {seen}: skill"
-        f" {cell.skill:.2f}, at least {cell.lower_bound:.2f} (95 %), tested up to a jump to step {target}."
+        f"{cell.way.method} beat the latest checkpoint at {cell.horizon:g} times the observed steps {seen}: skill"
+        f" {cell.skill:.2f} so far, {cell.lower_bound:.2f} or more next (95 %, if the run bends no more than it did),"
+        f" tested up to a jump to step {target}."
     )
     return Convergence(state, latest, ends, cell.way, cell.horizon, target, cell.skill, cell.lower_bound, reason)
 

@@ -80,17 +80,22 @@ class Jumps:
                 count, reached = count + 1, target
         return count
 
-    def lower_bound(self) -> Tensor:
-        """Return (T,) the one-sided 95 % lower bound of the mean skill over origins; -inf with fewer than 2 jumps.
+    def lower_bound(self, last: int) -> Tensor:
+        """Return (T,) the one-sided 95 % lower bound of the skill of the next jump, from step `last`.
 
-        Student's, counting only jumps that do not overlap.
+        It is Student's for one more jump like those seen, counting only jumps that do not overlap, and no more than the
+        latest skill less its steepest decline so far (by the logarithm of the step), gone on until `last`. -inf with
+        fewer than 2 jumps. A run may bend once it was seen, and no bound from inside knows of that.
         """
         skill_OT = self.skill()
         count = self.independent()
         if count < 2:
             return torch.full_like(skill_OT[0], -torch.inf)
-        error_T = skill_OT.std(0) / math.sqrt(count)
-        return skill_OT.mean(0) - float(stdtrit(count - 1, CONFIDENCE)) * error_T
+        error_T = skill_OT.std(0) * math.sqrt(1.0 + 1.0 / count)
+        like_T = skill_OT.mean(0) - float(stdtrit(count - 1, CONFIDENCE)) * error_T
+        log_O1 = torch.tensor(self.origins, dtype=torch.float64).log()[:, None]
+        decline_T = ((skill_OT[:-1] - skill_OT[-1]) / (log_O1[-1] - log_O1[:-1])).amax(0).clamp(min=0.0)
+        return torch.minimum(like_T, skill_OT[-1] - decline_T * (math.log(last) - log_O1[-1]))
 
 
 def tried(methods: Sequence[str]) -> tuple[str, ...]:

@@ -133,7 +133,7 @@ def test_a_run_that_goes_straight_is_where_it_was_predicted_and_nothing_is_warne
     rows = [row for row in read_compared(settings) if row.method == "relex"]
     assert len(rows) == 2
     assert warnings(rows) == []
-    assert "none of the 2 that were promised a skill fell short" in summary(rows)
+    assert "none of the 2 of which a skill was expected fell short" in summary(rows)
 
 
 def test_a_run_that_turns_after_the_window_is_warned_of_with_what_to_do(settings: Settings, write: Write) -> None:
@@ -144,10 +144,10 @@ def test_a_run_that_turns_after_the_window_is_warned_of_with_what_to_do(settings
     assert [row.broken for row in rows] == [True, True]
     assert all(skill(row) < 0 for row in rows)
     text = page("tiny", rows)
-    assert "2 of 2 predictions were worse than promised" in text
+    assert "2 of 2 predictions were worse than expected" in text
     assert "do not promote tiny-candidates version 1" in text
     assert "decide again on a later one" in text
-    assert "- Warning: relex @ 100, from step 40, is worse than promised: at step 100 its skill is -" in text
+    assert "- Warning: relex @ 100, from step 40, is worse than expected: at step 100 its skill is -" in text
     assert "| relex @ 200 | 40 | 200 |" in text
 
 
@@ -385,10 +385,10 @@ def test_the_command_compares_what_is_missing_and_says_what_is_not_reached(
     write(100, turn=45)
     out = relex_drift()
     assert "relex @ 100" in out
-    assert "worse than promised" in out
+    assert "worse than expected" in out
     assert "not compared: relex @ 200 (the run is at step 100)" in out
     found = json.loads(relex_drift("--json"))
-    assert [(row["target"], row["verdict"]) for row in found["compared"]] == [(100, "worse than promised")]
+    assert [(row["target"], row["verdict"]) for row in found["compared"]] == [(100, "worse than expected")]
     assert [row["target"] for row in found["waiting"]] == [200]
     # The pages of the stack show it all the same.
     assert not was_shown(settings, read_compared(settings)[0])
