@@ -64,6 +64,17 @@ def test_another_base_is_another_prediction_even_with_the_same_coefficients(run:
     assert one.digest != other.digest
 
 
+def test_another_checkpoint_is_another_prediction_even_with_the_same_coefficients(run: Run, tmp_path: Path) -> None:
+    states = drift()
+    states[STEPS[-1]]["model.layers.0.mlp.weight"][3, 4] += 1.0
+    one, other = predict(run.open(), "expo"), predict(write_run(tmp_path / "other", states).open(), "expo")
+    assert one.base_digest == other.base_digest
+    assert {name: item.coefficients for name, item in one.tensors.items()} == {
+        name: item.coefficients for name, item in other.tensors.items()
+    }
+    assert one.digest != other.digest
+
+
 def test_a_forecast_says_how_every_tensor_is_made(run: Run) -> None:
     sources = {name: item.source for name, item in predict(run.open(), "weight-extrapolation").tensors.items()}
     assert sources == dict.fromkeys(SHAPES, "combined") | {
@@ -94,6 +105,11 @@ def test_the_numbers_of_the_whole_prediction_are_those_of_the_dense_deltas(run: 
 def test_amplification_is_the_largest_sum_of_absolute_coefficients(run: Run) -> None:
     assert predict(run.open(), "first-update:alpha=-7").amplification == pytest.approx(7.0)
     assert predict(run.open(), "hold").amplification == 1.0
+
+
+def test_what_never_moved_amplifies_nothing(tmp_path: Path) -> None:
+    trajectory = write_run(tmp_path, drift({NORM: (8,), FROZEN: (4, 4)})).open()
+    assert predict(trajectory, "weight-extrapolation").amplification == 1.0
 
 
 def test_a_run_that_never_moved_is_forecast_as_its_base(tmp_path: Path) -> None:

@@ -8,7 +8,11 @@ import torch
 
 from relex import gram
 from relex.errors import CheckpointChangedError, MemoryBudgetError, NonFiniteError
+from relex.files.local import LocalDirectory
 from relex.gram import Gram
+from relex.layouts.hf import open_weights
+from relex.layouts.weights import Weights
+from relex.store import Checkpoint
 from relex.streaming import UNIT
 from relex.trajectory import Trajectory, open_trajectory
 from tests.helpers.trajectories import (
@@ -103,6 +107,31 @@ def test_a_saved_gram_is_extended_and_the_shorter_one_goes(long_run: Trajectory,
     assert len(tree(tmp_path)) == 1
 
 
+def test_the_gram_of_what_a_run_was_before_it_went_another_way_stays(run: Run, tmp_path: Path) -> None:
+    before = run.open()
+    _cached(before, tmp_path / "grams")
+    state = load(run.run / "checkpoint-75")
+    state["scale"] += 3
+    write_model(run.run / "another" / "checkpoint-75", state)
+    other = open_weights(LocalDirectory(run.run / "another" / "checkpoint-75"), base=before.base)
+    _cached(open_trajectory(before.base, [*before.checkpoints[:-1], Checkpoint(75, other)]), tmp_path / "grams")
+    gram.cached(before, tmp_path / "grams", memory=64 * MIB, threads=2, on_progress=_refuse_to_read)
+
+
+def test_the_gram_of_another_base_is_not_taken_where_no_time_of_change_is_known(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Weights, "changes", ())
+    _cached(run.open(), tmp_path / "grams")
+    state = load(run.base)
+    state["scale"] += 3
+    write_model(tmp_path / "other", state)
+    other = Run(tmp_path / "other", run.run).open()
+    gram.forget(other, tmp_path / "grams")
+    assert len(tree(tmp_path / "grams")) == 1
+    assert _same(_cached(other, tmp_path / "grams"), measure(other))
+
+
 def test_what_begins_later_is_measured_afresh_to_the_same_bits(long_run: Trajectory, tmp_path: Path) -> None:
     """The last bits of a product depend on its place in the tiles: taken from a longer Gram they would be others."""
     _cached(long_run, tmp_path)
@@ -140,6 +169,12 @@ def test_an_extension_notices_that_the_known_part_is_about_other_bytes(run: Run,
     _cached(run.open(window=40), tmp_path / "grams")
     _rewrite_behind_its_stat(run.run / "checkpoint-40" / "model.safetensors")
     assert _same(_cached(run.open(), tmp_path / "grams"), measure(run.open()))
+
+
+def test_known_products_of_other_bytes_are_not_kept_where_no_stat_tells(run: Run) -> None:
+    known = measure(run.open(window=40))
+    _rewrite_behind_its_stat(run.run / "checkpoint-40" / "model.safetensors")
+    assert _same(gram.measure(run.open(), memory=64 * MIB, threads=2, known=known), measure(run.open()))
 
 
 def _rewrite_behind_its_stat(file: Path) -> None:

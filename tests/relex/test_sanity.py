@@ -139,7 +139,9 @@ def _lose(path: Path, name: str, start: int, stop: int) -> None:
     quiet(path)
 
 
-@pytest.mark.parametrize(("name", "start", "stop"), [("mlp", 4096, 8192), ("mlp", 99_000, 101_001), ("norm", 0, 16)])
+@pytest.mark.parametrize(
+    ("name", "start", "stop"), [("mlp", 4096, 8192), ("mlp", 1024, 1536), ("mlp", 99_000, 101_001), ("norm", 0, 16)]
+)
 def test_a_part_of_a_file_that_was_lost_is_named_and_refused(tmp_path: Path, name: str, start: int, stop: int) -> None:
     run = write_run(tmp_path, drift({"mlp": (257, 301), "norm": (8,)}))
     _lose(run.run / "checkpoint-25", name, start, stop)

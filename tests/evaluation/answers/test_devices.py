@@ -172,6 +172,7 @@ def test_a_gpu_is_one_evaluations_unless_more_are_allowed_and_a_cpu_everybodys(
     assert says(hold("cuda:1")) == "waits for GPU 1"
     # In one order for everybody: what is free is taken first, by number.
     assert says(hold("cuda:1,cuda:0")) == "waits for GPU 1"
+    assert says(hold("cuda:0")) == "waits for GPU 0"
     assert [says(hold("cpu")) for _ in range(2)] == ["in", "in"]
 
 

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,15 @@ def test_only_the_chunks_that_were_asked_for_count_as_time_spent(path: Path) -> 
         journal.find("three")
         journal.append("three", [["b", True]], seconds=0.5)
         assert journal.seconds == 2.5
+
+
+def test_what_is_appended_is_on_the_disk_before_more_is_asked_for(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[bytes] = []
+    monkeypatch.setattr(os, "fsync", lambda _: synced.append(path.read_bytes()))
+    with Journal(path) as journal:
+        journal.append("three", [["b", True]], seconds=0.5)
+        (before,) = synced
+        assert before.endswith(b'"answers": [["b", true]]}\n')
 
 
 def test_a_last_line_torn_anywhere_is_dropped_and_writing_goes_on(path: Path) -> None:

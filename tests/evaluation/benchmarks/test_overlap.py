@@ -71,6 +71,16 @@ assert not {{"lm_eval", "torch", "datasets"}} & {{*sys.modules}}
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("*")} == before
 
 
+def test_another_lm_eval_reads_the_prompts_again(plain: Path, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = directory / "versions"
+    overlap(plain, plain, cache=cache)
+    (kept,) = (cache / "contents").glob("*.json")
+    monkeypatch.setattr("evaluation.benchmarks.overlap.version", lambda _: "0.0")
+    overlap(plain, plain, cache=cache)
+    assert kept in (cache / "contents").glob("*.json")
+    assert len([*(cache / "contents").glob("*.json")]) == 2
+
+
 def test_what_the_child_refuses_is_raised(directory: Path) -> None:
     path = write(directory, "broken", [TRAINS])
     path.write_text(path.read_text().replace("test_split: test", "test_split: train"))

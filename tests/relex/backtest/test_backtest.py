@@ -2,14 +2,15 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import Tensor
 
+from relex.backtest import backtest as module
 from relex.backtest.backtest import backtest, share_as_far
-from relex.backtest.skill import Jumps, jumps, tried
+from relex.backtest.skill import Jumps, Way, jumps, tried
 from relex.errors import DuplicateError, TargetError
 from relex.gram import Gram
 from relex.predictors import METHODS, parse_method
@@ -286,7 +287,8 @@ def test_what_is_trusted_of_a_run_that_bends_away_falls_short_less_often() -> No
 
 
 def test_a_target_is_no_further_than_a_jump_that_was_tested() -> None:
-    found = backtest(gram_of(line(torch.Generator().manual_seed(0), EVERY, 30)[None], EVERY))
+    deltas = line(torch.Generator().manual_seed(0), EVERY, 30)[None]
+    found = backtest(gram_of(deltas, EVERY))
     advice = found.recommendation
     assert advice.way is not None
     assert advice.horizon is not None
@@ -296,6 +298,34 @@ def test_a_target_is_no_further_than_a_jump_that_was_tested() -> None:
     assert advice.target_step == EVERY[-1] + cell.longest < EVERY[-1] * (1 + advice.horizon)
     assert f"No jump longer than {cell.longest} steps was tested" in advice.reason
     assert f"beyond step {advice.target_step}" in advice.reason
+    # Trusted nearer by are others, with a higher bound.
+    trusted = [item for item in found.cells if item.trusted]
+    assert advice.horizon == max(item.horizon for item in trusted)
+    assert (cell.lower_bound or 0.0) < max(item.lower_bound or 0.0 for item in trusted)
+    late = replace(cell, way=Way("relex", 0.5))
+    recommended = module._recommend(gram_of(deltas, EVERY), (late,), found.chance)
+    assert recommended.start == 12 == EVERY[-1] / 2
+
+
+@pytest.mark.parametrize(("better", "directed"), [(9, True), (10, False)])
+def test_a_direction_is_what_no_more_than_one_run_in_forty_without_direction_reaches(
+    better: int, directed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    way = Way("relex", 0.0)
+
+    @dataclass(frozen=True)
+    class Drawn:
+        def independent(self) -> int:
+            return 2
+
+        def lower_bound(self) -> Tensor:
+            # The run itself is the first of the 400.
+            return torch.cat([torch.tensor([0.5]), torch.ones(better), torch.linspace(-1, 0, 399 - better)])
+
+    monkeypatch.setattr(module, "jumps", lambda *_: {(way, 1.0): Drawn()})
+    gram = gram_of(line(torch.Generator().manual_seed(0), EVERY, 30)[None], EVERY)
+    found, _ = module._directed(gram, ("relex",), seed=0)
+    assert found == ({(way, 1.0)} if directed else set())
 
 
 def test_the_unit_of_a_step_changes_nothing_but_the_target() -> None:

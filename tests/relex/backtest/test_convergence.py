@@ -1,7 +1,13 @@
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 
+from relex.backtest import convergence
+from relex.backtest.backtest import Backtest, backtest
 from relex.backtest.convergence import Convergence, converge, propose
+from relex.gram import Gram
 from tests.helpers.trajectories import measure, write_run
 
 STEPS = tuple(range(4, 52, 4))
@@ -46,26 +52,39 @@ def test_a_line_is_trusted_by_three_looks_each_a_tenth_apart(line: Convergence) 
 
 def test_what_only_the_last_look_trusts_has_not_converged(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Seven checkpoints are the fewest the backtest answers for, so that the earlier looks say hold."""
-    convergence = looked(tmp_path_factory, "line", steps=STEPS[:7])
-    assert convergence.state == "unsettled"
-    assert convergence.looks == (20, 24, 28)
-    assert all(proposal.skill_at_least is None for proposal in propose(convergence, methods=None, targets=None))
+    found = looked(tmp_path_factory, "line", steps=STEPS[:7])
+    assert found.state == "unsettled"
+    assert found.looks == (20, 24, 28)
+    assert all(proposal.skill_at_least is None for proposal in propose(found, methods=None, targets=None))
 
 
 def test_a_random_walk_is_held_and_proposes_nothing_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
-    convergence = looked(tmp_path_factory, "walk")
-    assert convergence.state == "hold"
-    assert propose(convergence, methods=None, targets=None) == ()
+    found = looked(tmp_path_factory, "walk")
+    assert found.state == "hold"
+    assert propose(found, methods=None, targets=None) == ()
     # Who names a target gets it.
-    (only,) = propose(convergence, methods=["raw"], targets=[100])
+    (only,) = propose(found, methods=["raw"], targets=[100])
     assert (only.method, only.target_step, only.skill_at_least) == ("raw", 100, None)
 
 
+def test_only_what_begins_at_the_first_checkpoint_is_trusted(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(gram: Gram, **settings: Any) -> Backtest:
+        made = backtest(gram, **settings)
+        return replace(made, cells=tuple(replace(cell, way=replace(cell.way, start=0.5)) for cell in made.cells))
+
+    monkeypatch.setattr(convergence, "backtest", late)
+    found = looked(tmp_path_factory, "line")
+    assert found.state == "hold"
+    assert found.reason == "only windows that begin later than the first checkpoint beat the latest checkpoint."
+
+
 def test_in_16_bits_the_answer_is_hidden_and_only_scores_can_tell(tmp_path_factory: pytest.TempPathFactory) -> None:
-    convergence = looked(tmp_path_factory, "walk", dtype=torch.bfloat16)
-    assert convergence.state == "hidden"
-    assert "16 bits" in convergence.reason
-    assert {proposal.method for proposal in propose(convergence, methods=None, targets=None)} == {
+    found = looked(tmp_path_factory, "walk", dtype=torch.bfloat16)
+    assert found.state == "hidden"
+    assert "16 bits" in found.reason
+    assert {proposal.method for proposal in propose(found, methods=None, targets=None)} == {
         "relex",
         "relex-pinned",
     }

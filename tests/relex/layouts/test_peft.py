@@ -21,6 +21,7 @@ from relex.layouts.detection import open_any
 from relex.layouts.factors import AdapterWeights, LowRank, Unchanged
 from relex.layouts.weights import TensorEntry
 from relex.output.materialise import Output, materialise
+from relex.streaming import workspaces
 from relex.trajectory import Trajectory, open_trajectory
 from tests.helpers.peft_files import load_adapter, load_base, logits, merge, settings, states, write_merged, write_run
 from tests.helpers.trajectories import MIB, STEPS, Run, content, least_memory, load, measure, predict, quiet, write
@@ -171,6 +172,15 @@ def test_the_bits_of_a_gram_depend_on_nothing_but_the_input(kind: str, tmp_path:
         found = gram.measure(trajectory, memory=memory, threads=threads)
         assert torch.equal(found.products, wanted.products)
         assert (found.base_digest, found.digests) == (wanted.base_digest, wanted.digests)
+
+
+def test_what_reading_an_adapter_takes_is_part_of_the_budget(tmp_path: Path) -> None:
+    trajectory = write_run(tmp_path, **KINDS["conv1d dora"]).open()
+    scratch = sum(checkpoint.weights.scratch for checkpoint in trajectory.checkpoints)
+    least = least_memory(trajectory)
+    for memory in range(least, 2 * least, MIB):
+        spaces = workspaces(trajectory, len(trajectory.checkpoints), memory=memory, threads=4)
+        assert scratch + sum(space.raw.nbytes + space.deltas.nbytes for space in spaces) <= memory
 
 
 @pytest.mark.parametrize("kind", ["patterns", "conv1d dora"])

@@ -187,8 +187,9 @@ def test_a_frozen_tensor_stays_frozen(
         assert torch.equal(load(write(trajectory, predict(trajectory, spec), root / spec))[FROZEN], origin)
 
 
-def test_an_empty_tensor_stays_empty(tmp_path: Path) -> None:
-    trajectory = write_run(tmp_path, drift({"empty": (0, 4), "w": (3,)})).open()
+@pytest.mark.parametrize("shards", [1, 4], ids=["beside others", "alone in its file"])
+def test_an_empty_tensor_stays_empty(tmp_path: Path, shards: int) -> None:
+    trajectory = write_run(tmp_path, drift({"empty": (0, 4), "w": (3,)}), base_shards=shards).open()
     assert load(write(trajectory, predict(trajectory), tmp_path / "out"))["empty"].shape == (0, 4)
 
 

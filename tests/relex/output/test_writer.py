@@ -1,27 +1,36 @@
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 
+from relex.errors import OutputError
+from relex.files.local import LocalDirectory
 from relex.formats.safetensors_header import DTYPES
 from relex.layouts.hf import INDEX_FILE, SINGLE_FILE
-from relex.output.writer import OutputTensor, open_writer
+from relex.output.manifest import FILE_NAME
+from relex.output.writer import ModelWriter, OutputTensor, open_writer
 from tests.helpers.trajectories import Run, load, predict, tree, write
 
 
-def _written(out: Path, state: dict[str, Tensor], shards: dict[str, str]) -> Path:
+def _opened(out: Path, state: dict[str, Tensor], shards: dict[str, str], *, digest: str = "d" * 64) -> ModelWriter:
     tensors = [
         OutputTensor(name, tensor.dtype, tuple(tensor.shape), tensor.nbytes, shards[name])
         for name, tensor in state.items()
     ]
-    writer = open_writer(out, "d" * 64, tensors)
+    writer = open_writer(out, digest, tensors)
     assert writer is not None
+    return writer
+
+
+def _written(out: Path, state: dict[str, Tensor], shards: dict[str, str]) -> Path:
+    writer = _opened(out, state, shards)
     for name, tensor in state.items():
         writer.begin(name)
         raw = memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
@@ -64,6 +73,78 @@ def test_shards_are_those_of_safetensors_itself_and_the_index_names_them(tmp_pat
     index = json.loads((out / INDEX_FILE).read_text())
     assert index["weight_map"] == shards
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in state.values())
+
+
+def test_a_name_is_given_to_what_is_on_the_disk_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[tuple[str, str]] = []
+    fsync, replace, rename = os.fsync, os.replace, os.rename
+
+    def synced(descriptor: int) -> None:
+        done.append(("sync", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))  # noqa: PTH115
+        fsync(descriptor)
+
+    def renamed(how: Callable[[Path, Path], None], source: Path, target: Path) -> None:
+        done.append(("name", Path(target).name))
+        how(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", partial(renamed, replace))
+    monkeypatch.setattr(os, "rename", partial(renamed, rename))
+    state = {"a": torch.ones(3), "b": torch.ones(5)}
+    _written(tmp_path / "out", state, {"a": "one", "b": "two"})
+    for shard in ("one", "two"):
+        assert done.index(("sync", f"{shard}.tmp")) < done.index(("name", shard))
+    hidden, published = next(name for what, name in done if name.endswith(".partial")), done.index(("name", "out"))
+    before = {name for what, name in done[:published] if what == "sync"}
+    assert before == {"one.tmp", "two.tmp", INDEX_FILE, FILE_NAME, hidden}
+    assert done[published + 1 :] == [("sync", tmp_path.name)]
+
+
+def test_what_the_system_writes_or_reads_in_parts_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pwrite, preadv = os.pwrite, os.preadv
+    monkeypatch.setattr(os, "pwrite", lambda file, data, position: pwrite(file, data[:5], position))
+    monkeypatch.setattr(os, "preadv", lambda file, buffers, position: preadv(file, [buffers[0][:7]], position))
+    tensor = torch.arange(24, dtype=torch.uint8)
+    out = _written(tmp_path / "out", {"w": tensor}, {"w": SINGLE_FILE})
+    content = save({"w": tensor}, metadata={"format": "pt"})
+    assert (out / SINGLE_FILE).read_bytes() == content
+    buffer = bytearray(len(content))
+    assert LocalDirectory(out).read_into(SINGLE_FILE, 0, memoryview(buffer)) == len(content)
+    assert buffer == content
+
+
+def test_another_output_of_that_name_that_is_being_written_stays(tmp_path: Path) -> None:
+    state = {"w": torch.ones(3)}
+    first = _opened(tmp_path / "out", state, {"w": SINGLE_FILE})
+    other = _opened(tmp_path / "out", state, {"w": SINGLE_FILE}, digest="e" * 64)
+    assert first.partial.is_dir()
+    other.discard()
+    with pytest.raises(OutputError, match="is being written by another process"):
+        _opened(tmp_path / "out", state, {"w": SINGLE_FILE})
+    first.release()
+
+
+def test_shards_of_another_cut_are_not_taken_for_those_that_are_wanted(tmp_path: Path) -> None:
+    state = {"a": torch.ones(3), "b": torch.ones(5)}
+    killed = _opened(tmp_path / "out", state, {"a": "one", "b": "two"})
+    killed.begin("a")
+    killed.write("a", 0, memoryview(bytes(12)))
+    killed.close("one")
+    killed.release()
+    assert _opened(tmp_path / "out", state, {"a": "two", "b": "one"}).missing == ["one", "two"]
+
+
+def test_what_others_left_unfinished_and_links_to_nothing_are_no_part_of_an_output(tmp_path: Path) -> None:
+    state = {"w": torch.ones(3)}
+    writer = _opened(tmp_path / "out", state, {"w": SINGLE_FILE})
+    writer.begin("w")
+    writer.close(SINGLE_FILE)
+    (writer.partial / f"{SINGLE_FILE}.elsewhere-1.tmp").write_bytes(b"half")
+    writer.publish({}, lambda records: {"files": sorted(records)})
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {SINGLE_FILE, FILE_NAME}
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    with pytest.raises(OutputError, match="link exists and holds something relex did not write"):
+        _opened(tmp_path / "link", state, {"w": SINGLE_FILE})
 
 
 @pytest.fixture(params=[0o022, 0o077, 0o002], ids=oct)
