@@ -97,6 +97,13 @@ def test_configuration_that_names_code_is_refused(
         verify(model)
 
 
+def test_a_pipeline_that_brings_its_own_code_is_refused(model: Path, write_manifest: Edit) -> None:
+    _edit_json(model / "config.json", custom_pipelines={"text-generation": {"impl": "pipeline.Own"}})
+    write_manifest(model)
+    with pytest.raises(CandidateError, match=r"config\.json has custom_pipelines"):
+        verify(model)
+
+
 def test_a_token_spelled_like_a_code_key_is_no_code(model: Path, write_manifest: Edit) -> None:
     (model / "added_tokens.json").write_text('{"auto_map": 15}')
     write_manifest(model)

@@ -6,14 +6,17 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 
-from deploy import registry
+from deploy import audit, champions, registry
 from deploy.errors import CandidateError, NoSuchVersionError
 from deploy.registry import CHAMPION
 from deploy.tracking import connect, prepare
+from deploy.versions import VERSIONS_TAG
 from flows.errors import PromotionError
 from flows.promote.versions import list_versions
 from tests.helpers import ROOT, cli
@@ -170,7 +173,10 @@ def test_rollback_goes_back_along_the_trail_and_says_when_nothing_is_before(stor
     assert store.champion() == 1
     with pytest.raises(NoSuchVersionError, match="the newest, was champion and ada rolled it back"):
         store.promote()
-    assert store.promote(3).entry.from_version == 1
+    again = store.promote(3).entry
+    # A prediction has one version, however often it is promoted.
+    assert (again.from_version, again.to_version) == (1, 3)
+    assert audit.rolled_back(champions.history("tiny", tracking_uri=store.uri), store.digest(3)) is None
     assert store.rollback().entry.to_version == 1
     assert [verdict for verdict, *_ in store.trail()] == ["promoted"] * 3 + ["rolled back"] * 2 + [
         "promoted",
@@ -199,6 +205,42 @@ def test_an_alias_moved_by_hand_is_the_champion_and_rollback_knows_what_was_befo
     client.set_registered_model_alias("tiny", CHAMPION, "1")
     assert store.promote(2).entry.from_version == 1
     assert store.rollback().entry.to_version == 1
+
+
+def test_a_champion_made_by_hand_is_promoted_by_its_own_results_and_not_against_itself(store: Registry) -> None:
+    store.add(1, BETTER)
+    store.promote()
+    refused = store.add(2, BETTER - 1)
+    with pytest.raises(PromotionError, match="not shown"):
+        store.promote()
+    client = connect(store.uri)
+    copied = client.copy_model_version(refused.model_uri, "tiny")
+    client.set_registered_model_alias("tiny", CHAMPION, str(copied.version))
+    assert store.promote(2).entry.verdict == "promoted"
+    assert store.champion() == 2
+    assert store.rollback().entry.to_version == 1
+
+
+def test_a_decision_that_is_registered_again_does_not_come_after_a_later_one(store: Registry) -> None:
+    for batch_size in (64, 8, 64):
+        made = store.add(1, GOOD, batch_size=batch_size)
+    (row,) = registry.models("tiny", tracking_uri=store.uri)
+    reports = map(json.loads, registry.gate_reports(row, tracking_uri=store.uri))
+    assert [each["candidate"]["report"]["settings"]["batch_size"] for each in reports] == [64, 8]
+    logged = connect(store.uri).get_logged_model(made.logged_model_id)
+    assert json.loads(logged.tags[VERSIONS_TAG]) == [{"name": "tiny-candidates", "version": 1}]
+
+
+def test_a_store_that_answers_in_pages_is_read_to_the_last(store: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number, solved in ((1, GOOD), (2, BEST)):
+        store.add(number, solved)
+        store.promote()
+        store.add(number, solved, name=f"other-{number}")
+    for search in ("search_registered_models", "search_model_versions", "search_runs"):
+        monkeypatch.setattr(MlflowClient, search, partialmethod(getattr(MlflowClient, search), max_results=1))
+    assert registry.names(tracking_uri=store.uri) == ["other-1", "other-2", "tiny"]
+    assert [row.version for row in registry.models("tiny", tracking_uri=store.uri)] == [2, 1]
+    assert store.trail() == [("promoted", None, 1), ("promoted", 1, 2)]
 
 
 def test_a_name_without_champion_cannot_be_rolled_back(store: Registry) -> None:

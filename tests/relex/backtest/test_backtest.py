@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -305,27 +305,6 @@ def test_a_target_is_no_further_than_a_jump_that_was_tested() -> None:
     late = replace(cell, way=Way("relex", 0.5))
     recommended = module._recommend(gram_of(deltas, EVERY), (late,), found.chance)
     assert recommended.start == 12 == EVERY[-1] / 2
-
-
-@pytest.mark.parametrize(("better", "directed"), [(9, True), (10, False)])
-def test_a_direction_is_what_no_more_than_one_run_in_forty_without_direction_reaches(
-    better: int, directed: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    way = Way("relex", 0.0)
-
-    @dataclass(frozen=True)
-    class Drawn:
-        def independent(self) -> int:
-            return 2
-
-        def lower_bound(self) -> Tensor:
-            # The run itself is the first of the 400.
-            return torch.cat([torch.tensor([0.5]), torch.ones(better), torch.linspace(-1, 0, 399 - better)])
-
-    monkeypatch.setattr(module, "jumps", lambda *_: {(way, 1.0): Drawn()})
-    gram = gram_of(line(torch.Generator().manual_seed(0), EVERY, 30)[None], EVERY)
-    found, _ = module._directed(gram, ("relex",), seed=0)
-    assert found == ({(way, 1.0)} if directed else set())
 
 
 def test_the_unit_of_a_step_changes_nothing_but_the_target() -> None:
