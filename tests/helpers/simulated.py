@@ -60,12 +60,12 @@ class World:
                 lost = (DISCORDANT - difference) / 2 / accuracy
                 self._right[name, model] = np.where(held, random.random(count) >= lost, random.random(count) < won)
 
-    def decide(self, *, attempt: tuple[int, int] = (1, 1)) -> Decision:
-        """Decide as for a real run."""
+    def stages(self) -> Stages:
+        """Return what a decision is made of here."""
         found = Predicted(
             self.observed, self.candidates, (), Backtested("trusted", (40, 44, 48), "relex", 1.0, 0.6, 0.5, 96, "")
         )
-        stages = Stages(
+        return Stages(
             problems=lambda settings: self._sizes[_SELECTION],
             predict=lambda settings, steps, key: found,
             base=lambda settings: self.observed,
@@ -73,7 +73,10 @@ class World:
             champion=lambda settings: [],
             gate=self._gate,
         )
-        return decide(self.settings, [24, 48], "key", stages, attempt=attempt)
+
+    def decide(self, *, attempt: tuple[int, int] = (1, 1)) -> Decision:
+        """Decide as for a real run."""
+        return decide(self.settings, [24, 48], "key", self.stages(), attempt=attempt)
 
     def _score(self, settings: Settings, model: Model, benchmarks: list[str], limit: int | None) -> list[Score]:
         return [

@@ -8,6 +8,7 @@ from pydantic import TypeAdapter
 from scipy import stats
 
 from evaluation.errors import ComparisonError
+from evaluation.verdict.bounds import paired_bounds
 from evaluation.verdict.gate import Gate, gate
 from evaluation.verdict.report import Report, Setting
 
@@ -76,6 +77,17 @@ def test_equal_scores_decide_nothing_until_there_are_three_times_one_over_the_ma
     decision = gate(report([1.0] * n), report([1.0] * n), margin=margin)
     assert decision.method == "no variance, rule of three"
     assert decision.passed == passed
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.02])
+def test_a_bound_that_is_the_margin_itself_shows_nothing(margin: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    reports = paired(60, 30, 500)
+    there = paired_bounds(*([score for _, score in each.scores] for each in reports), margin=margin, confidence=0.95)
+    assert gate(*reports, margin=margin).passed
+    monkeypatch.setattr(
+        "evaluation.verdict.gate.paired_bounds", lambda *_, **__: dataclasses.replace(there, lower_bound=-margin)
+    )
+    assert not gate(*reports, margin=margin).passed
 
 
 def test_rounding_is_no_variance() -> None:

@@ -1,9 +1,14 @@
 """The search on made-up scores, and the whole procedure on models whose accuracy is known."""
 
+from dataclasses import replace
+
 import pytest
 from scipy.stats import binom
 
+from evaluation.verdict.gate import Gate
+from flows.decide.procedure import decide
 from flows.decide.search import search, subsets
+from flows.settings import Settings
 from flows.state.decision import Model, Score
 from tests.helpers.simulated import World
 
@@ -98,3 +103,21 @@ def test_nothing_is_scored_when_the_backtest_says_hold() -> None:
     assert decision.verdict == "keep training"
     assert decision.reason.startswith("The backtest says hold")
     assert decision.selection == ()
+
+
+def test_the_champion_must_be_passed_too_with_the_error_that_all_windows_share() -> None:
+    world = World((0.1,), selection=500, gate=5000, margin=0.0, seed=0)
+    champion = Model("champion", 36, "champion")
+    asked: list[tuple[list[Model], int]] = []
+
+    def gate(settings: Settings, winner: Model, references: list[Model], comparisons: int) -> list[Gate]:
+        asked.append((references, comparisons))
+        (passed,) = world.stages().gate(settings, winner, [world.observed], comparisons)
+        return [passed, replace(passed, reference=champion.title, verdict="not shown")]
+
+    stages = replace(world.stages(), champion=lambda settings: [champion], gate=gate)
+    decision = decide(world.settings, [24, 48], "key", stages, attempt=(2, 3))
+    assert asked == [([world.observed, champion], 3)]
+    assert [each.passed for each in decision.gates] == [True, False]
+    assert decision.verdict == "keep training"
+    assert champion.title in decision.reason
