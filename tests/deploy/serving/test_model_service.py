@@ -486,6 +486,7 @@ def test_what_cannot_be_served_is_refused_before_anything_listens(home: Home) ->
     assert mine(home.path) == set()
 
 
+@pytest.mark.slow
 def test_asked_to_end_it_leaves_no_process(home: Home) -> None:
     home.promote(1)
     words = ["--home", str(home.path), "--port", "0", "--engine", ANSWERING, "--json"]

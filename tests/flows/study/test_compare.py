@@ -74,6 +74,7 @@ def rows(found: dict[str, Any]) -> list[tuple[str, int]]:
     return [(row["name"], row["step"]) for row in found["rows"]]
 
 
+@pytest.mark.slow
 def test_methods_stand_next_to_what_the_run_really_reached(
     store: Path, everything: list[object], capsys: pytest.CaptureFixture[str]
 ) -> None:

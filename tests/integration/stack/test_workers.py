@@ -138,6 +138,7 @@ def in_a_flow(
     return state, runs
 
 
+@pytest.mark.slow
 def test_workers_elsewhere_write_the_bytes_of_one_process_and_are_seen_in_the_flow_run(
     cluster: str, data: Path, tmp_path: Path
 ) -> None:
