@@ -17,6 +17,8 @@ from deploy.tracking import connect
 from tests.helpers.mlflow_server import free_port, serve
 from tests.helpers.predictions import write_prediction
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
@@ -24,7 +26,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield uri
 
 
-@pytest.mark.slow
 def test_through_a_server_the_files_are_still_hard_links(model: Path, server: str) -> None:
     made = register(
         model, name="served", tracking_uri=server, metrics={"accuracy": 0.5}, tags={"verdict": "registered"}
