@@ -244,3 +244,19 @@ def test_the_key_names_the_files_and_the_settings_that_decide(
     assert key == window_key(settings.model_copy(update={"memory": 1, "threads": 7}), base, list(stored))
     assert key != window_key(settings.model_copy(update={"margin": 0.1}), base, list(stored))
     assert key != window_key(settings, base, list(stored[:1]))
+
+
+def test_whatever_decides_is_part_of_the_key(settings: Settings, write_checkpoint: WriteCheckpoint) -> None:
+    for step in (0, 10):
+        write_checkpoint(step)
+    base, stored = store(settings, time.time())
+    others: dict[str, object] = {
+        **{"training_run": "other", "window": 7, "targets": [77], "total_steps": 777, "methods": ["raw"]},
+        **{"attempts": 5, "margin": 0.1, "confidence": 0.8, "selection": "other", "gate": "other", "report": ["other"]},
+        **{"registered_model": "other", "dtype": "float64", "batch_size": 7, "backend": "other"},
+    }
+    keys = {window_key(settings.model_copy(update={name: other}), base, list(stored)) for name, other in others.items()}
+    assert len(keys | {window_key(settings, base, list(stored))}) == len(others) + 1
+    (Path(settings.base) / "model.safetensors").touch()
+    again, _ = store(settings, time.time())
+    assert window_key(settings, again, list(stored)) != window_key(settings, base, list(stored))

@@ -155,6 +155,8 @@ def test_a_refused_window_arms_again_after_half_as_many_steps_until_the_attempts
     store.train(until=40)
     assert store.arm().end == 40
     store.decided(40)
+    # Decided once more it is the same attempt.
+    assert attempt(automatic, *store.seen()) == (1, 2)
     assert store.arm().end is None
     store.train(until=56)
     assert store.arm() == DueWindow(None, "refused at step 40; looked at again from step 60")

@@ -14,13 +14,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from relex import factor_gram, gram, store
-from relex.errors import CheckpointDamagedError, CheckpointError, CheckpointIncompleteError, CheckpointMismatchError
+from relex.errors import (
+    CheckpointDamagedError,
+    CheckpointError,
+    CheckpointIncompleteError,
+    CheckpointMismatchError,
+    NonFiniteError,
+)
 from relex.files.local import LocalDirectory
 from relex.files.location import open_directory
+from relex.forecast import forecast
 from relex.layouts.detection import open_any
 from relex.layouts.factors import AdapterWeights, LowRank, Unchanged
 from relex.layouts.weights import TensorEntry
 from relex.output.materialise import Output, materialise
+from relex.predictors import parse_method
 from relex.streaming import workspaces
 from relex.trajectory import Trajectory, open_trajectory
 from tests.helpers.peft_files import load_adapter, load_base, logits, merge, settings, states, write_merged, write_run
@@ -181,6 +189,15 @@ def test_what_reading_an_adapter_takes_is_part_of_the_budget(tmp_path: Path) -> 
     for memory in range(least, 2 * least, MIB):
         spaces = workspaces(trajectory, len(trajectory.checkpoints), memory=memory, threads=4)
         assert scratch + sum(space.raw.nbytes + space.deltas.nbytes for space in spaces) <= memory
+
+
+def test_a_copy_of_the_latest_adapter_that_leaves_the_range_of_its_precision_is_refused(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    settings(adapter(run, STEPS[-1]), lora_alpha=10**9)
+    trajectory = run.open()
+    made = forecast(trajectory, measure(trajectory), parse_method("hold"), target_step=200, dtype="float16")
+    with pytest.raises(NonFiniteError, match=r"predicted at step 200 by hold leaves the range of torch\.float16"):
+        write(trajectory, made, tmp_path / "out")
 
 
 @pytest.mark.parametrize("kind", ["patterns", "conv1d dora"])
