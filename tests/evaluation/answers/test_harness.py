@@ -12,12 +12,15 @@ import textwrap
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import Mock
 
 import psutil
 import pytest
 from filelock import FileLock
 
+from evaluation.answers import worker
 from evaluation.answers.harness import Progress, evaluate
 from evaluation.answers.job import Assignment, Job
 from evaluation.benchmarks.benchmark import write_benchmark
@@ -271,3 +274,22 @@ def test_a_model_that_states_no_dtype_is_refused(model: Path, benchmark: Path, t
     (copy / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match=r"config\.json states no dtype: pass dtype, one of float32"):
         evaluate(copy, [benchmark], cache=tmp_path / "cache")
+
+
+def test_what_says_that_an_evaluation_is_done_comes_after_all_else_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(worker, "gc", Mock())
+    monkeypatch.setattr(worker, "_place", lambda *_: nullcontext())
+    monkeypatch.setattr(worker, "load_task", Mock())
+    monkeypatch.setattr(worker, "_load_lm", Mock())
+    monkeypatch.setattr(worker, "write_details", lambda *_, **__: done.append("details"))
+    report = Mock(write=lambda _: done.append("report"))
+    monkeypatch.setattr(worker, "score", lambda *_, **__: (report, {}))
+    assignment = Mock(complete=False)
+    assignment.lock_path.return_value = tmp_path / "lock"
+    assignment.journal_path.return_value = tmp_path / "journal"
+    assignment.other_journals.return_value = []
+    worker.run(Mock(assignments=[assignment], device="cpu"), send=Mock())
+    assert done == ["details", "report"]

@@ -1,11 +1,13 @@
 import dataclasses
+import json
 import math
 from pathlib import Path
 
 import pytest
 
-from evaluation.errors import ReportError
-from evaluation.verdict.report import Report
+from evaluation.errors import ComparisonError, ReportError
+from evaluation.verdict.differences import find_differences
+from evaluation.verdict.report import Evaluated, Report
 
 
 def report(*scores: float) -> Report:
@@ -61,3 +63,14 @@ def test_a_file_that_is_no_report_is_named(tmp_path: Path, text: str) -> None:
 def test_a_missing_report_is_named(tmp_path: Path) -> None:
     with pytest.raises(ReportError, match=r"absent\.json cannot be read: .*No such file"):
         Report.read(tmp_path / "absent.json")
+
+
+def test_samples_of_other_problems_are_not_told_apart_problem_by_problem(tmp_path: Path) -> None:
+    sides = []
+    for side, digest in (("one", "a"), ("other", "b")):
+        sample = {"doc_id": 3, "doc_hash": digest, "filter": "none", "exact_match": 1.0}
+        (tmp_path / side).write_text(json.dumps(sample) + "\n")
+        sides.append(Evaluated(report(1.0), tmp_path / "results", tmp_path / side))
+    assert find_differences(sides[0], sides[0]) == []
+    with pytest.raises(ComparisonError, match=r"problem 3 of .*one is another than that of .*other: score both again"):
+        find_differences(*sides)

@@ -31,6 +31,7 @@ def candidates(count: int) -> list[Model]:
         (12, 5000, 64, [1280, 2560, 5000]),
         (40, 500, 64, [128, 256, 500]),
         (12, 150, 200, [150]),
+        (12, 200, 50, [100, 200]),
     ],
 )
 def test_subsets_double_in_whole_batches_to_all_problems(
