@@ -44,7 +44,7 @@ def demo(
         print_json(asdict(done))
     else:
         show(out, done)
-        print_sentence(stack.how_to_enter(home) if known else stack.how_to_enter_first(home))
+        _show_entry(home, known=known)
 
 
 @_command()
@@ -82,7 +82,15 @@ def up(
         revive_promoter(started)
     _show_stack(home, as_json=as_json)
     if not as_json:
-        print_sentence(stack.how_to_enter(home) if known else stack.how_to_enter_first(home))
+        _show_entry(home, known=known)
+
+
+def _show_entry(home: Path, *, known: bool) -> None:
+    """Say who is let in; right after the password was made, the addresses with it."""
+    from deploy.local import stack
+
+    for line in (stack.how_to_enter(home) if known else stack.how_to_enter_first(home)).splitlines():
+        print_sentence(line)
 
 
 @_command()
