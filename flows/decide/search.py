@@ -3,6 +3,7 @@
 A larger subset begins with the smaller one's problems, whose answers are in the journal: each is generated once.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -37,18 +38,31 @@ def subsets(candidates: int, problems: int, *, batch: int) -> list[int]:
     return rounds
 
 
-def search(candidates: Sequence[Model], *, problems: int, batch: int, measure: Callable[[Model, int], Score]) -> Search:
-    """Return who wins through; `measure(model, n)` scores a model on the first n problems."""
-    sizes = subsets(len(candidates), problems, batch=batch)
-    left, dropped = list(candidates), list[Score]()
-    scores: list[Score] = []
-    for number, size in enumerate(sizes, start=1):
-        scores = sorted((measure(model, size) for model in left), key=_rank)
-        if number < len(sizes):
-            keep = max(FINALISTS, -(-len(left) // 2))
-            dropped += scores[keep:]
-            left = [score.model for score in scores[:keep]]
-    return Search(tuple(scores), tuple(dropped))
+def first_subset(problems: int, *, batch: int) -> list[int]:
+    """Return the numbers of problems of the rounds when nobody knows how many will come: the first is the fewest."""
+    return subsets(1 << 30, problems, batch=batch)
+
+
+def search(candidates: Sequence[Model], *, sizes: Sequence[int], measure: Callable[[Model, int], Score]) -> Search:
+    """Return who wins through rounds of `sizes` problems; `measure(model, n)` scores a model on the first n."""
+    return narrow([measure(model, sizes[0]) for model in candidates], sizes=sizes[1:], measure=measure)
+
+
+def narrow(scores: Sequence[Score], *, sizes: Sequence[int], measure: Callable[[Model, int], Score]) -> Search:
+    """Return who wins through the rounds that come after the one that these scores are of."""
+    left, dropped = sorted(scores, key=_rank), list[Score]()
+    for number, size in enumerate(sizes):
+        keep = _kept(len(left), rounds=len(sizes) - number)
+        dropped += left[keep:]
+        left = sorted((measure(score.model, size) for score in left[:keep]), key=_rank)
+    return Search(tuple(left), tuple(dropped))
+
+
+def _kept(count: int, *, rounds: int) -> int:
+    """Return how many go on: half, or fewer where the rounds that are left would not bring them down otherwise."""
+    share = min(0.5, (FINALISTS / count) ** (1.0 / rounds)) if count else 0.0
+    # A product that is whole but for rounding is no reason for one more.
+    return max(FINALISTS, math.ceil(count * share - 1e-9))
 
 
 def choose(selection: Sequence[Score], *, margin: float) -> tuple[Score | None, str]:
@@ -59,6 +73,8 @@ def choose(selection: Sequence[Score], *, margin: float) -> tuple[Score | None, 
     """
     observed = next(score for score in selection if score.model.role == "observed")
     candidates = [score for score in selection if score.model.role == "candidate"]
+    if not candidates:
+        return None, f"Every rung of the ladder is worse than the last observed step {observed.model.step}."
     best = max(candidates, key=lambda score: (score.accuracy, -score.model.step))
     numbers = (
         f"best candidate {best.model.title} scores {best.accuracy:.4f}, last observed step {observed.model.step}"
