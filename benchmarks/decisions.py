@@ -156,7 +156,7 @@ def score_model(settings: Settings, model: Model, benchmarks: list[str], limit: 
     return [score(model, report) for report in reports(settings, model, benchmarks, limit=limit)]
 
 
-def answer_model(settings: Settings, model: Model, limit: int) -> Answered:
+def answer_model(settings: Settings, model: Model, limit: int | None) -> Answered:
     return answered(model, reports(settings, model, [settings.selection], limit=limit)[0])
 
 

@@ -110,7 +110,7 @@ def _until(settings: Settings) -> str:
 
 def _on(settings: Settings) -> str:
     if settings.targets == "auto":
-        return "on steps that the backtest proposes"
+        return "on steps that are climbed while scores last"
     return f"on steps {', '.join(map(str, settings.targets))}"
 
 

@@ -75,7 +75,7 @@ def score_model(settings: Settings, model: Model, benchmarks: list[str], limit: 
     return [score(model, report) for report in _reports(settings, model, benchmarks, limit)]
 
 
-def answer_model(settings: Settings, model: Model, limit: int) -> Answered:
+def answer_model(settings: Settings, model: Model, limit: int | None) -> Answered:
     """Score one model on the first selection problems, one by one."""
     (report,) = _reports(settings, model, [settings.selection], limit)
     return answered(model, report)

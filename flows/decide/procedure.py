@@ -36,7 +36,7 @@ class Stages:
     problems: Callable[[Settings], int]
     predict: Callable[[Settings, list[int], str], Predicted]
     write: Callable[[Settings, list[int], str, list[Proposal]], Sequence[Model]]
-    answer: Callable[[Settings, Model, int], Answered]
+    answer: Callable[[Settings, Model, int | None], Answered]
     base: Callable[[Settings], Model]
     score: ScoreStage
     champion: Callable[[Settings], list[Model]]
@@ -81,11 +81,12 @@ def decide(settings: Settings, steps: Sequence[int], key: str, stages: Stages, *
     selection.append(measure(predicted.observed, problems))
     if predicted.ladder:
         first, *larger = first_subset(problems, batch=settings.batch_size)
+        limit = first if larger else None
         ladder = climb(
             predicted.ladder,
-            observed=stages.answer(settings, predicted.observed, first),
+            observed=stages.answer(settings, predicted.observed, limit),
             write=lambda proposals: stages.write(settings, list(steps), key, proposals),
-            answer=lambda model: stages.answer(settings, model, first),
+            answer=lambda model: stages.answer(settings, model, limit),
         )
         fair, worse = ladder.split()
         searched = narrow(fair, sizes=larger or [problems], measure=measure)

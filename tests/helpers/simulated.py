@@ -96,7 +96,7 @@ class World:
         self.written += found
         return found
 
-    def _answer(self, settings: Settings, model: Model, limit: int) -> Answered:
+    def _answer(self, settings: Settings, model: Model, limit: int | None) -> Answered:
         right = self._right[_SELECTION, model][:limit]
         return Answered(self._score(settings, model, [_SELECTION], limit)[0], tuple(map(float, right)))
 

@@ -17,13 +17,11 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from deploy.local import daemon
 from evaluation.answers.fingerprint import fingerprint
 from evaluation.benchmarks.benchmark import write_benchmark
 from evaluation.errors import BackendError
-from flows.demo.model import build_tokenizer
 from flows.errors import ConfigError, RegroundError, TrainerError
 from flows.reground.cycle import Plan, Trained, jump
 from flows.reground.judge import score
@@ -34,6 +32,7 @@ from flows.reground.trainer import TEMPLATES, fill, run_trainer
 from flows.state.lock import held
 from relex.errors import DuplicateError
 from tests.helpers import ROOT
+from tests.helpers.larger_digit import larger, write_models
 from tests.helpers.straight_run import WriteCheckpoint
 
 HERE = Path(__file__).parent
@@ -65,44 +64,6 @@ class Scene:
     root: Path
     settings: RegroundSettings
     whole: Regrounding
-
-
-def write_models(root: Path) -> None:
-    """Write an untrained base and a teacher that says which of two digits is larger."""
-    tokenizer = build_tokenizer()
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=16,
-        tie_word_embeddings=True,
-        initializer_range=0.2,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        dtype=torch.float32,
-    )
-    model = Qwen2ForCausalLM(config)
-    texts = [row["prompt"] + row["answer"] for row in larger()]
-    tokens = torch.tensor([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts])
-    labels = tokens.clone()
-    labels[:, :4] = -100
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for name, steps in (("base", 0), ("teacher", 150)):
-        for _ in range(steps):
-            optimizer.zero_grad()
-            model(input_ids=tokens, labels=labels).loss.backward()
-            optimizer.step()
-        model.save_pretrained(root / name)
-        tokenizer.save_pretrained(root / name)
-
-
-def larger() -> list[dict[str, str]]:
-    return [{"prompt": f"{a}{b}=", "answer": str(max(a, b))} for a in range(10) for b in range(10)]
 
 
 def write_config(root: Path, name: str, *options: str, **changes: Any) -> Path:
