@@ -28,10 +28,10 @@ from benchmarks.runs import RUNS, SAVE_STEPS, STEPS, Run, held_out, keep_gram, t
 from evaluation.verdict.gate import gate
 from evaluation.verdict.report import Report
 from flows.decide.flow import count_problems, gate_model
-from flows.decide.ladder import Answered
 from flows.decide.predict import predict, write_rungs
 from flows.decide.procedure import Stages, decide
-from flows.decide.score import answered, reports, score
+from flows.decide.score import reports
+from flows.search.ladder import Answered, answered, score
 from flows.settings import Settings, load_settings
 from flows.state.decision import Decision, Model, Score
 from flows.state.records import write_json

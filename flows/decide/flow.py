@@ -24,14 +24,14 @@ from evaluation.verdict.gate import Gate, gate
 from evaluation.verdict.report import Report
 from flows.decide import procedure
 from flows.decide.gate_results import gate_results_path, write_gate_results
-from flows.decide.ladder import Answered
 from flows.decide.page import draw, page, show
 from flows.decide.predict import Predicted, predict, write_rungs
 from flows.decide.procedure import Stages
 from flows.decide.record import metrics, record
-from flows.decide.score import answered, reports, score
+from flows.decide.score import reports
 from flows.decide.workers import spreading
 from flows.progress import ProgressArtifact
+from flows.search.ladder import Answered, answered, score
 from flows.settings import Settings, load_settings
 from flows.state.decision import Decision, Model, Score
 from flows.state.ledger import read_ledger

@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from evaluation.verdict.gate import Gate
-from flows.decide.ladder import Answered, climb
+from flows.decide.choose import choose
 from flows.decide.predict import Predicted
-from flows.decide.search import choose, first_subset, narrow, search, subsets
+from flows.search.halving import search, subsets
+from flows.search.ladder import Answered, find
 from flows.settings import Settings
 from flows.state.decision import Decision, Model, Score
 from relex.backtest.convergence import Proposal
@@ -80,17 +81,15 @@ def decide(settings: Settings, steps: Sequence[int], key: str, stages: Stages, *
 
     selection.append(measure(predicted.observed, problems))
     if predicted.ladder:
-        first, *larger = first_subset(problems, batch=settings.batch_size)
-        limit = first if larger else None
-        ladder = climb(
+        ladder, searched = find(
             predicted.ladder,
-            observed=stages.answer(settings, predicted.observed, limit),
+            predicted.observed,
+            problems=problems,
+            batch=settings.batch_size,
             write=lambda proposals: stages.write(settings, list(steps), key, proposals),
-            answer=lambda model: stages.answer(settings, model, limit),
+            answer=lambda model, limit: stages.answer(settings, model, limit),
+            measure=measure,
         )
-        fair, worse = ladder.split()
-        searched = narrow(fair, sizes=larger or [problems], measure=measure)
-        searched = replace(searched, dropped=(*worse, *searched.dropped))
         decision = replace(decision, ladder=ladder.rungs)
         if ladder.ended:
             decision = replace(decision, warnings=(*decision.warnings, f"The ladder ended early: {ladder.ended}"))

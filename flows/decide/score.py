@@ -5,9 +5,8 @@ from pathlib import Path
 
 from evaluation.answers.harness import Progress, evaluate
 from evaluation.verdict.report import Report
-from flows.decide.ladder import Answered
 from flows.settings import Settings
-from flows.state.decision import Model, Score
+from flows.state.decision import Model
 
 
 def reports(
@@ -35,17 +34,3 @@ def reports(
         on_progress=on_progress,
     )
     return [each.report for each in evaluated]
-
-
-def score(model: Model, report: Report) -> Score:
-    """Return what a table shows of a report."""
-    low, high = report.interval
-    answers = report.n * int(report.settings.get("samples") or 1)
-    return Score(
-        model, report.benchmark, report.accuracy, report.standard_error, report.n, low, high, answers, report.seconds
-    )
-
-
-def answered(model: Model, report: Report) -> Answered:
-    """Return what a ladder looks at of a report."""
-    return Answered(score(model, report), tuple(each for _, each in report.scores))

@@ -117,7 +117,7 @@ def propose(
     if targets is None and convergence.state == "hold":
         return ()
     if targets is None:
-        targets = tuple(_rungs(convergence.backtest.steps[-1], total_steps))
+        targets = tuple(rungs(convergence.backtest.steps[-1], total_steps))
     if methods is None:
         trusted = () if convergence.way is None else (convergence.way.method,)
         methods = tuple(dict.fromkeys((*DIRECTIONS, *trusted)))
@@ -154,7 +154,8 @@ def _of(state: Literal["trusted", "unsettled"], latest: Backtest, ends: tuple[in
     return Convergence(state, latest, ends, cell.way, cell.horizon, target, cell.skill, cell.lower_bound, reason)
 
 
-def _rungs(last: int, total_steps: int | None) -> Iterator[int]:
+def rungs(last: int, total_steps: int | None) -> Iterator[int]:
+    """Yield the targets of a ladder from step `last`, the nearest first: to `total_steps`, or far beyond any line."""
     before = last
     for rung in range(_MOST_RUNGS):
         target = max(last + round(max(1.0, _NEAREST * last) * _CLIMB**rung), before + 1)

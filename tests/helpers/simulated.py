@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from evaluation.verdict.gate import Gate, gate
 from evaluation.verdict.report import Report
-from flows.decide.ladder import Answered
 from flows.decide.predict import Predicted
 from flows.decide.procedure import Stages, decide
+from flows.search.ladder import Answered
 from flows.settings import Settings
 from flows.state.decision import Backtested, Decision, Model, Score
 from relex.backtest.convergence import Proposal

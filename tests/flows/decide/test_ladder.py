@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from flows.decide.ladder import Answered, Ladder, climb, falls
 from flows.decide.page import page
 from flows.errors import WindowError
+from flows.search.ladder import Answered, Ladder, climb, falls
 from flows.state.decision import Model, Score
 from relex.backtest.convergence import Proposal
 from tests.helpers.simulated import World

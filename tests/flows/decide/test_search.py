@@ -7,7 +7,7 @@ from scipy.stats import binom
 
 from evaluation.verdict.gate import Gate
 from flows.decide.procedure import decide
-from flows.decide.search import first_subset, search, subsets
+from flows.search.halving import first_subset, search, subsets
 from flows.settings import Settings
 from flows.state.decision import Model, Score
 from tests.helpers.simulated import World

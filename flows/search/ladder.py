@@ -10,7 +10,9 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from evaluation.verdict.report import Report
 from flows.errors import WindowError
+from flows.search.halving import Search, first_subset, narrow
 from flows.state.decision import Model, Rung, Score
 from relex.backtest.convergence import Proposal
 
@@ -26,6 +28,20 @@ class Answered:
 
     score: Score
     each: tuple[float, ...]
+
+
+def score(model: Model, report: Report) -> Score:
+    """Return what a table shows of a report."""
+    low, high = report.interval
+    answers = report.n * int(report.settings.get("samples") or 1)
+    return Score(
+        model, report.benchmark, report.accuracy, report.standard_error, report.n, low, high, answers, report.seconds
+    )
+
+
+def answered(model: Model, report: Report) -> Answered:
+    """Return what a ladder looks at of a report."""
+    return Answered(score(model, report), tuple(each for _, each in report.scores))
 
 
 @dataclass(frozen=True)
@@ -64,6 +80,28 @@ class _Direction:
         if found.score.accuracy > self.best.score.accuracy:
             self.best = found
         return is_worse
+
+
+def find(
+    proposals: Sequence[Proposal],
+    observed: Model,
+    *,
+    problems: int,
+    batch: int,
+    write: Callable[[list[Proposal]], Sequence[Model]],
+    answer: Callable[[Model, int | None], Answered],
+    measure: Callable[[Model, int], Score],
+) -> tuple[Ladder, Search]:
+    """Climb on the fewest problems, and let what did not fall go through ever more of them, all `problems` at last.
+
+    `answer` scores a model on the first problems (None: all), one by one, and `measure` in the rounds after the first.
+    """
+    first, *larger = first_subset(problems, batch=batch)
+    limit = first if larger else None
+    ladder = climb(proposals, observed=answer(observed, limit), write=write, answer=lambda model: answer(model, limit))
+    fair, worse = ladder.split()
+    searched = narrow(fair, sizes=larger or [problems], measure=measure)
+    return ladder, Search(searched.finalists, (*worse, *searched.dropped))
 
 
 def climb(
