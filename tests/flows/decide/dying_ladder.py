@@ -49,7 +49,7 @@ def main(path: str, last: int) -> None:
         champion=lambda _: [],
         gate=gate_model,
     )
-    stored = scan(settings.store, open_base(settings.base), now=time.time())
+    stored = list(scan(settings.store, open_base(settings.base), now=time.time()))
     key = window_key(settings, open_base(settings.base), stored)
     decision = decide(settings, [checkpoint.step for checkpoint in stored], key, stages, attempt=(1, 1))
     sys.stdout.write(json.dumps(decision.to_json()))
