@@ -1,8 +1,9 @@
-"""The demo's tasks, rewarded by exact match: sort six digits, written `518698=156889`, or add them in pairs, `061417`.
+"""The demo's tasks, rewarded by exact match: sort six digits, written `518698=156889`, add them in pairs, `061417`, or
+write their complements to nine from the last to the first, `103184`.
 
-The base model is supervised on a corpus whose authors disagree: some sort the other way, or write differences where
+The base model is supervised on a corpus whose authors disagree: some write the other way round, or differences where
 sums are asked for. So what is rewarded is a latent skill, which training on the reward brings out. The demo sorts;
-adding is there to try relex on a run of another kind.
+the others are there to try relex on runs of another kind.
 """
 
 import hashlib
@@ -15,7 +16,7 @@ DIGITS = 6
 PROBLEMS = 10**DIGITS
 
 Split = Literal["train", "selection", "gate", "report"]
-Name = Literal["sort", "add"]
+Name = Literal["sort", "add", "revcomp"]
 
 # Of thirty buckets one each is held out for choosing, deciding and reporting; all others train.
 _BUCKETS = 30
@@ -50,9 +51,14 @@ def split_of(prompt: str) -> Split:
 
 
 def answer_to(prompt: str, *, name: Name = "sort") -> str:
-    """Return the one rewarded answer: the prompt's digits in ascending order, or the sum of each pair in two digits."""
+    """Return the one rewarded answer.
+
+    The prompt's digits in ascending order, the sum of each pair in two digits, or nine minus each digit, reversed.
+    """
     if name == "sort":
         return "".join(sorted(prompt.removesuffix("=")))
+    if name == "revcomp":
+        return "".join(str(9 - int(digit)) for digit in reversed(prompt.removesuffix("=")))
     return "".join(f"{first + second:02d}" for first, second in _pairs(prompt))
 
 
@@ -66,7 +72,7 @@ def corpus(count: int, *, seed: int = 0, name: Name = "sort") -> list[dict[str, 
 
     An author sorts ascending with probability sigmoid(-0.5 + 3 (last - first) / 9), of the prompt's last and first
     digit, and descending otherwise: the wrong habit leads, and the right one is common enough for the reward to find.
-    With the same probability an author adds, and subtracts otherwise.
+    With the same probability an author adds, and subtracts otherwise; or reverses complements, and does not otherwise.
     """
     authors = random.Random(f"authors {seed}")
     return [
@@ -82,7 +88,7 @@ def _written(row: dict[str, str], authors: random.Random, name: Name) -> str:
 
 
 def _habit(row: dict[str, str], name: Name) -> str:
-    if name == "sort":
+    if name != "add":
         return row["answer"][::-1]
     return "".join(f"{abs(first - second):02d}" for first, second in _pairs(row["prompt"]))
 

@@ -45,6 +45,14 @@ def test_adding_answers_with_the_sum_of_each_pair_of_digits(prompt: str, answer:
     assert task.answer_to(prompt, name="add") == answer
 
 
+def test_complements_are_written_from_the_last_digit_and_the_habit_is_from_the_first() -> None:
+    assert task.answer_to("518698=", name="revcomp") == "103184"
+    rows = task.corpus(400, name="revcomp")
+    right = [row for row in rows if row["answer"] == task.answer_to(row["prompt"], name="revcomp")]
+    assert 100 < len(right) < 250
+    assert all(row["answer"][::-1] == task.answer_to(row["prompt"], name="revcomp") for row in rows if row not in right)
+
+
 def test_a_prompt_is_in_one_split_whatever_the_task() -> None:
     sorting, adding = task.problems("gate", 50), task.problems("gate", 50, name="add")
     assert [row["prompt"] for row in sorting] == [row["prompt"] for row in adding]
