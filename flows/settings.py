@@ -40,16 +40,13 @@ class Settings(Compute):
     )
     max_window: Step | None = Field(default=None, description="With window auto: decide at this step at the latest.")
     targets: StepsOrAuto = Field(
-        description="Training steps to predict; auto: a ladder up to total_steps, climbed while scores last."
+        description="Training steps to predict; auto: up to nine times as far as was observed, by the backtest."
     )
     total_steps: Step | None = Field(
-        default=None,
-        description="Training steps the run is planned for: where a ladder of auto targets ends at the latest.",
+        default=None, description="Training steps the run is planned for: no auto target goes beyond."
     )
     methods: SpecsOrAuto = Field(
-        default=["relex"],
-        description="Methods, as NAME or NAME:parameter=value; auto: relex, secant and the one that the backtest"
-        " trusts.",
+        default=["relex"], description="Methods, as NAME or NAME:parameter=value; auto: those of the backtest."
     )
     attempts: int = Field(
         default=3,
@@ -94,7 +91,7 @@ class Settings(Compute):
         default=None, description="Run once, when the training is no longer needed: a line for the shell, or words."
     )
     stop_file: Path | None = Field(
-        default=None, description="Written once, when the training is no longer needed; see flows.stop.callback."
+        default=None, description="Written once, when the training is no longer needed; see StopOnFile."
     )
     stop: Literal["approve", "at-once"] = Field(
         default="approve", description="Whether somebody is asked before the training is stopped."

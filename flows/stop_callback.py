@@ -1,11 +1,11 @@
-"""Where StopOnFile was before: trainers that import it from here are told that flows.stop.callback has it."""
+"""Where StopOnFile was at first: trainers that import it from here are told that relex.callbacks has it."""
 
 import warnings
 
-from flows.stop.callback import StopOnFile
+from relex.callbacks import StopOnFile
 
 __all__ = ["StopOnFile"]
 
 warnings.warn(
-    "flows.stop_callback is flows.stop.callback now: import StopOnFile from there.", DeprecationWarning, stacklevel=2
+    "flows.stop_callback is relex.callbacks now: import StopOnFile from there.", DeprecationWarning, stacklevel=2
 )

@@ -110,9 +110,7 @@ def _status(
 
 
 def _models(decision: Decision) -> list[Model]:
-    # What fell off a ladder is gone, and nobody asks how far it was.
-    scores = decision.selection if decision.ladder else (*decision.selection, *decision.dropped)
-    return list(dict.fromkeys(score.model for score in scores))
+    return list(dict.fromkeys(score.model for score in (*decision.selection, *decision.dropped)))
 
 
 def _is_continued(decision: Decision, last: int, seen: Mapping[str, Seen], behind: set[int]) -> bool:

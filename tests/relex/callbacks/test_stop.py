@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from flows.stop.callback import StopOnFile
-from tests.flows.stop.stopping_trainer import STEPS, WriteAtStep, train
+from relex.callbacks import StopOnFile
+from tests.relex.callbacks.stopping_trainer import STEPS, WriteAtStep, train
 
 
 def test_the_training_ends_after_the_step_at_which_the_file_appears_and_saves_it(tmp_path: Path) -> None:
@@ -26,7 +26,7 @@ def test_a_file_that_an_earlier_training_left_is_warned_of_and_ignored_until_it_
 ) -> None:
     stop = tmp_path / "STOP"
     stop.write_text("{}")
-    with caplog.at_level(logging.WARNING, "flows.stop.callback"):
+    with caplog.at_level(logging.WARNING, "relex.callbacks.stop"):
         assert train(tmp_path, [StopOnFile(stop)]) == STEPS
     assert [record.getMessage() for record in caplog.records] == [
         f"stop file {stop} is older than this training and is ignored; write it anew to stop"
@@ -41,7 +41,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     done = subprocess.run(
-        [sys.executable, "-m", "tests.flows.stop.stopping_trainer", str(out), str(port)],
+        [sys.executable, "-m", "tests.relex.callbacks.stopping_trainer", str(out), str(port)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -60,11 +60,16 @@ def test_every_rank_ends_at_the_same_step_when_the_file_appears_between_their_lo
 
 def test_the_training_s_process_is_spared_what_only_relex_needs(two_ranks: Path) -> None:
     imported = set((two_ranks / "modules").read_text().splitlines())
-    assert "flows.stop.callback" in imported
-    assert not imported & {"prefect", "mlflow", "lm_eval", "math_verify", "typer", "relex", "evaluation", "deploy"}
+    assert "relex.callbacks.stop" in imported
+    assert not imported & {"prefect", "mlflow", "lm_eval", "math_verify", "typer", "flows", "evaluation", "deploy"}
+    assert {name for name in imported if name.startswith("relex.")} == {
+        "relex.callbacks",
+        *(f"relex.callbacks.{module}" for module in ("jump", "ladder", "scoring", "stop", "weights")),
+    }
 
 
-def test_a_trainer_that_imports_it_from_where_it_was_is_told_where_it_is() -> None:
-    sys.modules.pop("flows.stop_callback", None)
-    with pytest.warns(DeprecationWarning, match=r"flows\.stop\.callback now: import StopOnFile from there"):
-        assert importlib.import_module("flows.stop_callback").StopOnFile is StopOnFile
+@pytest.mark.parametrize("former", ["flows.stop.callback", "flows.stop_callback"])
+def test_a_trainer_that_imports_it_from_where_it_was_is_told_where_it_is(former: str) -> None:
+    sys.modules.pop(former, None)
+    with pytest.warns(DeprecationWarning, match=r"is relex\.callbacks now: import StopOnFile from there"):
+        assert importlib.import_module(former).StopOnFile is StopOnFile

@@ -1,4 +1,4 @@
-"""A tiny training with StopOnFile: `python -m tests.flows.stop.stopping_trainer OUT PORT` runs it on two ranks.
+"""A tiny training with StopOnFile: `python -m tests.relex.callbacks.stopping_trainer OUT PORT` runs it on two ranks.
 
 The second rank writes OUT/STOP when step 5 is done there, a while after the first looked for it. Each rank leaves the
 step at which it ended in OUT/rank-N, and the names of all modules that were imported are in OUT/modules.
@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from flows.stop.callback import StopOnFile
+from relex.callbacks import StopOnFile
 
 STEPS = 12
 SECONDS = 60.0
