@@ -28,15 +28,15 @@ from benchmarks.runs import RUNS, SAVE_STEPS, STEPS, Run, held_out, keep_gram, t
 from evaluation.verdict.gate import gate
 from evaluation.verdict.report import Report
 from flows.decide.flow import count_problems, gate_model
-from flows.decide.predict import predict
+from flows.decide.predict import predict, write_rungs
 from flows.decide.procedure import Stages, decide
-from flows.decide.score import reports, score
+from flows.decide.score import reports
+from flows.search.ladder import Answered, answered, score
 from flows.settings import Settings, load_settings
 from flows.state.decision import Decision, Model, Score
 from flows.state.records import write_json
 from flows.state.windows import decided, decision_path, read_decisions, window_key
 from flows.stop.status import unmet
-from flows.watch.due import REACH
 from relex.backtest.backtest import Recommendation, backtest
 from relex.backtest.convergence import converge
 from relex.extrapolation import extrapolate_run
@@ -156,10 +156,16 @@ def score_model(settings: Settings, model: Model, benchmarks: list[str], limit: 
     return [score(model, report) for report in reports(settings, model, benchmarks, limit=limit)]
 
 
+def answer_model(settings: Settings, model: Model, limit: int | None) -> Answered:
+    return answered(model, reports(settings, model, [settings.selection], limit=limit)[0])
+
+
 # Without a server: there is no champion, and nothing is registered.
 STAGES = Stages(
     problems=count_problems,
     predict=predict,
+    write=write_rungs,
+    answer=answer_model,
     base=find_base,
     score=score_model,
     champion=lambda _: [],
@@ -168,9 +174,9 @@ STAGES = Stages(
 
 
 def due(run: Path, base: Path, grams: Path) -> int:
-    """Return the window that is due by itself: the planned end in reach and three looks that agree, or 20 %."""
+    """Return the window that is due by itself: three looks that agree, or 20 %."""
     last = STEPS * SHARES[-1] // 100
-    for window in range(-(-STEPS // REACH), last, SAVE_STEPS):
+    for window in range(2 * SAVE_STEPS, last, SAVE_STEPS):
         trajectory = open_run(run, base, window=window)
         if converge(trajectory, cached(trajectory, grams, memory=1 << 30, threads=1)).converged:
             return trajectory.steps[-1]

@@ -5,7 +5,7 @@ accuracy on the selection problems (by bisection: the curve rises), then alterna
 base to the same accuracy. Both ends are scored on problems that neither saw. Everything lies in --out, and a call after
 a kill goes on; reground.json and reground.md there are the result. Three seeds take about 15 minutes on a quiet core.
 
-    .venv/bin/python benchmarks/reground.py --out /tmp/reground [--seeds 0 1 2] [--real-steps 24] [--jump-steps 48]
+    .venv/bin/python benchmarks/reground.py --out /tmp/reground [--seeds 0 1 2] [--real-steps 24] [--jump-steps auto]
 """
 
 import argparse
@@ -41,8 +41,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--real-steps", type=int, default=24)
-    parser.add_argument("--jump-steps", type=int, default=48)
-    parser.add_argument("--method", default="weight-extrapolation")
+    parser.add_argument(
+        "--jump-steps", type=lambda text: text if text == "auto" else int(text), default="auto", help="auto: a ladder"
+    )
+    parser.add_argument("--method", default="secant")
     parser.add_argument("--target", type=float, default=0.95, help="accuracy on the selection problems")
     parser.add_argument("--plain-steps", type=int, default=400)
     options = parser.parse_args()

@@ -17,6 +17,8 @@ from prefect.types.entrypoint import EntrypointType
 from flows.arguments import run_module
 from flows.decide.flow import decide
 from flows.drift.flow import drift
+from flows.reground.flow import reground
+from flows.reground.settings import is_reground, load_reground_settings
 from flows.runner import serve
 from flows.settings import Settings, load_settings
 from flows.state.events import TARGET_REACHED, WINDOW_READY, resource
@@ -69,6 +71,22 @@ def deployments(
     ]
 
 
+def reground_deployment(
+    config: Path, *, tracking_uri: str, schedule_seconds: float = SCHEDULE_SECONDS
+) -> RunnerDeployment:
+    """Return the deployment of a re-grounding: a killed run is taken up by the next one of the schedule."""
+    settings = load_reground_settings(config)
+    made = reground.to_deployment(
+        name=settings.training_run,
+        description=f"Alternates {settings.real_steps} real steps and a jump, up to step {settings.total_steps}.",
+        parameters={"config": str(config.absolute()), "tracking_uri": tracking_uri},
+        schedule=Interval(timedelta(seconds=schedule_seconds)),
+        entrypoint_type=EntrypointType.MODULE_PATH,
+    )
+    assert isinstance(made, RunnerDeployment)  # outside an event loop nothing is left to await
+    return made
+
+
 def drift_deployment(config: Path, settings: Settings, *, tracking_uri: str) -> RunnerDeployment:
     """Return the deployment of the flow, which starts on the event of a target that was reached."""
     made = drift.to_deployment(
@@ -110,7 +128,7 @@ def _until(settings: Settings) -> str:
 
 def _on(settings: Settings) -> str:
     if settings.targets == "auto":
-        return "on steps that the backtest proposes"
+        return "on steps that are climbed while scores last"
     return f"on steps {', '.join(map(str, settings.targets))}"
 
 
@@ -120,10 +138,14 @@ def main(
     run_seconds: float = RUN_SECONDS,
     schedule_seconds: float = SCHEDULE_SECONDS,
 ) -> None:
-    """Serve the deployments of one training run until stopped.
+    """Serve the deployments of one training run, or of one re-grounding, until stopped.
 
     Example: python -m flows.deployments relex.yaml --tracking-uri http://127.0.0.1:5000
     """
+    if is_reground(config):
+        made = reground_deployment(config, tracking_uri=tracking_uri, schedule_seconds=schedule_seconds)
+        asyncio.run(serve([made], name="relex", at_once=made))
+        return
     served = deployments(config, tracking_uri=tracking_uri, run_seconds=run_seconds, schedule_seconds=schedule_seconds)
     former = [f"{flow}/{served[0].name}" for flow in _FORMER_FLOWS]
     asyncio.run(serve(served, name="relex", at_once=served[0], former=former))

@@ -9,6 +9,7 @@ FlowError
 ├── StopError        the training cannot be stopped, or it is not known whether it was
 ├── PromotionError   a candidate does not become the champion
 ├── RegroundError    the cycles of a re-grounding are at work elsewhere, or were begun with other settings
+│   └── AtWorkError     another process is at work on them
 ├── TrainerError     the user's trainer failed, or left no checkpoints to predict from
 └── DemoError        see flows.demo.errors
 """
@@ -48,6 +49,10 @@ class PromotionError(FlowError):
 
 class RegroundError(FlowError):
     """The cycles of a re-grounding are at work in another process, or were begun with other settings."""
+
+
+class AtWorkError(RegroundError):
+    """Another process is at work on the re-grounding."""
 
 
 class TrainerError(FlowError):

@@ -40,13 +40,16 @@ class Settings(Compute):
     )
     max_window: Step | None = Field(default=None, description="With window auto: decide at this step at the latest.")
     targets: StepsOrAuto = Field(
-        description="Training steps to predict; auto: up to nine times as far as was observed, by the backtest."
+        description="Training steps to predict; auto: a ladder up to total_steps, climbed while scores last."
     )
     total_steps: Step | None = Field(
-        default=None, description="Training steps the run is planned for: no auto target goes beyond."
+        default=None,
+        description="Training steps the run is planned for: where a ladder of auto targets ends at the latest.",
     )
     methods: SpecsOrAuto = Field(
-        default=["relex"], description="Methods, as NAME or NAME:parameter=value; auto: those of the backtest."
+        default=["relex"],
+        description="Methods, as NAME or NAME:parameter=value; auto: relex, secant and the one that the backtest"
+        " trusts.",
     )
     attempts: int = Field(
         default=3,

@@ -44,16 +44,18 @@ def demo(
         print_json(asdict(done))
     else:
         show(out, done)
-        print_sentence(stack.how_to_enter(home) if known else stack.how_to_enter_first(home))
+        _show_entry(home, known=known)
 
 
 @_command()
 def up(
-    config: Annotated[list[Path] | None, typer.Argument(metavar="[CONFIG]...", help="Training runs to watch.")] = None,
+    config: Annotated[
+        list[Path] | None, typer.Argument(metavar="[CONFIG]...", help="Training runs to watch, or to re-ground.")
+    ] = None,
     home: Home = HOME,
     as_json: Json = False,
 ) -> None:
-    """Start the local stack: Prefect server, MLflow server, and for each CONFIG its watcher and deployments.
+    """Start the local stack: Prefect server, MLflow server, and for each CONFIG its watcher, or its re-grounding.
 
     What runs is left alone, what died is started again. The first time, a password is made for both servers and shown.
     Example: relex up relex.yaml
@@ -61,16 +63,18 @@ def up(
     from deploy.local import stack
     from evaluation.benchmarks.benchmark import resolve_benchmark
     from flows.processes import revive_promoter, revive_watchers, spawn_watcher
-    from flows.settings import load_settings
+    from flows.reground.settings import is_reground, load_reground_settings
+    from flows.settings import Settings, load_settings
 
     configs: dict[str, Path] = {}
     for path in config or []:
-        settings = load_settings(path)
+        settings = load_reground_settings(path) if is_reground(path) else load_settings(path)
         if (other := configs.get(settings.training_run, path)) != path:
             raise ConfigError(
                 f"{other} and {path} both describe training run {settings.training_run}. Give one of them another name."
             )
-        for benchmark in (settings.selection, settings.gate, *settings.report):
+        judges = (settings.gate, *settings.report) if isinstance(settings, Settings) else ()
+        for benchmark in (settings.selection, *judges):
             resolve_benchmark(benchmark)
         configs[settings.training_run] = path
     known = stack.has_access(home)
@@ -82,7 +86,15 @@ def up(
         revive_promoter(started)
     _show_stack(home, as_json=as_json)
     if not as_json:
-        print_sentence(stack.how_to_enter(home) if known else stack.how_to_enter_first(home))
+        _show_entry(home, known=known)
+
+
+def _show_entry(home: Path, *, known: bool) -> None:
+    """Say who is let in; right after the password was made, the addresses with it."""
+    from deploy.local import stack
+
+    for line in (stack.how_to_enter(home) if known else stack.how_to_enter_first(home)).splitlines():
+        print_sentence(line)
 
 
 @_command()
@@ -256,7 +268,7 @@ def reground(
         os.environ.update(stack.environment(stack.running(home)))
         from flows.reground.flow import reground as run_flow
 
-        run_flow(str(config))
+        run_flow(str(config), stack.tracking_uri(home))
     with Bars(err) as bars:
         cycles = run_cycles(settings, tell=bars)
     if as_json:

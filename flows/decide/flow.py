@@ -6,6 +6,7 @@ The flow is started by `relex.window.ready`, holds the window while it works, an
 any moment and started again, it takes up what is there and ends in the same decision and the same single version.
 """
 
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,18 +25,20 @@ from evaluation.verdict.report import Report
 from flows.decide import procedure
 from flows.decide.gate_results import gate_results_path, write_gate_results
 from flows.decide.page import draw, page, show
-from flows.decide.predict import Predicted, predict
+from flows.decide.predict import Predicted, predict, write_rungs
 from flows.decide.procedure import Stages
 from flows.decide.record import metrics, record
-from flows.decide.score import reports, score
+from flows.decide.score import reports
 from flows.decide.workers import spreading
 from flows.progress import ProgressArtifact
+from flows.search.ladder import Answered, answered, score
 from flows.settings import Settings, load_settings
 from flows.state.decision import Decision, Model, Score
 from flows.state.ledger import read_ledger
 from flows.state.records import write_json
 from flows.state.windows import attempt, claim, decided, decision_path, window_directory
 from flows.stop.flow import offer
+from relex.backtest.convergence import Proposal
 from relex.errors import CheckpointDamagedError, DuplicateError, NonFiniteError, TargetError
 from relex.files.block_cache import BlockCache
 from relex.output.download import local_model
@@ -54,6 +57,14 @@ def predict_models(settings: Settings, steps: list[int], key: str) -> Predicted:
         return predict(settings, steps, key, blocks=blocks, spread=spreading(settings), tell=progress)
 
 
+def write_models(settings: Settings, steps: list[int], key: str, proposals: list[Proposal]) -> list[Model]:
+    """Write some rungs of the window's ladder."""
+    progress = ProgressArtifact(f"predict-{settings.training_run}", "predict")
+    with BlockCache(settings.home, size=int(settings.cache)) as blocks:
+        spread = spreading(settings)
+        return list(write_rungs(settings, steps, key, proposals, blocks=blocks, spread=spread, tell=progress))
+
+
 def fetch_base(settings: Settings) -> Model:
     """Return the base as a directory of this machine; one in a store is copied once."""
     return Model("base", 0, str(local_model(settings.base, settings.home / "base")))
@@ -61,12 +72,22 @@ def fetch_base(settings: Settings) -> Model:
 
 def score_model(settings: Settings, model: Model, benchmarks: list[str], limit: int | None) -> list[Score]:
     """Score one model on the benchmarks, or their first problems; answers already given are not asked for again."""
+    return [score(model, report) for report in _reports(settings, model, benchmarks, limit)]
+
+
+def answer_model(settings: Settings, model: Model, limit: int | None) -> Answered:
+    """Score one model on the first selection problems, one by one."""
+    (report,) = _reports(settings, model, [settings.selection], limit)
+    return answered(model, report)
+
+
+def _reports(settings: Settings, model: Model, benchmarks: list[str], limit: int | None) -> list[Report]:
     progress = ProgressArtifact(f"score-{settings.training_run}", f"score {model.title}")
 
     def tell(step: Progress) -> None:
         progress(f"{step.benchmark} {step.done}/{step.total}", step.done, step.total)
 
-    return [score(model, report) for report in reports(settings, model, benchmarks, limit=limit, on_progress=tell)]
+    return reports(settings, model, benchmarks, limit=limit, on_progress=tell)
 
 
 def gate_model(settings: Settings, winner: Model, references: list[Model], comparisons: int) -> list[Gate]:
@@ -147,6 +168,14 @@ score_task = task(
     retry_delay_seconds=2,
     cache_policy=NO_CACHE,
 )(score_model)
+write_task = task(name="write rungs", retries=2, retry_delay_seconds=5, cache_policy=NO_CACHE)(write_models)
+answer_task = task(
+    name="climb",
+    task_run_name="climb {model.method} {model.step}",
+    retries=2,
+    retry_delay_seconds=2,
+    cache_policy=NO_CACHE,
+)(answer_model)
 gate_task = task(name="gate", retries=2, retry_delay_seconds=2, cache_policy=NO_CACHE)(gate_model)
 champion_task = task(name="champion", retries=3, retry_delay_seconds=5, cache_policy=NO_CACHE)(find_champion)
 register_task = task(name="register", retries=3, retry_delay_seconds=5, cache_policy=NO_CACHE)(register_decision)
@@ -167,6 +196,8 @@ def decide(config: str, steps: list[int], key: str, tracking_uri: str) -> State[
         stages = Stages(
             count_task,
             predict_task,
+            write_task,
+            answer_task,
             base_task,
             score_task,
             partial(champion_task, tracking_uri=tracking_uri),
@@ -187,7 +218,14 @@ def decide(config: str, steps: list[int], key: str, tracking_uri: str) -> State[
         directory.joinpath("decision.md").write_text(page(decision), encoding="utf-8")
         show(decision, figure)
         write_json(decision_path(settings, key), decision.to_json())
+        tidy(decision)
     return Completed(message=f"{decision.verdict}: {decision.registered or decision.reason}")
+
+
+def tidy(decision: Decision) -> None:
+    """Remove the models that fell off a ladder: each manifest is in MLflow, and makes the same bytes again."""
+    for fallen in decision.dropped if decision.ladder else ():
+        shutil.rmtree(fallen.model.directory, ignore_errors=True)
 
 
 def _attempt(settings: Settings, steps: list[int]) -> tuple[int, int]:

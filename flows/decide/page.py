@@ -8,7 +8,7 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from evaluation.verdict.gate import Gate
 from flows.console import markdown_table
-from flows.state.decision import Backtested, Decision, Model, Score
+from flows.state.decision import Backtested, Decision, Model, Rung, Score
 from relex import plots
 
 
@@ -32,8 +32,9 @@ def page(decision: Decision, *, figure: str = "") -> str:
         lines.append(f"Record: [MLflow run]({decision.record_url}).")
     if decision.backtested is not None:
         lines += ["", "## Backtest (proposes)", "", *_backtested(decision.backtested)]
+    lines += _ladder(decision)
     lines += _scores("Selection (chooses)", decision.selection)
-    lines += _scores("Given up on fewer problems", decision.dropped)
+    lines += [] if decision.ladder else _scores("Given up on fewer problems", decision.dropped)
     if decision.gates:
         lines += ["", "## Gate (decides)", "", *_gates(decision)]
     lines += _scores("Report (decides nothing)", decision.report)
@@ -92,6 +93,29 @@ def _backtested(backtested: Backtested) -> list[str]:
         "hold": "Hold, no target is trusted: ",
     }
     return [f"{sentences[backtested.state]}{backtested.reason}"]
+
+
+def _ladder(decision: Decision) -> list[str]:
+    """Return the rungs that were climbed, a row a target; ↓ marks what fell below the best before it."""
+    if not decision.ladder:
+        return []
+    methods = list(dict.fromkeys(rung.method for rung in decision.ladder))
+    found = {(rung.step, rung.method): rung for rung in decision.ladder}
+    rows = [
+        (str(step), *(_rung(found.get((step, method))) for method in methods))
+        for step in sorted({rung.step for rung in decision.ladder})
+    ]
+    answers, seconds = decision.cost
+    text = (
+        f"Accuracy on the first {decision.ladder[0].n} selection problems, rung by rung. ↓ is worse than the best below"
+        " it by more than two standard errors; after two in a row a direction ends, and what lies beyond was never"
+        f" predicted. Choosing cost {answers:,} answers, {seconds:,.0f} s in the models."
+    )
+    return ["", "## Ladder (climbs)", "", text, "", *markdown_table(("step", *methods), rows)]
+
+
+def _rung(rung: Rung | None) -> str:
+    return "" if rung is None else f"{rung.accuracy:.4f}{' ↓' if rung.worse else ''}"
 
 
 def _gates(decision: Decision) -> list[str]:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from flows.errors import WindowError
 from flows.settings import Settings
 from flows.state.decision import Backtested, Model
-from flows.state.snapshot import look_at
+from flows.state.snapshot import Snapshot, look_at
 from flows.state.windows import window_directory, window_key
-from relex.backtest.convergence import Convergence, converge, propose
+from relex.backtest.convergence import Convergence, Proposal, converge, propose
 from relex.extrapolation import Request, extrapolate
 from relex.files.block_cache import BlockCache
 from relex.forecast import check_target
@@ -25,7 +25,8 @@ from relex.trajectory import Trajectory, open_trajectory
 class Predicted:
     """The last observed checkpoint and the candidates as directories, what looks wrong, and what the backtest says.
 
-    `written` is when each observed checkpoint was written, as the ledger has it (ns since the epoch).
+    Where targets are left to the backtest there are no candidates yet, but the rungs of a ladder. `written` is when
+    each observed checkpoint was written, as the ledger has it (ns since the epoch).
     """
 
     observed: Model
@@ -33,6 +34,7 @@ class Predicted:
     warnings: tuple[str, ...]
     backtested: Backtested
     written: tuple[int, ...] = ()
+    ladder: tuple[Proposal, ...] = ()
 
 
 def predict(
@@ -44,13 +46,58 @@ def predict(
     spread: Spread | None = None,
     tell: Tell | None = None,
 ) -> Predicted:
-    """Backtest the window of `steps`, and write the last observed checkpoint and every candidate.
+    """Backtest the window of `steps`, and write the last observed checkpoint and every candidate at a given target.
 
     The models are directories that are there when this returns. The last observed checkpoint is copied too: the trainer
     may prune it, and its copy has the base's tokenizer and precision like the candidates. `spread` hands the writing to
     other processes. Raises WindowError when the store no longer holds what the window was announced with, and
     RelexError.
     """
+    run, inside = _inside(settings, steps, key, blocks=blocks)
+    trajectory, converged = backtest_window(settings, run.base, inside, tell=tell)
+    last = trajectory.steps[-1]
+    proposed = propose(
+        converged,
+        methods=None if settings.methods == "auto" else settings.methods,
+        targets=None if settings.targets == "auto" else settings.targets,
+        total_steps=settings.total_steps,
+    )
+    for proposal in proposed:
+        check_target(proposal.target_step, trajectory.steps)
+    # Rungs of a ladder are written when they are reached.
+    at_once = () if settings.targets == "auto" else proposed
+    directory = window_directory(settings, key) / "models"
+    observed_model = Request(parse_method("hold"), last, directory / "observed" / f"step-{last}")
+    written, warnings = _write(settings, key, trajectory, at_once, [observed_model], spread=spread, tell=tell)
+    return Predicted(
+        Model("observed", last, str(observed_model.directory)),
+        written,
+        warnings,
+        _backtested(converged),
+        tuple(run.known[str(checkpoint.step)].written for checkpoint in inside),
+        () if at_once else proposed,
+    )
+
+
+def write_rungs(
+    settings: Settings,
+    steps: Sequence[int],
+    key: str,
+    proposals: Sequence[Proposal],
+    *,
+    blocks: BlockCache | None = None,
+    spread: Spread | None = None,
+    tell: Tell | None = None,
+) -> tuple[Model, ...]:
+    """Write some rungs of the window's ladder in one pass, those that are there already excepted; see `predict`."""
+    run, inside = _inside(settings, steps, key, blocks=blocks)
+    trajectory = open_trajectory(run.base, observed(inside, settings.store))
+    return _write(settings, key, trajectory, proposals, [], spread=spread, tell=tell)[0]
+
+
+def _inside(
+    settings: Settings, steps: Sequence[int], key: str, *, blocks: BlockCache | None
+) -> tuple[Snapshot, list[StoredCheckpoint]]:
     run = look_at(settings, settings.store, blocks=blocks)
     inside = [checkpoint for checkpoint in run.newest if checkpoint.step <= max(steps)]
     actual_key = window_key(settings, run.base, inside)
@@ -60,25 +107,29 @@ def predict(
             f" with steps {[checkpoint.step for checkpoint in inside]}. The watcher announces that one; nothing is left"
             " to do here."
         )
-    trajectory, converged = backtest_window(settings, run.base, inside, tell=tell)
-    last = trajectory.steps[-1]
-    proposed = propose(
-        converged,
-        methods=None if settings.methods == "auto" else settings.methods,
-        targets=None if settings.targets == "auto" else settings.targets,
-        total_steps=settings.total_steps,
-    )
+    return run, inside
+
+
+def _write(
+    settings: Settings,
+    key: str,
+    trajectory: Trajectory,
+    proposals: Sequence[Proposal],
+    others: Sequence[Request],
+    *,
+    spread: Spread | None,
+    tell: Tell | None,
+) -> tuple[tuple[Model, ...], tuple[str, ...]]:
+    """Write the proposals and `others` in one pass; return the models of the first, and what looks wrong."""
     directory = window_directory(settings, key) / "models"
-    requests = [Request(parse_method("hold"), last, directory / "observed" / f"step-{last}")]
-    for proposal in proposed:
-        check_target(proposal.target_step, trajectory.steps)
+    requests = []
+    for proposal in proposals:
         method = parse_method(proposal.method)
-        requests.append(
-            Request(method, proposal.target_step, directory / method.directory / f"step-{proposal.target_step}")
-        )
+        place = directory / method.directory / f"step-{proposal.target_step}"
+        requests.append(Request(method, proposal.target_step, place))
     forecasts = extrapolate(
         trajectory,
-        requests,
+        [*requests, *others],
         grams=settings.home / "grams",
         memory=int(settings.memory),
         threads=settings.threads,
@@ -86,7 +137,7 @@ def predict(
         spread=spread,
         tell=tell,
     )
-    candidates = tuple(
+    models = tuple(
         Model(
             "candidate",
             proposal.target_step,
@@ -95,11 +146,9 @@ def predict(
             made.digest,
             proposal.skill_at_least,
         )
-        for proposal, request, made in zip(proposed, requests[1:], forecasts[1:], strict=True)
+        for proposal, request, made in zip(proposals, requests, forecasts, strict=False)
     )
-    observed_model = Model("observed", last, str(requests[0].directory))
-    written = tuple(run.known[str(checkpoint.step)].written for checkpoint in inside)
-    return Predicted(observed_model, candidates, forecasts[0].warnings, _backtested(converged), written)
+    return models, forecasts[0].warnings
 
 
 def backtest_window(

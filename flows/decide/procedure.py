@@ -9,10 +9,13 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from evaluation.verdict.gate import Gate
+from flows.decide.choose import choose
 from flows.decide.predict import Predicted
-from flows.decide.search import choose, search
+from flows.search.halving import search, subsets
+from flows.search.ladder import Answered, find
 from flows.settings import Settings
 from flows.state.decision import Decision, Model, Score
+from relex.backtest.convergence import Proposal
 
 
 class ScoreStage(Protocol):
@@ -26,12 +29,15 @@ class ScoreStage(Protocol):
 class Stages:
     """What a decision is made of; each takes the settings of the decision first.
 
-    `problems` counts the selection problems, and refuses a gate that shares any. `gate` takes the chosen one, what it
+    `problems` counts the selection problems, and refuses a gate that shares any. `write` makes models of some rungs of
+    a ladder, and `answer` scores one on the first selection problems, one by one. `gate` takes the chosen one, what it
     is compared with, and how many windows share the gate's error. `champion` returns at most one model.
     """
 
     problems: Callable[[Settings], int]
     predict: Callable[[Settings, list[int], str], Predicted]
+    write: Callable[[Settings, list[int], str, list[Proposal]], Sequence[Model]]
+    answer: Callable[[Settings, Model, int | None], Answered]
     base: Callable[[Settings], Model]
     score: ScoreStage
     champion: Callable[[Settings], list[Model]]
@@ -58,7 +64,7 @@ def decide(settings: Settings, steps: Sequence[int], key: str, stages: Stages, *
         attempts=attempt[1],
         written=predicted.written,
     )
-    if not predicted.candidates:
+    if not predicted.candidates and not predicted.ladder:
         return decision
     selection: list[Score] = []
     report: list[Score] = (
@@ -74,7 +80,22 @@ def decide(settings: Settings, steps: Sequence[int], key: str, stages: Stages, *
         return first
 
     selection.append(measure(predicted.observed, problems))
-    searched = search(predicted.candidates, problems=problems, batch=settings.batch_size, measure=measure)
+    if predicted.ladder:
+        ladder, searched = find(
+            predicted.ladder,
+            predicted.observed,
+            problems=problems,
+            batch=settings.batch_size,
+            write=lambda proposals: stages.write(settings, list(steps), key, proposals),
+            answer=lambda model, limit: stages.answer(settings, model, limit),
+            measure=measure,
+        )
+        decision = replace(decision, ladder=ladder.rungs)
+        if ladder.ended:
+            decision = replace(decision, warnings=(*decision.warnings, f"The ladder ended early: {ladder.ended}"))
+    else:
+        sizes = subsets(len(predicted.candidates), problems, batch=settings.batch_size)
+        searched = search(predicted.candidates, sizes=sizes, measure=measure)
     selection += searched.finalists
     if settings.targets != "auto" and settings.report:
         # Who names targets wants to see them all.

@@ -58,8 +58,9 @@ def record(settings: Settings, decision: Decision, *, tracking_uri: str) -> Reco
 
 
 def metrics(decision: Decision) -> dict[str, float]:
-    """Return the numbers that decided."""
-    numbers = {}
+    """Return the numbers that decided, and what choosing cost."""
+    answers, seconds = decision.cost
+    numbers = {"selection_answers": float(answers), "selection_seconds": seconds} if answers else {}
     for score in decision.selection:
         if score.model == decision.winner:
             numbers["selection_accuracy"] = score.accuracy

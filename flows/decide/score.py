@@ -6,7 +6,7 @@ from pathlib import Path
 from evaluation.answers.harness import Progress, evaluate
 from evaluation.verdict.report import Report
 from flows.settings import Settings
-from flows.state.decision import Model, Score
+from flows.state.decision import Model
 
 
 def reports(
@@ -34,9 +34,3 @@ def reports(
         on_progress=on_progress,
     )
     return [each.report for each in evaluated]
-
-
-def score(model: Model, report: Report) -> Score:
-    """Return what a table shows of a report."""
-    low, high = report.interval
-    return Score(model, report.benchmark, report.accuracy, report.standard_error, report.n, low, high)

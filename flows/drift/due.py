@@ -110,7 +110,9 @@ def _status(
 
 
 def _models(decision: Decision) -> list[Model]:
-    return list(dict.fromkeys(score.model for score in (*decision.selection, *decision.dropped)))
+    # What fell off a ladder is gone, and nobody asks how far it was.
+    scores = decision.selection if decision.ladder else (*decision.selection, *decision.dropped)
+    return list(dict.fromkeys(score.model for score in scores))
 
 
 def _is_continued(decision: Decision, last: int, seen: Mapping[str, Seen], behind: set[int]) -> bool:

@@ -9,15 +9,20 @@ import math
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from deploy.local import daemon
+from evaluation.answers.harness import Progress, evaluate
 from evaluation.verdict.gate import Gate
+from evaluation.verdict.report import Report
 from flows.errors import TrainerError
 from flows.reground.settings import RegroundSettings
 from flows.reground.trainer import TEMPLATES, fill, run_trainer
+from flows.search.ladder import Answered, answered, find
+from flows.state.decision import Model, Rung
 from flows.state.records import read_json, write_json
+from relex.backtest.convergence import Proposal, rungs
 from relex.errors import CheckpointDamagedError, DuplicateError, NonFiniteError
 from relex.extrapolation import Request, extrapolate
 from relex.files.location import open_directory
@@ -56,7 +61,8 @@ class Trained:
 class Jumped:
     """The models of a cycle: `observed` is the last checkpoint as it is, `jumped` what is predicted `steps` further.
 
-    Without a jump `jumped` is empty, and `reason` says why.
+    Without a jump `jumped` is empty, and `reason` says why. `ladder` are the rungs that it was chosen from, and
+    `answers` what that cost.
     """
 
     observed: str
@@ -66,13 +72,16 @@ class Jumped:
     reason: str
     warnings: tuple[str, ...]
     seconds: float
+    ladder: tuple[Rung, ...] = ()
+    answers: int = 0
 
 
 @dataclass(frozen=True)
 class Cycle:
     """A finished cycle: `model` is what the next one starts from, and `jumped_steps` 0 when that is the checkpoint.
 
-    Accuracies are on the selection benchmark. Seconds are those of the attempt that finished each phase.
+    Accuracies are on the selection benchmark. Seconds are those of the attempt that finished each phase; a ladder is
+    scored while it is climbed, in `jump_seconds`.
     """
 
     number: int
@@ -91,6 +100,8 @@ class Cycle:
     training_seconds: float
     jump_seconds: float
     scoring_seconds: float
+    ladder: tuple[Rung, ...] = ()
+    answers: int = 0
 
     @property
     def end_step(self) -> int:
@@ -140,49 +151,122 @@ def jump(settings: RegroundSettings, plan: Plan, trained: Trained, *, tell: Tell
     The cycle's own start is the base and its steps are counted from there: W_{s+m+n} from W_s and what was observed up
     to W_{s+m} (RL-Extra, arXiv 2601.04537). The jump is cut at the total steps. Raises RelexError.
     """
-    directory = settings.cycle_directory(plan.number)
-    path = directory / "jumped.json"
+    path = settings.cycle_directory(plan.number) / "jumped.json"
     if path.is_file():
         return read_json(path, Jumped)
     began = time.monotonic()
-    last = trained.real_steps
-    reached = plan.start_step + last
-    steps = min(settings.jump_steps, settings.total_steps - reached)
-    method = parse_method(settings.method)
-    place = directory / "models" / method.directory
-    requests = [Request(parse_method("hold"), last, directory / "models" / "observed" / f"step-{reached}")]
-    reason = f"Step {reached} leaves no room for a jump before step {settings.total_steps}."
-    if steps > 0:
-        requests.append(Request(method, last + steps, place / f"step-{reached + steps}"))
-        reason = ""
-    checkpoints = _checkpoints(plan, Path(trained.checkpoints), last)
+    reached = plan.start_step + trained.real_steps
+    left = settings.total_steps - reached
+    steps = left if settings.jump_steps == "auto" else min(settings.jump_steps, left)
+    reason = "" if steps > 0 else f"Step {reached} leaves no room for a jump before step {settings.total_steps}."
+    # The rungs of a ladder are written when they are reached.
+    at_once = [] if reason or settings.jump_steps == "auto" else [trained.real_steps + steps]
+    observed_model = _request(settings, plan, "hold", trained.real_steps)
+    jumps = [_request(settings, plan, settings.method, target) for target in at_once]
+    checkpoints = _checkpoints(plan, Path(trained.checkpoints), trained.real_steps)
     try:
-        warnings = _write(settings, plan, checkpoints, requests, tell=tell)
+        warnings = _write(settings, plan, checkpoints, [observed_model, *jumps], tell=tell)
     except (CheckpointDamagedError, DuplicateError, NonFiniteError) as error:
         # Two checkpoints that differ are enough for the last one as it is; when even that fails, the training did.
-        del requests[1:]
         reason = f"Cannot predict: {error}"
-        warnings = _write(settings, plan, (checkpoints[0], checkpoints[-1]), requests, tell=tell)
+        warnings = _write(settings, plan, (checkpoints[0], checkpoints[-1]), [observed_model], tell=tell)
     jumped = Jumped(
-        observed=str(requests[0].directory),
-        jumped="" if reason else str(requests[-1].directory),
-        method=method.spec,
+        observed=str(observed_model.directory),
+        jumped="" if reason or not jumps else str(jumps[0].directory),
+        method=parse_method(settings.method).spec,
         steps=0 if reason else steps,
         reason=reason,
         warnings=warnings,
-        seconds=time.monotonic() - began,
+        seconds=0.0,
     )
+    if not reason and not jumps:
+        jumped = _climb(settings, plan, trained, jumped, checkpoints, tell=tell)
+    jumped = replace(jumped, seconds=time.monotonic() - began)
     write_json(path, asdict(jumped))
     return jumped
 
 
+def score(settings: RegroundSettings, model: Path, *, what: str, tell: Tell, limit: int | None = None) -> Report:
+    """Return the report of a model on the selection benchmark, or its first problems; what was answered is kept."""
+
+    def on_progress(step: Progress) -> None:
+        tell(what, step.done, step.total)
+
+    (evaluated,) = evaluate(
+        model,
+        [settings.selection],
+        cache=settings.home / "evaluations",
+        device=settings.device,
+        dtype=settings.dtype,
+        batch_size=settings.batch_size,
+        limit=limit,
+        backend=settings.backend,
+        evaluations=settings.evaluations,
+        on_progress=on_progress,
+    )
+    return evaluated.report
+
+
+def _climb(
+    settings: RegroundSettings,
+    plan: Plan,
+    trained: Trained,
+    jumped: Jumped,
+    checkpoints: Sequence[Checkpoint],
+    *,
+    tell: Tell,
+) -> Jumped:
+    """Return the jump that scores best on all selection problems, of a ladder up to the total steps."""
+    what = f"cycle {plan.number}: score"
+    targets = rungs(trained.real_steps, settings.total_steps - plan.start_step)
+    observed_model = Model("observed", plan.start_step + trained.real_steps, jumped.observed)
+
+    def write(proposals: list[Proposal]) -> list[Model]:
+        requests = [_request(settings, plan, proposal.method, proposal.target_step) for proposal in proposals]
+        _write(settings, plan, checkpoints, requests, tell=tell)
+        return [
+            Model("candidate", plan.start_step + each.target_step, str(each.directory), each.method.spec)
+            for each in requests
+        ]
+
+    def answer(model: Model, limit: int | None) -> Answered:
+        return answered(model, score(settings, Path(model.directory), what=what, tell=tell, limit=limit))
+
+    problems = score(settings, Path(jumped.observed), what=what, tell=tell).n
+    ladder, searched = find(
+        [Proposal(jumped.method, target, None) for target in targets],
+        observed_model,
+        problems=problems,
+        batch=settings.batch_size,
+        write=write,
+        answer=answer,
+        measure=lambda model, count: answer(model, count if count < problems else None).score,
+    )
+    answers = sum(each.answers for each in (*searched.finalists, *searched.dropped))
+    jumped = replace(jumped, ladder=ladder.rungs, answers=answers)
+    if not searched.finalists:
+        reason = f"Every jump of the ladder is worse than step {observed_model.step}."
+        return replace(jumped, jumped="", steps=0, reason=reason)
+    best = searched.finalists[0].model
+    return replace(jumped, jumped=best.directory, steps=best.step - observed_model.step)
+
+
+def _request(settings: RegroundSettings, plan: Plan, method: str, target: int) -> Request:
+    """Return the prediction of a step counted from the cycle's start; its place says the step counted from the base."""
+    parsed = parse_method(method)
+    name = "observed" if parsed.name == "hold" else parsed.directory
+    place = settings.cycle_directory(plan.number) / "models" / name / f"step-{plan.start_step + target}"
+    return Request(parsed, target, place)
+
+
 def tidy(settings: RegroundSettings, cycle: Cycle) -> None:
-    """Remove what a finished cycle does not leave to the next, if the settings say so."""
-    if settings.keep == "chosen":
-        directory = settings.cycle_directory(cycle.number)
-        for path in (*directory.glob("run-*"), *directory.glob("models/*/step-*")):
-            if str(path) != cycle.model:
-                shutil.rmtree(path)
+    """Remove the rungs that were not chosen, and what a cycle does not leave to the next if the settings say so."""
+    directory = settings.cycle_directory(cycle.number)
+    chosen = settings.keep == "chosen"
+    for path in (*directory.glob("run-*"), *directory.glob("models/*/step-*")):
+        fell = bool(cycle.ladder) and path.parent.parent.name == "models" and path.parent.name != "observed"
+        if (chosen or fell) and str(path) != cycle.model:
+            shutil.rmtree(path)
 
 
 def _checkpoints(plan: Plan, out: Path, steps: int) -> tuple[Checkpoint, ...]:

@@ -4,10 +4,8 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from evaluation.answers.harness import Progress, evaluate
 from evaluation.verdict.gate import Gate, gate
-from evaluation.verdict.report import Report
-from flows.reground.cycle import Cycle, Jumped, Plan, Trained
+from flows.reground.cycle import Cycle, Jumped, Plan, Trained, score
 from flows.reground.settings import RegroundSettings
 from flows.state.records import read_json, write_json
 from relex.progress import Tell
@@ -54,6 +52,8 @@ def judge(settings: RegroundSettings, plan: Plan, trained: Trained, jumped: Jump
         training_seconds=trained.seconds,
         jump_seconds=jumped.seconds,
         scoring_seconds=time.monotonic() - began,
+        ladder=jumped.ladder,
+        answers=jumped.answers,
     )
     write_json(path, asdict(cycle))
     return cycle
@@ -72,23 +72,3 @@ def _reason(comparison: Gate) -> str:
         f" difference is {comparison.difference:+.4f}, with {comparison.confidence:.4g} confidence at least"
         f" {comparison.lower_bound:+.4f} ({comparison.method})."
     )
-
-
-def score(settings: RegroundSettings, model: Path, *, what: str, tell: Tell) -> Report:
-    """Return the report of a model on the selection benchmark; answers already given are not asked for again."""
-
-    def on_progress(step: Progress) -> None:
-        tell(what, step.done, step.total)
-
-    (evaluated,) = evaluate(
-        model,
-        [settings.selection],
-        cache=settings.home / "evaluations",
-        device=settings.device,
-        dtype=settings.dtype,
-        batch_size=settings.batch_size,
-        backend=settings.backend,
-        evaluations=settings.evaluations,
-        on_progress=on_progress,
-    )
-    return evaluated.report

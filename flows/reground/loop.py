@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from flows.errors import RegroundError
-from flows.reground.cycle import Cycle, Jumped, Plan, Trained, jump, tidy, train
-from flows.reground.judge import judge, score
+from flows.errors import AtWorkError, RegroundError
+from flows.reground.cycle import Cycle, Jumped, Plan, Trained, jump, score, tidy, train
+from flows.reground.judge import judge
 from flows.reground.settings import Reference, RegroundSettings
 from flows.state.lock import held
 from flows.state.records import read_json, write_json
@@ -115,7 +115,7 @@ def reground(
     settings.home.mkdir(parents=True, exist_ok=True)
     with held(settings.home / "lock", seconds=2.0) as mine:
         if not mine:
-            raise RegroundError(f"another process is at work in {settings.home}. Wait for it, or stop it.")
+            raise AtWorkError(f"another process is at work in {settings.home}. Wait for it, or stop it.")
         start = _start(settings, tell)
         cycles: list[Cycle] = []
         regrounding = _summary(settings, start, cycles)

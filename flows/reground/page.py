@@ -6,9 +6,10 @@ from typing import Any
 from rich.console import Console
 
 from flows.console import markdown_table, plain_table, print_warnings
+from flows.reground.cycle import Cycle
 from flows.reground.loop import Regrounding
 
-HEADINGS = ("cycle", "start", "trained", "jumped", "accuracy", "with jump", "kept", "seconds")
+HEADINGS = ("cycle", "start", "trained", "jumped", "accuracy", "with jump", "kept", "answers", "seconds")
 
 
 def show(console: Console, regrounding: Regrounding) -> None:
@@ -25,11 +26,15 @@ def page(regrounding: Regrounding) -> str:
     lines += markdown_table(HEADINGS, rows(regrounding))
     for cycle in regrounding.cycles:
         lines += ["", f"- Cycle {cycle.number}: {cycle.reason}", *(f"  - Warning: {text}" for text in cycle.warnings)]
+        lines += [f"  - {_ladder(cycle)}"] if cycle.ladder else []
     return "\n".join(lines) + "\n"
 
 
 def rows(regrounding: Regrounding) -> list[tuple[str, ...]]:
-    """Return one row a cycle under HEADINGS; start is the step it starts from, seconds are of training."""
+    """Return one row a cycle under HEADINGS.
+
+    Start is the step it starts from, answers are those that its ladder cost, seconds are of training.
+    """
     return [
         (
             str(cycle.number),
@@ -39,6 +44,7 @@ def rows(regrounding: Regrounding) -> list[tuple[str, ...]]:
             f"{cycle.observed_accuracy:.4f}",
             "—" if cycle.jumped_accuracy is None else f"{cycle.jumped_accuracy:.4f}",
             "yes" if cycle.jumped_steps else "no",
+            str(cycle.answers or "—"),
             f"{cycle.training_seconds:.0f}",
         )
         for cycle in regrounding.cycles
@@ -58,6 +64,12 @@ def summary(regrounding: Regrounding) -> list[str]:
         f"Model: {regrounding.model}",
     ]
     return lines
+
+
+def _ladder(cycle: Cycle) -> str:
+    """Return the rungs in a line; ↓ marks what fell below the best before it."""
+    climbed = ", ".join(f"{rung.step}: {rung.accuracy:.4f}{' ↓' if rung.worse else ''}" for rung in cycle.ladder)
+    return f"Ladder of {cycle.method}, {cycle.answers:,} answers, first {cycle.ladder[0].n} problems: {climbed}."
 
 
 def _saved(regrounding: Regrounding, content: Mapping[str, Any]) -> list[str]:

@@ -4,11 +4,14 @@ import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
+import yaml
 from pydantic import Field, field_validator
 
+from evaluation.yaml_text import read_bounded_yaml
 from flows.config import Compute, Config, Name, benchmark_location, location, read_config
 from flows.errors import ConfigError
 from flows.reground.trainer import PLACEHOLDERS, TEMPLATES, Trainer
+from flows.settings import StepOrAuto
 from relex.errors import RelexError
 from relex.predictors import parse_method
 
@@ -38,11 +41,12 @@ class RegroundSettings(Compute):
     )
     directory: Path = Field(default=Path(), description="Directory the command is run in.")
     real_steps: int = Field(gt=1, description="Training steps of one cycle.")
-    jump_steps: int = Field(gt=0, description="Steps predicted after them.")
-    method: str = Field(
-        default="weight-extrapolation", description="Method of the jump, as NAME or NAME:parameter=value."
+    jump_steps: StepOrAuto = Field(
+        default="auto",
+        description="Steps predicted after them; auto: a ladder of jumps, climbed while scores last, and the best one.",
     )
-    selection: str = Field(description="Benchmark that judges every jump: a name or a YAML file.")
+    method: str = Field(default="secant", description="Method of the jump, as NAME or NAME:parameter=value.")
+    selection: str = Field(description="Benchmark that chooses and judges every jump: a name or a YAML file.")
     margin: float = Field(
         default=0.0,
         ge=0.0,
@@ -83,6 +87,15 @@ class RegroundSettings(Compute):
     def cycle_directory(self, number: int) -> Path:
         """Return where everything of one cycle lies."""
         return self.home / "cycles" / f"{number:04}"
+
+
+def is_reground(path: Path) -> bool:
+    """Whether a YAML describes a re-grounding, not a training run that is watched; one that cannot be read does not."""
+    try:
+        content = read_bounded_yaml(path)
+    except (OSError, yaml.YAMLError):
+        return False
+    return isinstance(content, dict) and "real_steps" in content
 
 
 def load_reground_settings(path: Path) -> RegroundSettings:

@@ -1,7 +1,7 @@
 """What was decided about one window, with every number that decided it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from pydantic import TypeAdapter
@@ -34,7 +34,10 @@ class Model:
 
 @dataclass(frozen=True)
 class Score:
-    """One model on one benchmark: mean score, its standard error and its 95 % interval, all in 0..1."""
+    """One model on one benchmark: mean score, its standard error and its 95 % interval, all in 0..1.
+
+    It cost `answers`, which took `seconds` in the model; 0 where an earlier version did not say.
+    """
 
     model: Model
     benchmark: str
@@ -43,6 +46,23 @@ class Score:
     n: int
     low: float = 0.0
     high: float = 1.0
+    answers: int = 0
+    seconds: float = field(default=0.0, compare=False)
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One rung of a ladder: a method at a target step, and its accuracy on the first `n` selection problems.
+
+    `worse` is than the best of its direction below it, the last observed checkpoint among them, by more than two
+    standard errors.
+    """
+
+    method: str
+    step: int
+    accuracy: float
+    n: int
+    worse: bool
 
 
 @dataclass(frozen=True)
@@ -68,8 +88,9 @@ class Decision:
     """The verdict on one window. `winner` is the candidate that went to the gate, None when none did.
 
     `selection` has the last observed checkpoint and the candidates that were scored on all selection problems,
-    `dropped` those that were given up on fewer. `attempt` of `attempts` windows of this run went to the gate. `written`
-    is when each of `steps` was written, as the ledger has it (ns since the epoch).
+    `dropped` those that were given up on fewer, `ladder` how automatic targets were climbed. `attempt` of `attempts`
+    windows of this run went to the gate. `written` is when each of `steps` was written, as the ledger has it (ns since
+    the epoch).
     """
 
     training_run: str
@@ -84,6 +105,7 @@ class Decision:
     written: tuple[int, ...] = ()
     selection: tuple[Score, ...] = ()
     dropped: tuple[Score, ...] = ()
+    ladder: tuple[Rung, ...] = ()
     report: tuple[Score, ...] = ()
     gates: tuple[Gate, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -97,6 +119,12 @@ class Decision:
     def trusted_step(self) -> int | None:
         """The furthest target step that the backtest trusts, None where it trusts none."""
         return self.backtested.trusted_step if self.backtested is not None else None
+
+    @property
+    def cost(self) -> tuple[int, float]:
+        """What choosing cost: selection answers, each counted once, and seconds in the models."""
+        scores = (*self.selection, *self.dropped)
+        return sum(score.answers for score in scores), sum(score.seconds for score in scores)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON types."""

@@ -1,9 +1,8 @@
 """When a window of a run is due for a decision: at a step that was given, or when its backtest has converged.
 
 With `window: auto` the backtest is repeated each time the run has grown by a tenth. A window is due when three looks
-agree (see relex.backtest.convergence) and its targets reach the planned end, or at max_window. After a refusal the next
-one is due once half as many steps again have been observed; every window that goes to the gate spends one of
-`attempts`.
+agree (see relex.backtest.convergence), or at max_window. After a refusal the next one is due once half as many steps
+again have been observed; every window that goes to the gate spends one of `attempts`.
 The last look is in `look.json`, so that its window stays due until it is decided.
 """
 
@@ -16,7 +15,6 @@ from flows.state.ledger import Seen
 from flows.state.records import read_json, write_json
 from flows.state.windows import decided, decisions_of, key_up_to
 from relex.backtest.convergence import GROWTH
-from relex.backtest.skill import HORIZONS
 from relex.errors import RelexError, UnreachableError
 from relex.layouts.weights import Weights
 from relex.progress import Tell
@@ -24,8 +22,6 @@ from relex.store import State, StoredCheckpoint
 
 # A refused run is looked at again when it has shown so much more.
 REARM_GROWTH = 1.5
-# How far the last automatic target goes, in multiples of the observed steps.
-REACH = round(1.0 + HORIZONS[-1])
 
 
 @dataclass(frozen=True)
@@ -121,12 +117,7 @@ def _look(
     except RelexError as error:
         # At the end the decision says so; before it, more checkpoints may help.
         return _Look(step, key, due=final, reason=str(error))
-    reason = convergence.reason
-    reaches = settings.targets != "auto" or settings.total_steps is None or step * REACH >= settings.total_steps
-    if convergence.converged and not reaches:
-        assert settings.total_steps is not None
-        reason += f" Step {settings.total_steps} is in reach from step {-(-settings.total_steps // REACH)}."
-    return _Look(step, key, due=final or (convergence.converged and reaches), reason=reason)
+    return _Look(step, key, due=final or convergence.converged, reason=convergence.reason)
 
 
 def _read(settings: Settings) -> _Look | None:

@@ -5,7 +5,8 @@ One look at a run is easily lucky. The backtest is repeated on the run as it was
 here.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,10 +21,16 @@ from relex.trajectory import Trajectory
 # From one look to the next, in steps.
 GROWTH = 1.1
 _LOOKS = 3
-# In multiples of the observed steps: what is nearer is hardly worth a model.
-_LADDER = HORIZONS[1:]
+# Of the jumps of a ladder: the first, in multiples of the observed steps, and each next one over the one before.
+_NEAREST = HORIZONS[0]
+_CLIMB = math.sqrt(2.0)
 # Two targets nearer than this are one.
 _APART = 1.05
+# Where no end is planned: a thousand times the observed steps, for a benchmark on which nothing ever falls.
+_MOST_RUNGS = 24
+
+# What is climbed besides the way that the backtest trusts.
+DIRECTIONS = ("relex", "secant")
 
 State = Literal["trusted", "unsettled", "hidden", "hold"]
 
@@ -101,18 +108,19 @@ def propose(
     targets: Sequence[int] | None,
     total_steps: int | None = None,
 ) -> tuple[Proposal, ...]:
-    """Return the predictions to score: of `methods` at `targets`, where None asks the backtest.
+    """Return the predictions to score, by method from the nearest: of `methods` at `targets`, None asks the backtest.
 
-    Asked for methods it gives RELEX and the trusted way (pinned to the latest checkpoint where none is); asked for
-    targets, multiples of the observed steps up to nine, what is trusted, and `total_steps`, beyond which it does not
-    go. None when it says hold and was asked for targets.
+    Asked for methods it gives RELEX, the secant and the trusted way. Asked for targets it gives a ladder, to be climbed
+    while scores last: the jumps grow by about √2 up to `total_steps`, or far beyond what a line can hold. None when it
+    says hold and was asked for targets.
     """
     if targets is None and convergence.state == "hold":
         return ()
     if targets is None:
-        targets = _ladder(convergence, total_steps)
+        targets = tuple(rungs(convergence.backtest.steps[-1], total_steps))
     if methods is None:
-        methods = tuple(dict.fromkeys(("relex", "relex-pinned" if convergence.way is None else convergence.way.method)))
+        trusted = () if convergence.way is None else (convergence.way.method,)
+        methods = tuple(dict.fromkeys((*DIRECTIONS, *trusted)))
     return tuple(
         Proposal(method, target, _bound(convergence, method, target)) for method in methods for target in targets
     )
@@ -146,19 +154,16 @@ def _of(state: Literal["trusted", "unsettled"], latest: Backtest, ends: tuple[in
     return Convergence(state, latest, ends, cell.way, cell.horizon, target, cell.skill, cell.lower_bound, reason)
 
 
-def _ladder(convergence: Convergence, total_steps: int | None) -> list[int]:
-    last = convergence.backtest.steps[-1]
-    wished = [round(last * (1.0 + horizon)) for horizon in _LADDER]
-    end = min(wished[-1], total_steps or wished[-1])
-    wished = [convergence.target_step or end, end, *wished]
-    targets: list[int] = []
-    for target in sorted(step for step in set(wished) if last < step <= end):
-        if targets and target < _APART * targets[-1]:
-            # The end of the run and what is trusted are wished for themselves.
-            targets[-1] = min(target, targets[-1], key=wished.index)
-        else:
-            targets.append(target)
-    return targets
+def rungs(last: int, total_steps: int | None) -> Iterator[int]:
+    """Yield the targets of a ladder from step `last`, the nearest first: to `total_steps`, or far beyond any line."""
+    before = last
+    for rung in range(_MOST_RUNGS):
+        target = max(last + round(max(1.0, _NEAREST * last) * _CLIMB**rung), before + 1)
+        if total_steps is not None and total_steps < _APART * target:
+            yield total_steps
+            return
+        yield target
+        before = target
 
 
 def _bound(convergence: Convergence, method: str, target: int) -> float | None:

@@ -134,9 +134,8 @@ def fill(
                     start = block.start + place.start
                     added = vectors.elements(start, start + len(base), dtype=deltas.dtype) if vectors else None
                     chunk = predicted(tensor, needed, base, stored=stored, deltas=deltas, added=added).to(dtype)
-                    if (tensor.source in ("combined", "rank-one") or spec.relative) and not bool(
-                        torch.isfinite(chunk).all()
-                    ):
+                    # What was read is finite; a copy too may not be in a narrower precision.
+                    if not bool(torch.isfinite(chunk).all()):
                         raise NonFiniteError(
                             f"{spec.name} predicted at step {forecasts[i].target_step} by"
                             f" {forecasts[i].method} leaves the range of {dtype}. Give a nearer target, or a"

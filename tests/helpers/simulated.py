@@ -13,15 +13,21 @@ from evaluation.verdict.gate import Gate, gate
 from evaluation.verdict.report import Report
 from flows.decide.predict import Predicted
 from flows.decide.procedure import Stages, decide
+from flows.search.ladder import Answered
 from flows.settings import Settings
 from flows.state.decision import Backtested, Decision, Model, Score
+from relex.backtest.convergence import Proposal
 
 DISCORDANT = 0.2
 _SELECTION, _GATE = "selection", "gate"
 
 
 class World:
-    """One run: the last observed checkpoint, and candidates whose true accuracy differs from its by `differences`."""
+    """One run: the last observed checkpoint, and candidates whose true accuracy differs from its by `differences`.
+
+    `climbed`: they are the rungs of one direction's ladder. `written` are those that were, `asked` the selection
+    problems that each model was scored on.
+    """
 
     def __init__(
         self,
@@ -32,6 +38,7 @@ class World:
         margin: float,
         seed: int,
         accuracy: float = 0.6,
+        climbed: bool = False,
     ) -> None:
         random = np.random.default_rng(seed)
         self.settings = Settings(
@@ -50,6 +57,9 @@ class World:
         self.observed = Model("observed", 48, "observed")
         self.candidates = tuple(Model("candidate", 60 + 12 * row, f"{row}") for row in range(len(differences)))
         self.differences = dict(zip(self.candidates, differences, strict=True))
+        self.climbed = climbed
+        self.written: list[Model] = []
+        self.asked: dict[Model, int] = {}
         self._sizes = {_SELECTION: selection, _GATE: gate}
         self._right: dict[tuple[str, Model], NDArray[np.bool_]] = {}
         for name, count in self._sizes.items():
@@ -62,12 +72,14 @@ class World:
 
     def stages(self) -> Stages:
         """Return what a decision is made of here."""
-        found = Predicted(
-            self.observed, self.candidates, (), Backtested("trusted", (40, 44, 48), "relex", 1.0, 0.6, 0.5, 96, "")
-        )
+        backtested = Backtested("trusted", (40, 44, 48), "relex", 1.0, 0.6, 0.5, 96, "")
+        rungs = tuple(Proposal("line", model.step, None) for model in self.candidates) if self.climbed else ()
+        found = Predicted(self.observed, () if rungs else self.candidates, (), backtested, ladder=rungs)
         return Stages(
             problems=lambda settings: self._sizes[_SELECTION],
             predict=lambda settings, steps, key: found,
+            write=self._write,
+            answer=self._answer,
             base=lambda settings: self.observed,
             score=self._score,
             champion=lambda settings: [],
@@ -78,9 +90,21 @@ class World:
         """Decide as for a real run."""
         return decide(self.settings, [24, 48], "key", self.stages(), attempt=attempt)
 
+    def _write(self, settings: Settings, steps: list[int], key: str, proposals: list[Proposal]) -> list[Model]:
+        models = {model.step: model for model in self.candidates}
+        found = [models[proposal.target_step] for proposal in proposals]
+        self.written += found
+        return found
+
+    def _answer(self, settings: Settings, model: Model, limit: int | None) -> Answered:
+        right = self._right[_SELECTION, model][:limit]
+        return Answered(self._score(settings, model, [_SELECTION], limit)[0], tuple(map(float, right)))
+
     def _score(self, settings: Settings, model: Model, benchmarks: list[str], limit: int | None) -> list[Score]:
+        if _SELECTION in benchmarks:
+            self.asked[model] = max(self.asked.get(model, 0), limit or self._sizes[_SELECTION])
         return [
-            Score(model, name, float(right.mean()), 0.0, len(right))
+            Score(model, name, float(right.mean()), 0.0, len(right), answers=len(right))
             for name in benchmarks
             for right in [self._right[name, model][:limit]]
         ]

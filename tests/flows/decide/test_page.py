@@ -2,8 +2,8 @@ import json
 from dataclasses import replace
 
 from evaluation.verdict.gate import Gate
+from flows.decide.choose import choose
 from flows.decide.page import page
-from flows.decide.search import choose
 from flows.state.decision import Decision, Model, Score
 
 OBSERVED = Model("observed", 48, "/models/observed/step-48")

@@ -17,16 +17,13 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from deploy.local import daemon
 from evaluation.answers.fingerprint import fingerprint
 from evaluation.benchmarks.benchmark import write_benchmark
 from evaluation.errors import BackendError
-from flows.demo.model import build_tokenizer
 from flows.errors import ConfigError, RegroundError, TrainerError
-from flows.reground.cycle import Plan, Trained, jump
-from flows.reground.judge import score
+from flows.reground.cycle import Plan, Trained, jump, score
 from flows.reground.loop import Regrounding, reground
 from flows.reground.page import page
 from flows.reground.settings import Reference, RegroundSettings, load_reground_settings
@@ -34,6 +31,7 @@ from flows.reground.trainer import TEMPLATES, fill, run_trainer
 from flows.state.lock import held
 from relex.errors import DuplicateError
 from tests.helpers import ROOT
+from tests.helpers.larger_digit import larger, write_models
 from tests.helpers.straight_run import WriteCheckpoint
 
 HERE = Path(__file__).parent
@@ -67,44 +65,6 @@ class Scene:
     whole: Regrounding
 
 
-def write_models(root: Path) -> None:
-    """Write an untrained base and a teacher that says which of two digits is larger."""
-    tokenizer = build_tokenizer()
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=16,
-        tie_word_embeddings=True,
-        initializer_range=0.2,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        dtype=torch.float32,
-    )
-    model = Qwen2ForCausalLM(config)
-    texts = [row["prompt"] + row["answer"] for row in larger()]
-    tokens = torch.tensor([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts])
-    labels = tokens.clone()
-    labels[:, :4] = -100
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for name, steps in (("base", 0), ("teacher", 150)):
-        for _ in range(steps):
-            optimizer.zero_grad()
-            model(input_ids=tokens, labels=labels).loss.backward()
-            optimizer.step()
-        model.save_pretrained(root / name)
-        tokenizer.save_pretrained(root / name)
-
-
-def larger() -> list[dict[str, str]]:
-    return [{"prompt": f"{a}{b}=", "answer": str(max(a, b))} for a in range(10) for b in range(10)]
-
-
 def write_config(root: Path, name: str, *options: str, **changes: Any) -> Path:
     content = {
         "training_run": name,
@@ -115,6 +75,7 @@ def write_config(root: Path, name: str, *options: str, **changes: Any) -> Path:
         ],
         "real_steps": REAL,
         "jump_steps": JUMP,
+        "method": "weight-extrapolation",
         "selection": "larger.yaml",
         "total_steps": TOTAL,
         "memory": "64MiB",
@@ -218,6 +179,35 @@ def test_killed_anywhere_the_same_call_ends_in_the_same_model(
         for path in settings.home.rglob(name):
             assert path.stat().st_mtime_ns == finished.get(path, path.stat().st_mtime_ns)
     assert len(list(settings.home.glob("cycles/*/run-*"))) == 2
+
+
+@pytest.mark.slow
+def test_a_ladder_takes_the_best_jump_and_killed_while_it_climbs_it_pays_for_no_answer_again(scene: Scene) -> None:
+    settings = begin(scene, "ladder", jump_steps="auto", method="secant", total_steps=12)
+    command = [sys.executable, str(HERE / "dying_reground.py"), str(scene.root / "ladder.yaml"), "step-7-1"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    died = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=300)
+    assert died.stdout == "step-7-1 -9\n", died.stderr
+    # Rungs 5 and 6 were written and scored in one pass, and 7 was about to be there.
+    models = settings.cycle_directory(1) / "models/secant"
+    assert sorted(path.name for path in models.glob("step-*")) == ["step-5", "step-6"]
+    reports = {path: path.stat().st_mtime_ns for path in settings.home.rglob("report.json")}
+    found = reground(settings, tell=silent)
+    first = found.cycles[0]
+    assert [rung.step for rung in first.ladder[:4]] == [5, 6, 7, 8]
+    best = max(rung.accuracy for rung in first.ladder)
+    assert first.jumped_accuracy == best
+    assert first.start_step + first.real_steps + first.jumped_steps in {
+        rung.step for rung in first.ladder if rung.accuracy == best
+    }
+    assert first.answers == 100 * len(first.ladder)
+    assert all(path.stat().st_mtime_ns == written for path, written in reports.items())
+    for journal in settings.home.glob("evaluations/*/journal.jsonl"):
+        chunks = [json.loads(line)["chunk"] for line in journal.read_text().splitlines()]
+        assert len(chunks) == len(set(chunks))
+    # Of the rungs only the chosen one stays, and the page tells them all.
+    assert [str(path) for path in models.glob("step-*")] == [first.model]
+    assert f"Ladder of secant, {first.answers} answers, first 100 problems: 5: " in page(found)
 
 
 @pytest.mark.slow

@@ -215,10 +215,14 @@ def test_window_targets_and_attempts_are_left_to_the_backtest(
     assert decision.window <= STEPS
     assert decision.backtested is not None
     assert decision.backtested.state == "trusted", decision.backtested.reason
-    # What is trusted is among the targets, and the planned end is the last of them.
+    # Every rung that was climbed was scored, and what fell off is gone from the disk.
     targets = {score.model.step for score in (*decision.selection, *decision.dropped)}
-    assert decision.trusted_step in targets
-    assert max(targets) == 150
+    assert {rung.step for rung in decision.ladder} == targets - {decision.window}
+    assert max(targets) <= 150
+    assert {rung.method for rung in decision.ladder} >= {"relex"}
+    assert [Path(score.model.directory).is_dir() for score in decision.dropped] == [False] * len(decision.dropped)
+    assert decision.winner is not None
+    assert Path(decision.winner.directory).is_dir()
     # Five hundredths, shared by two windows.
     assert [(item.confidence, item.comparisons) for item in decision.gates] == [(0.95, 2)]
     asked = {"artifacts": {"key": {"any_": ["decision-automatic"]}}}

@@ -34,7 +34,7 @@ from deploy.local.server import PREFECT, admits
 from deploy.local.stack import Stack
 from deploy.registry import models
 from deploy.runs import record
-from flows.cli import main
+from flows.cli import main, operate
 from tests.helpers.api import call
 from tests.helpers.stacks import access, auth, headers, prefect_settings
 from tests.helpers.waiting import wait_for
@@ -177,7 +177,9 @@ def test_what_is_ours_is_let_in(servers: Stack) -> None:
         asyncio.run(subscribe())
 
 
-def test_an_address_with_the_password_opens_a_page_whose_address_has_none(servers: Stack) -> None:
+def test_an_address_with_the_password_opens_a_page_whose_address_has_none(
+    servers: Stack, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A page at an address with a password in it may fetch nothing, in a browser."""
     told = stack.how_to_enter_first(servers.home)
     for url in (servers.prefect_url, servers.mlflow_url):
@@ -191,6 +193,11 @@ def test_an_address_with_the_password_opens_a_page_whose_address_has_none(server
     ).json()
     assert (settings["api_url"], settings["auth"]) == (servers.prefect_api_url, None)
     assert access(servers).password not in stack.how_to_enter(servers.home)
+    operate._show_entry(servers.home, known=False)
+    assert [line.partition(":")[0].strip() for line in capsys.readouterr().out.splitlines() if "/enter" in line] == [
+        "Prefect",
+        "MLflow",
+    ]
 
 
 def test_a_link_on_another_site_may_be_followed(servers: Stack) -> None:

@@ -333,6 +333,16 @@ def test_progress_counts_every_element_once(run: Run, tmp_path: Path) -> None:
     assert seen == sorted(seen)
 
 
+def test_a_copy_that_leaves_the_range_of_a_narrower_precision_is_refused(tmp_path: Path) -> None:
+    states = drift(base=torch.float32, stored=torch.float32)
+    for state in states.values():
+        state[FROZEN] = torch.full_like(state[FROZEN], 7e4)
+    trajectory = write_run(tmp_path, states).open()
+    made = forecast(trajectory, measure(trajectory), parse_method("hold"), target_step=100, dtype="float16")
+    with pytest.raises(NonFiniteError, match=rf"{FROZEN} predicted .* leaves the range of torch\.float16"):
+        write(trajectory, made, tmp_path / "out")
+
+
 def test_a_prediction_that_leaves_the_range_of_its_precision_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     run = write_run(tmp_path, drift(base=torch.float16, stored=torch.float16))
     trajectory = run.open()
