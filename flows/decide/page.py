@@ -99,19 +99,25 @@ def _ladder(decision: Decision) -> list[str]:
     """Return the rungs that were climbed, a row a target; ↓ marks what fell below the best before it."""
     if not decision.ladder:
         return []
-    methods = list(dict.fromkeys(rung.method for rung in decision.ladder))
-    found = {(rung.step, rung.method): rung for rung in decision.ladder}
-    rows = [
-        (str(step), *(_rung(found.get((step, method))) for method in methods))
-        for step in sorted({rung.step for rung in decision.ladder})
-    ]
+    headings, rows = rungs(decision.ladder)
     answers, seconds = decision.cost
     text = (
         f"Accuracy on the first {decision.ladder[0].n} selection problems, rung by rung. ↓ is worse than the best below"
         " it by more than two standard errors; after two in a row a direction ends, and what lies beyond was never"
         f" predicted. Choosing cost {answers:,} answers, {seconds:,.0f} s in the models."
     )
-    return ["", "## Ladder (climbs)", "", text, "", *markdown_table(("step", *methods), rows)]
+    return ["", "## Ladder (climbs)", "", text, "", *markdown_table(headings, rows)]
+
+
+def rungs(ladder: Sequence[Rung]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return the headings and rows of a ladder's table: a row a target, a column a method."""
+    methods = list(dict.fromkeys(rung.method for rung in ladder))
+    found = {(rung.step, rung.method): rung for rung in ladder}
+    rows = [
+        (str(step), *(_rung(found.get((step, method))) for method in methods))
+        for step in sorted({rung.step for rung in ladder})
+    ]
+    return ("step", *methods), rows
 
 
 def _rung(rung: Rung | None) -> str:
