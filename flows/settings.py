@@ -54,7 +54,7 @@ class Settings(Compute):
     attempts: int = Field(
         default=3,
         gt=0,
-        description="With window auto: how many windows may go to the gate, which share its error equally.",
+        description="With window auto: how many windows may go to the gate, which share most of its error equally.",
     )
     selection: str = Field(description="Benchmark that chooses among the candidates: a name or a YAML file.")
     gate: str = Field(description="Benchmark that decides on the chosen one: a name or a YAML file.")

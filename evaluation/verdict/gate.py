@@ -5,7 +5,8 @@ see evaluation.verdict.bounds, is compared with -margin: above it the gate is pa
 0 asks whether the candidate is better.
 
 Who compares several times on the same problems, several candidates or several windows of one run, passes one by luck
-more often. Of `comparisons` in all, each is made with an error of (1 - confidence) / comparisons (Bonferroni).
+more often. Of `comparisons` in all, each is made with an error of (1 - confidence) / comparisons (Bonferroni), or with
+that of its `look` (see evaluation.verdict.looks).
 """
 
 import math
@@ -16,16 +17,21 @@ from pydantic import AliasChoices, Field
 
 from evaluation.errors import ComparisonError
 from evaluation.verdict.bounds import POWER, paired_bounds
+from evaluation.verdict.looks import Look
 from evaluation.verdict.report import Report
+
+# Bounds are given for no smaller one.
+_LEAST_ERROR = 1e-6
 
 
 @dataclass(frozen=True)
 class Gate:
     """What the comparison showed; differences and bounds are in score units, candidate minus reference.
 
-    `confidence` is that of all `comparisons` together; bounds and interval are at `confidence_each`. `needed` is how
-    many problems pass the gate four times in five if the differences go on as they were; None where it is passed or no
-    number does. What a gate of an earlier version did not hold is None.
+    `confidence` is that of all `comparisons` together; bounds and interval are at `confidence_each`, which is that of
+    `error` where looks are counted: this is the `look`-th at these problems. `needed` is how many problems pass it four
+    times in five if the differences go on as they were; None where it is passed or no number does. What a gate of an
+    earlier version did not hold is None.
     """
 
     candidate: str
@@ -47,6 +53,8 @@ class Gate:
     wins: int | None = None
     losses: int | None = None
     needed: int | None = None
+    look: int | None = None
+    error: float | None = None
 
     @property
     def passed(self) -> bool:
@@ -56,7 +64,7 @@ class Gate:
     @property
     def confidence_each(self) -> float:
         """Return the confidence of this comparison, one of `comparisons`."""
-        return 1 - (1 - self.confidence) / self.comparisons
+        return 1 - (self.error if self.error is not None else (1 - self.confidence) / self.comparisons)
 
     @property
     def sentence(self) -> str:
@@ -88,6 +96,8 @@ class Gate:
 
     @property
     def _correction(self) -> str:
+        if self.look is not None:
+            return f", look {self.look} at {self.benchmark}, {_percent(self.confidence)} over all looks"
         if self.comparisons == 1:
             return ""
         return (
@@ -96,11 +106,18 @@ class Gate:
 
 
 def gate(
-    candidate: Report, reference: Report, *, margin: float, confidence: float = 0.95, comparisons: int = 1
+    candidate: Report,
+    reference: Report,
+    *,
+    margin: float,
+    confidence: float = 0.95,
+    comparisons: int = 1,
+    look: Look | None = None,
 ) -> Gate:
     """Return whether `candidate` is shown to be worse than `reference` by less than `margin` (score units; 0: better).
 
-    `comparisons` is their number on these problems, this one included, of which none may pass by luck.
+    `comparisons` is their number on these problems, this one included, of which none may pass by luck. A `look` has an
+    error of its own; one without any shows nothing.
     Refuses with ComparisonError what cannot be paired: another benchmark, digest, metric, set of problems or setting;
     fewer than two problems; scores outside 0..1; a margin outside [0, 1), a confidence outside (0.5, 1), no comparison.
     """
@@ -111,13 +128,14 @@ def gate(
         raise ComparisonError(f"confidence is {confidence} and must be between 0.5 and 1, such as 0.95.")
     if comparisons < 1:
         raise ComparisonError(f"comparisons is {comparisons} and must be at least 1: it counts this one.")
+    error = (1 - confidence) / comparisons if look is None else look.error
     bounds = paired_bounds(
         [score for _, score in candidate.scores],
         [score for _, score in reference.scores],
         margin=margin,
-        confidence=1 - (1 - confidence) / comparisons,
+        confidence=1 - max(error, _LEAST_ERROR),
     )
-    passed = bounds.lower_bound > -margin
+    passed = error > 0 and bounds.lower_bound > -margin
     return Gate(
         candidate=candidate.model,
         reference=reference.model,
@@ -137,6 +155,8 @@ def gate(
         wins=bounds.wins,
         losses=bounds.losses,
         needed=None if passed else bounds.needed,
+        look=None if look is None else look.number,
+        error=None if look is None else look.error,
     )
 
 

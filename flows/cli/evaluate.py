@@ -122,7 +122,9 @@ def evaluate(
 
     with Bars(err) as bars:
         if compared:
-            pairs = compare_pair(model, score, margin=margin, confidence=confidence)
+            pairs = compare_pair(
+                model, score, margin=margin, confidence=confidence, looks=cache_directory(cache) / "looks"
+            )
         elif logits_from is None or alpha is None:
             scored = score(model[0])
         else:

@@ -21,6 +21,7 @@ from deploy import registry
 from evaluation.answers.harness import Progress
 from evaluation.benchmarks.overlap import refuse_overlap
 from evaluation.verdict.gate import Gate, gate
+from evaluation.verdict.looks import spend
 from evaluation.verdict.report import Report
 from flows.decide import procedure
 from flows.decide.gate_results import gate_results_path, write_gate_results
@@ -93,16 +94,25 @@ def _reports(settings: Settings, model: Model, benchmarks: list[str], limit: int
 def gate_model(settings: Settings, winner: Model, references: list[Model], comparisons: int) -> list[Gate]:
     """Compare the chosen candidate with each reference on the gate benchmark, problem by problem.
 
-    `comparisons` windows of the run share the error.
+    `comparisons` windows of the run share the error with what looks there were at this gate before.
     """
     scored = [(model, reports(settings, model, [settings.gate])[0]) for model in (winner, *references)]
     return gate_scored(settings, scored, comparisons)
 
 
 def gate_scored(settings: Settings, scored: list[tuple[Model, Report]], comparisons: int) -> list[Gate]:
-    """Compare the first of the scored models with each of the others, and keep what was compared."""
+    """Compare the first of the scored models with each of the others, and keep what was compared.
+
+    It is one look of this training run at the gate, however often it is done.
+    """
     winner, ours = scored[0]
     confidence = settings.confidence
+    look = spend(
+        settings.home / "looks.json",
+        [report for _, report in scored],
+        confidence=confidence,
+        planned=comparisons,
+    )
     # A promotion judges again by them, without a model.
     write_gate_results(
         gate_results_path(settings, winner),
@@ -111,6 +121,7 @@ def gate_scored(settings: Settings, scored: list[tuple[Model, Report]], comparis
         margin=settings.margin,
         confidence=confidence,
         comparisons=comparisons,
+        look=look,
     )
     return [
         replace(
@@ -121,6 +132,7 @@ def gate_scored(settings: Settings, scored: list[tuple[Model, Report]], comparis
                 margin=settings.margin if reference.role == "observed" else 0.0,
                 confidence=confidence,
                 comparisons=comparisons,
+                look=look,
             ),
             candidate=winner.title,
             reference=reference.title,

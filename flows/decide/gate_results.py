@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import AliasChoices, Field, TypeAdapter, ValidationError
 
+from evaluation.verdict.looks import Look
 from evaluation.verdict.report import Report
 from flows.errors import PromotionError
 from flows.settings import Settings
@@ -33,7 +34,8 @@ class Scored:
 class GateResults:
     """Scores that were compared, and on which terms.
 
-    `comparisons` windows or candidates share the error 1 - confidence. `margin` is for the last observed checkpoint; a
+    `comparisons` windows or candidates share the error 1 - confidence; a `look` has its own (see
+    evaluation.verdict.looks). `margin` is for the last observed checkpoint; a
     champion has to be beaten.
     """
 
@@ -43,6 +45,7 @@ class GateResults:
     confidence: float
     # Gate results of earlier versions hold it as looks.
     comparisons: Annotated[int, Field(validation_alias=AliasChoices("comparisons", "looks"))]
+    look: Look | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON types."""
@@ -81,10 +84,16 @@ def write_gate_results(
     margin: float,
     confidence: float,
     comparisons: int = 1,
+    look: Look | None = None,
 ) -> Path:
     """Write what the gate compared to `path`, for `deploy.registry.register(gate_reports=[path])`; returns the path."""
     results = GateResults(
-        Scored(*candidate), tuple(Scored(*reference) for reference in references), margin, confidence, comparisons
+        Scored(*candidate),
+        tuple(Scored(*reference) for reference in references),
+        margin,
+        confidence,
+        comparisons,
+        look,
     )
     write_json(path, results.to_json())
     return path

@@ -133,7 +133,14 @@ def _of(version: RegisteredModelVersion, known: Sequence[GateResults]) -> Iterat
 
 
 def _gate(terms: GateResults, ours: Scored, theirs: Scored, *, margin: float) -> Gate:
-    judged = gate(ours.report, theirs.report, margin=margin, confidence=terms.confidence, comparisons=terms.comparisons)
+    judged = gate(
+        ours.report,
+        theirs.report,
+        margin=margin,
+        confidence=terms.confidence,
+        comparisons=terms.comparisons,
+        look=terms.look,
+    )
     return replace(judged, candidate=ours.model.title, reference=theirs.model.title)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ from rich.console import Console
 
 from evaluation.verdict.differences import Difference, find_differences
 from evaluation.verdict.gate import Gate, gate
-from evaluation.verdict.report import Evaluated
+from evaluation.verdict.looks import Look, spend
+from evaluation.verdict.report import Evaluated, Report
 from flows.console import plain_table, print_line
 
 # Of a prompt or an answer, in characters: the end says most, since it holds the question and the result.
@@ -37,12 +39,27 @@ def compare_pair(
     *,
     margin: float,
     confidence: float,
+    looks: Path,
 ) -> list[Versus]:
-    """Return the first of two models against the second, one comparison a benchmark."""
+    """Return the first of two models against the second, one comparison a benchmark.
+
+    Of the same two on more or fewer problems each is a further look; `looks` is the directory where they are counted.
+    """
     candidate, reference = (evaluate(model) for model in models)
+
+    def look(pair: Sequence[Report]) -> Look:
+        of = sha256(" ".join(report.model_digest for report in pair).encode()).hexdigest()[:16]
+        return spend(looks / f"{of}.json", pair, confidence=confidence)
+
     return [
         Versus(
-            gate(ours.report, theirs.report, margin=margin, confidence=confidence),
+            gate(
+                ours.report,
+                theirs.report,
+                margin=margin,
+                confidence=confidence,
+                look=look([ours.report, theirs.report]),
+            ),
             tuple(find_differences(ours, theirs)),
         )
         for ours, theirs in zip(candidate, reference, strict=True)

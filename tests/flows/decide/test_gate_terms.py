@@ -1,7 +1,11 @@
 """The terms of the gate: who is compared by which margin, and what a promotion judges by later."""
 
 from dataclasses import replace
+from pathlib import Path
 
+import pytest
+
+from evaluation.verdict.gate import Gate
 from flows.decide.flow import gate_scored
 from flows.decide.gate_results import GateResults, gate_results_path
 from flows.settings import Settings
@@ -31,8 +35,30 @@ def test_what_is_kept_holds_the_terms_of_the_gate(settings: Settings) -> None:
     assert [(each.model, each.report) for each in (kept.candidate, *kept.references)] == scored
 
 
-def test_more_windows_make_every_gate_harder(settings: Settings) -> None:
+def test_more_windows_make_every_gate_harder(settings: Settings, tmp_path: Path) -> None:
     scored = [(WINNER, report(26)), (OBSERVED, replace(report(20), model="observed"))]
-    bounds = [gate_scored(settings, scored, comparisons)[0].lower_bound for comparisons in (1, 3, 9)]
+    places = {
+        comparisons: settings.model_copy(update={"state": tmp_path / f"{comparisons}"}) for comparisons in (1, 3, 9)
+    }
+    bounds = [gate_scored(place, scored, comparisons)[0].lower_bound for comparisons, place in places.items()]
     assert bounds == sorted(bounds, reverse=True)
     assert len(set(bounds)) == 3
+
+
+def test_every_decision_of_a_run_is_one_look_at_its_gate_whatever_is_edited(settings: Settings) -> None:
+    def decided(number: int, **edited: object) -> Gate:
+        ours = replace(report(26), model_digest=f"candidate {number}")
+        scored = [(WINNER, ours), (OBSERVED, report(20)), (CHAMPION, report(10))]
+        return gate_scored(settings.model_copy(update=edited), scored, 1)[0]
+
+    first = decided(1)
+    assert (first.look, first.error) == (1, pytest.approx(0.04))
+    # Killed and done again, or edited in what changes no model: the same look, with the error it had.
+    assert decided(1, attempts=5) == first
+    second = decided(2, methods=["raw"], targets=[300], window=40)
+    assert (second.look, second.error) == (2, pytest.approx(0.005))
+    assert second.lower_bound < first.lower_bound
+    assert "look 2 at digits-gate, 95 % over all looks" in second.sentence
+    kept = GateResults.from_json(gate_results_path(settings, WINNER).read_text())
+    assert kept.look is not None
+    assert (kept.look.number, kept.look.error) == (2, second.error)
