@@ -70,6 +70,11 @@ class Settings(Compute):
     state: Path = Field(
         default=Path(".relex"), description="Directory for everything relex keeps about this run, made when missing."
     )
+    output_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        default=None,
+        description="Precision of predictions and of the last observed copy: bfloat16 loses deltas that float32 keeps;"
+        " by default the base's.",
+    )
     shard_size: ByteSize | None = Field(
         default=None,
         gt=0,

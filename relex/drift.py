@@ -135,14 +135,18 @@ def drift(
     return _drift(sums, models[1].forecast)
 
 
-def write_as_predicted(base: Weights, real: Checkpoint, out: Path, *, memory: int, threads: int) -> None:
-    """Write a real checkpoint as predictions are, with the base's tokenizer and in its precision, unless it is there.
+def write_as_predicted(
+    base: Weights, real: Checkpoint, out: Path, *, memory: int, threads: int, dtype: str | None = None
+) -> None:
+    """Write a real checkpoint as predictions are, with the base's tokenizer, unless it is there.
+
+    It is stored in `dtype` (None: in the base's).
 
     That is a plain model directory, whatever the layout and wherever it lies. Raises as `materialise` does.
     """
     trajectory = _alone(base, real)
     gram = measure(trajectory, memory=memory, threads=threads)
-    made = forecast(trajectory, gram, parse_method("hold"), target_step=real.step)
+    made = forecast(trajectory, gram, parse_method("hold"), target_step=real.step, dtype=dtype)
     materialise(trajectory, [Output(made, out)], contents=gram.contents, memory=memory, threads=threads)
 
 

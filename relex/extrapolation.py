@@ -17,6 +17,7 @@ from relex.output import manifest
 from relex.output.adapter import adapter_digest, check_adapters, write_adapter
 from relex.output.manifest import Manifest
 from relex.output.materialise import Output, materialise
+from relex.output.rounding import surviving, warning
 from relex.output.shards import Spread
 from relex.output.upload import check_destination, discard_other, is_uploaded, staged, upload
 from relex.predictors import Method
@@ -108,6 +109,12 @@ def extrapolate(
         )
     if tell is not None:
         tell("fitting", len(requests), len(requests))
+    if form == "model":
+        shares = surviving(trajectory, forecasts, memory=memory, threads=threads)
+        forecasts = [
+            replace(made, surviving=share, warnings=(*made.warnings, *filter(None, [warning(share, made)])))
+            for made, share in zip(forecasts, shares, strict=True)
+        ]
     missing = []
     for made, request in zip(forecasts, requests, strict=True):
         digest = adapter_digest(made) if form == "adapter" else made.digest

@@ -48,10 +48,11 @@ class TensorForecast:
 class Forecast:
     """One predicted checkpoint. `steps`, `digests` and `coefficients` are in the order of the observed checkpoints.
 
-    `norm` is of what is predicted, `norm_band` where the delta's norm is with 90 % if the run goes on along a line (see
-    `interval`). `warnings` say what looks wrong in the window (see `sanity`), a line each. `vectors` are what is added
-    to rank-one tensors: not among the JSON, and absent from a forecast that was read back, where the tensors have their
-    digests.
+    `surviving` is the share of its delta that survives the rounding to `dtype` (see relex.output.rounding), None where
+    nothing is rounded. `norm` is of what is predicted, `norm_band` where the delta's norm is with 90 % if the run goes
+    on along a line (see `interval`). `warnings` say what looks wrong in the window (see `sanity`), a line each.
+    `vectors` are what is added to rank-one tensors: not among the JSON, and absent from a forecast that was read back,
+    where the tensors have their digests.
     """
 
     method: str
@@ -69,6 +70,7 @@ class Forecast:
     energy: float
     r_squared: float
     warnings: tuple[str, ...]
+    surviving: float | None = None
     vectors: Mapping[str, RankOne] = field(default_factory=dict, compare=False, repr=False)
 
     @property

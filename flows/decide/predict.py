@@ -133,6 +133,7 @@ def _write(
         grams=settings.home / "grams",
         memory=int(settings.memory),
         threads=settings.threads,
+        dtype=settings.output_dtype,
         shard_size=settings.shard_size,
         spread=spread,
         tell=tell,

@@ -106,7 +106,14 @@ def _accuracies(settings: Settings, base: Weights, prediction: Reached, tell: Te
     if not prediction.benchmarks:
         return ()
     directory = _real_models(settings) / f"step-{prediction.real.step}"
-    write_as_predicted(base, prediction.real, directory, memory=int(settings.memory), threads=settings.threads)
+    write_as_predicted(
+        base,
+        prediction.real,
+        directory,
+        memory=int(settings.memory),
+        threads=settings.threads,
+        dtype=settings.output_dtype,
+    )
     real = Model("observed", prediction.real.step, str(directory))
 
     def on_progress(step: Progress) -> None:

@@ -28,6 +28,9 @@ def key_of(settings: Settings, base: Weights, checkpoints: Mapping[int, str]) ->
     deciding = ("training_run", "window", "targets", "total_steps", "methods", "attempts", "margin", "confidence")
     scoring = ("selection", "gate", "report", "registered_model", "dtype", "batch_size", "backend")
     content = {name: getattr(settings, name) for name in (*deciding, *scoring)}
+    if settings.output_dtype is not None:
+        # Only then: windows of earlier versions keep their names.
+        content["output_dtype"] = settings.output_dtype
     content["base"] = base.identity
     content["checkpoints"] = [[step, identity] for step, identity in sorted(checkpoints.items())]
     return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
