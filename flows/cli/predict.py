@@ -183,6 +183,7 @@ def compare(
     Example: relex compare runs/qwen --base models/qwen-base --benchmark my-benchmark.yaml --window 75
     --target-step 200 --target-step 500 --method relex --method raw --method expo
     """
+    from flows.cli.gates import refuse_gates
     from flows.study.compare import Plan, Scoring
     from flows.study.compare import compare as compare_methods
     from flows.study.resources import Resources
@@ -192,6 +193,7 @@ def compare(
     targets = tuple(sorted(set(target_step)))
     plan = Plan(tuple(methods.values()), targets, window=reading.window, logits=logits, reconstruct=reconstruct)
     names = tuple(dict.fromkeys(benchmark))
+    refuse_gates(run, names)
     scoring = Scoring(names, device=device, dtype=dtype, batch_size=batch_size, limit=limit)
     with reading.session() as (bars, blocks):
         comparison = compare_methods(

@@ -14,6 +14,8 @@ from transformers import AutoTokenizer, Qwen2ForCausalLM
 from evaluation.answers.fingerprint import fingerprint
 from evaluation.benchmarks.benchmark import write_benchmark
 from evaluation.verdict.report import Report
+from flows.cli.gates import refuse_gates
+from flows.errors import ConfigError
 from flows.study.compare import difference
 from tests.evaluation.conftest import write_model
 from tests.helpers import cli
@@ -162,6 +164,32 @@ def test_compare_refuses_in_one_line(store: Path, capsys: pytest.CaptureFixture[
             relex(capsys, *comparing(store, "--out", tmp_path / "out", *more))
         assert str(caught.value).count("\n") == 1
         assert not (tmp_path / "out" / "compare.json").exists()
+
+
+@pytest.mark.parametrize("where", [".", "run", "elsewhere"])
+def test_compare_refuses_the_gate_that_a_config_of_the_run_names(
+    store: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    place = {".": store, "run": store / "run", "elsewhere": tmp_path / "elsewhere"}[where]
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    content = {"training_run": "sums", "checkpoints": str(store / "run"), "selection": "math_select"}
+    config = place / "relex.yaml"
+    config.write_text(json.dumps(content | {"gate": str(store / "sums.yaml")}))
+    (place / "broken.yaml").write_text("{")
+    command = comparing(store, "--out", tmp_path / "out", "--target-step", LATER)
+    with pytest.raises(Refused, match=rf"sums\.yaml is the gate of training run sums in {config}: methods") as caught:
+        relex(capsys, *command)
+    assert "its selection benchmark, math_select" in str(caught.value)
+    assert str(caught.value).count("\n") == 1
+    config.write_text(json.dumps(content | {"gate": str(store / "sums.yaml"), "checkpoints": "another-run"}))
+    refuse_gates(str(store / "run"), [str(store / "sums.yaml")])
+    config.write_text(json.dumps(content | {"gate": "math_gate"}))
+    refuse_gates(str(store / "run"), [str(store / "sums.yaml")])
+    with pytest.raises(ConfigError, match="math_gate@chat is the gate"):
+        refuse_gates(str(store / "run"), ["math_gate@chat"])
+    config.unlink()
+    (place / "broken.yaml").unlink()
 
 
 def slow_logprobs(model: Path, prompt: str, response: str) -> list[float]:
