@@ -334,7 +334,7 @@ def decision_table(rows: Sequence[Row]) -> Iterator[str]:
     yield ""
     yield (
         "| run | window | last observed | decision | chosen | real run there | real end | end - chosen | best - chosen"
-        " | stop trusted | steps saved |"
+        " | stop offered | steps saved |"
     )
     yield "|---" * 11 + "|"
     for row in rows:

@@ -104,6 +104,19 @@ class Settings(Compute):
     stop: Literal["approve", "at-once"] = Field(
         default="approve", description="Whether somebody is asked before the training is stopped."
     )
+    stop_price: float = Field(
+        default=2.0,
+        ge=0.0,
+        le=100.0,
+        description="Points of accuracy that training on may still win where a stop is offered.",
+    )
+    ceiling: float = Field(
+        default=1.0,
+        gt=0.0,
+        le=1.0,
+        description="Accuracy on the gate that no model exceeds, such as 0.95 where 5 % of"
+        " the right answers are wrong.",
+    )
     drift: Literal["weights", "accuracy", "off"] = Field(
         default="weights", description="What is compared when the run reaches a step that was predicted."
     )

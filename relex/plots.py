@@ -44,11 +44,12 @@ def accuracy_by_step(
     real: Sequence[Point],
     predicted: Sequence[Point],
     later: Sequence[Point] = (),
+    room: tuple[float, float] | None = None,
 ) -> None:
     """Draw real accuracy against training step, the observed window shaded, and the predicted models at their targets.
 
     `real` is the base and what was observed, `later` what the run really reached afterwards; bars are one standard
-    error. Writes a PNG.
+    error. `room` is from what the registered model has at least up to the ceiling. Writes a PNG.
     """
     figure = Figure(figsize=(8.0, 4.5), dpi=110, layout="constrained")
     axes = figure.add_subplot()
@@ -99,6 +100,9 @@ def accuracy_by_step(
                 label=f"registered: step {point.step}",
                 zorder=3,
             )
+    if room is not None:
+        most = 100 * (room[1] - room[0])
+        axes.axhspan(*room, color="gold", alpha=0.25, label=f"training on may win at most {most:.1f} points")
     axes.set_xlabel("training step")
     axes.set_ylabel("accuracy")
     axes.set_ylim(0.0, 1.02)

@@ -114,6 +114,19 @@ def mean_interval(scores: Sequence[float], *, confidence: float = 0.95) -> tuple
     return (float(np.nanmin(ends)), float(np.nanmax(ends))) if ends else (math.nan, math.nan)
 
 
+def mean_lower_bound(scores: Sequence[float], *, confidence: float) -> float:
+    """Return the one-sided lower bound of a mean of scores in 0..1: exact (Clopper-Pearson) for 0/1, else Hall's t.
+
+    Of averaged scores as many problems may be 0 as may be of which none was drawn.
+    """
+    score_N = np.asarray(scores, dtype=np.float64)
+    if not {*score_N} - {0.0, 1.0}:
+        test = stats.binomtest(int(score_N.sum()), len(score_N), alternative="greater")
+        return float(test.proportion_ci(confidence, method="exact").low)
+    least = (1 - _unseen(len(score_N), confidence=confidence)) * float(score_N.mean())
+    return max(0.0, least if np.ptp(score_N) < 1e-9 else min(least, _hall_bound(score_N, confidence)))
+
+
 def _unseen(n: int, *, confidence: float) -> float:
     return float(1 - (1 - confidence) ** (1 / n))
 

@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 from pydantic import AliasChoices, Field
 
 from evaluation.errors import ComparisonError
-from evaluation.verdict.bounds import POWER, paired_bounds
+from evaluation.verdict.bounds import POWER, mean_lower_bound, paired_bounds
 from evaluation.verdict.looks import Look
 from evaluation.verdict.report import Report
 
@@ -30,8 +30,8 @@ class Gate:
 
     `confidence` is that of all `comparisons` together; bounds and interval are at `confidence_each`, which is that of
     `error` where looks are counted: this is the `look`-th at these problems. `needed` is how many problems pass it four
-    times in five if the differences go on as they were; None where it is passed or no number does. What a gate of an
-    earlier version did not hold is None.
+    times in five if the differences go on as they were; None where it is passed or no number does. `candidate_at_least`
+    bounds the candidate's own accuracy at that confidence. What a gate of an earlier version did not hold is None.
     """
 
     candidate: str
@@ -55,6 +55,7 @@ class Gate:
     needed: int | None = None
     look: int | None = None
     error: float | None = None
+    candidate_at_least: float | None = None
 
     @property
     def passed(self) -> bool:
@@ -157,6 +158,9 @@ def gate(
         needed=None if passed else bounds.needed,
         look=None if look is None else look.number,
         error=None if look is None else look.error,
+        candidate_at_least=mean_lower_bound(
+            [score for _, score in candidate.scores], confidence=1 - max(error, _LEAST_ERROR)
+        ),
     )
 
 

@@ -1,6 +1,7 @@
 """Commands that run the pipeline: the stack, its watchers, what they are about to do, and the demo of it all."""
 
 import logging
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -114,16 +115,67 @@ def down(home: Home = HOME, as_json: Json = False) -> None:
 
 
 @_command()
-def status(home: Home = HOME, as_json: Json = False) -> None:
+def status(
+    home: Home = HOME,
+    record: Annotated[
+        Path | None,
+        typer.Option(help="Show the finished runs of this relex.yaml's state directory, and what they speak for."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Show what of the local stack is running, and where.
 
-    Example: relex status
+    Example: relex status --record relex.yaml
     """
     from deploy.local import stack
 
+    if record is not None:
+        _show_record(record, as_json=as_json)
+        return
     _show_stack(home, as_json=as_json)
     if not as_json and stack.has_access(home):
         print_sentence(stack.how_to_enter(home))
+
+
+def _show_record(config: Path, *, as_json: bool) -> None:
+    from flows.settings import load_settings
+    from flows.state.finished import RISK, read_finished, vote
+    from flows.stop.outlook import EVIDENCE
+
+    settings = load_settings(config)
+    runs = read_finished(settings.state)
+    votes = {rule: vote(runs, rule, price=settings.stop_price) for rule in EVIDENCE}
+    if as_json:
+        looks = [[asdict(look) | {"cost": look.cost} for look in looks] for looks in runs]
+        print_json({"runs": looks, "votes": votes, "stop_price": settings.stop_price, "risk": RISK})
+        return
+    rows = [
+        (
+            look.training_run,
+            str(look.window),
+            str(look.end),
+            f"{look.winner:.4f}",
+            f"{look.real:.4f}",
+            f"{look.cost:+.1f}",
+            *(f"{look.rules[rule]:.1f}" if rule in look.rules else "" for rule in EVIDENCE),
+        )
+        for looks in runs
+        for look in looks
+    ]
+    if rows:
+        out.print(plain_table("run", "window", "end", "winner", "real", "cost", *EVIDENCE, rows=rows))
+    needed = math.ceil(1 / RISK - 1)
+    out.print(
+        f"{len(runs)} finished runs. From {needed} on a rule may speak for a stop, where at most {100 * RISK:g} % of"
+        f" stops are to cost more than {settings.stop_price:g} points: "
+        + (
+            "; ".join(f"{rule} up to {most:.1f} points" for rule, most in votes.items() if most is not None)
+            or "none does"
+        )
+        + ".",
+        soft_wrap=True,
+        highlight=False,
+    )
 
 
 def _show_stack(home: Path, *, as_json: bool) -> None:
@@ -179,8 +231,8 @@ def stop(
     config: Config,
     *,
     confirm: Annotated[bool, typer.Option("--confirm", help="Do it; without this it is only shown.")] = False,
-    beyond_trust: Annotated[
-        bool, typer.Option("--beyond-trust", help="Also on a prediction beyond what the backtest trusts.")
+    beyond_price: Annotated[
+        bool, typer.Option("--beyond-price", help="Also where training on may win more than stop_price.")
     ] = False,
     again: Annotated[
         bool, typer.Option("--again", help="Although it was done before, or may have been: see what is shown.")
@@ -199,8 +251,8 @@ def stop(
     from flows.stop import status
     from flows.stop.execute import log_stop
 
-    if (beyond_trust or again) and not confirm:
-        raise typer.BadParameter("--beyond-trust and --again go with --confirm")
+    if (beyond_price or again) and not confirm:
+        raise typer.BadParameter("--beyond-price and --again go with --confirm")
     settings = load_settings(config)
     standing = status.look(config, settings)
     if confirm:
@@ -208,7 +260,7 @@ def stop(
             settings,
             standing,
             by=psutil.Process().username(),
-            beyond_trust="allow" if beyond_trust else "refuse",
+            beyond_price="allow" if beyond_price else "refuse",
             again="allow" if again else "refuse",
         )
         log_stop(settings, done, tracking_uri=stack.tracking_uri(home))

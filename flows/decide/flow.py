@@ -39,6 +39,7 @@ from flows.state.ledger import read_ledger
 from flows.state.records import write_json
 from flows.state.windows import attempt, claim, decided, decision_path, window_directory
 from flows.stop.flow import offer
+from flows.stop.outlook import room
 from relex.backtest.convergence import Proposal
 from relex.errors import CheckpointDamagedError, DuplicateError, NonFiniteError, TargetError
 from relex.files.block_cache import BlockCache
@@ -223,7 +224,7 @@ def decide(config: str, steps: list[int], key: str, tracking_uri: str) -> State[
                 settings.training_run, key, max(steps), tuple(steps), "keep training", f"Cannot predict: {error}"
             )
         directory = window_directory(settings, key)
-        figure = draw(decision, directory / "accuracy.png")
+        figure = draw(decision, directory / "accuracy.png", room=room(settings, decision))
         directory.joinpath("decision.md").write_text(page(decision), encoding="utf-8")
         decision = register_task(settings, decision, tracking_uri)
         decision = replace(decision, stop=offer(config, settings, decision, tracking_uri=tracking_uri))

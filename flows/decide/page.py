@@ -9,6 +9,7 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from evaluation.verdict.gate import Gate
 from flows.console import markdown_table
 from flows.state.decision import Backtested, Decision, Model, Rung, Score
+from flows.stop.outlook import Room
 from relex import plots
 
 
@@ -43,10 +44,10 @@ def page(decision: Decision, *, figure: str = "") -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(decision: Decision, path: Path, *, later: Sequence[Score] = ()) -> Path | None:
+def draw(decision: Decision, path: Path, *, later: Sequence[Score] = (), room: Room | None = None) -> Path | None:
     """Draw accuracy by training step on the first report benchmark to `path`; None when there is no such benchmark.
 
-    `later` is what the run really reached after the decision.
+    `later` is what the run really reached after the decision, `room` what training on may win.
     """
     if not decision.report:
         return None
@@ -61,6 +62,7 @@ def draw(decision: Decision, path: Path, *, later: Sequence[Score] = ()) -> Path
         real=[_point(score) for score in scores if score.model.role in ("base", "observed")],
         predicted=[_point(score, winner) for score in scores if score.model.role == "candidate"],
         later=[_point(score) for score in later],
+        room=None if room is None else (min(room.at_least, room.ceiling), room.ceiling),
     )
     return path
 

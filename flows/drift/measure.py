@@ -12,6 +12,7 @@ from pathlib import Path
 from evaluation.answers.harness import Progress
 from flows.decide.score import reports
 from flows.drift.due import Reached, Waiting, look
+from flows.drift.finish import finish
 from flows.drift.record import Compared, Paired, comparing, keep, read_compared
 from flows.settings import Settings
 from flows.state.decision import Model
@@ -71,6 +72,7 @@ def compare(settings: Settings, base: Weights, due: Sequence[Reached], *, tell: 
             logger.warning(
                 "%s cannot be compared with step %d: %s", prediction.before.title, prediction.real.step, error
             )
+    finish(settings)
     # Reports of its content are kept, the copy is of no more use.
     shutil.rmtree(_real_models(settings), ignore_errors=True)
     return compared

@@ -20,6 +20,7 @@ from flows.state.decision import Decision
 from flows.state.records import write_json
 from flows.state.windows import window_directory
 from flows.stop.execute import Stop, decline, log_stop, message, read_stop, stop_training
+from flows.stop.outlook import outlook, room, sentence, voted
 from flows.stop.plan import Order, Saving, configured, order, refusal, saving
 from flows.stop.status import finished, is_current, unmet
 
@@ -28,24 +29,30 @@ CONTINUE = "keep training"
 
 
 def offer(config: str, settings: Settings, decision: Decision, *, tracking_uri: str) -> str:
-    """Offer to stop the training, or stop it where the settings say at once; return one sentence for a reader.
+    """Offer to stop the training, or stop it where the settings say at once; return a few sentences for a reader.
 
-    Nothing where the decision registered nothing, and where it is neither trusted nor configured. The same decision
-    again is the same offer.
+    Nothing where the decision registered nothing. The same decision again is the same offer. At once needs a record of
+    finished runs that speaks for it; without one it is asked for.
     """
     if refusal(decision):
         return ""
-    untrusted = unmet(Path(config), settings, decision)
+    said = sentence(outlook(settings, decision))
+    return " ".join(filter(None, [_offer(config, settings, decision, tracking_uri=tracking_uri), said]))
+
+
+def _offer(config: str, settings: Settings, decision: Decision, *, tracking_uri: str) -> str:
+    costly = unmet(Path(config), settings, decision)
     if not configured(settings):
         way = f"To stop the training, add stop_command or stop_file to {config}; then `relex stop {config}`."
-        return "" if untrusted else way
+        return costly or " ".join(filter(None, [_worth(settings, decision), way]))
     if done := _on_record(settings, decision.key):
         return message(Path(config), done)
     counted = saving(settings, decision)
-    if why_not := untrusted or finished(counted):
+    if why_not := costly or finished(counted):
         return why_not
     due = order(Path(config), settings, decision)
-    if settings.stop == "at-once":
+    votes = voted(settings, decision)
+    if settings.stop == "at-once" and "ceiling" in votes:
         try:
             done = stop_training(settings, decision, due, by="the setting stop: at-once")
         except StopError as error:
@@ -67,7 +74,11 @@ def offer(config: str, settings: Settings, decision: Decision, *, tracking_uri: 
         return f"Nothing serves the approval of stopping the training: {by_hand}."
     if run.state is not None and run.state.is_final():
         return f"Stopping the training was offered and not done: {run.state.message} {by_hand}."
-    return f"Stopping the training is offered: approve it at {page_url(run)}, or {by_hand}. {counted.sentence}"
+    asked = ""
+    if settings.stop == "at-once":
+        asked = " It is asked for although stop is at-once: the record of finished runs does not speak for it yet."
+    offered = f"Stopping the training is offered: approve it at {page_url(run)}, or {by_hand}.{asked}"
+    return f"{offered} {_worth(settings, decision)} {counted.sentence}"
 
 
 @flow(name="stop-training", flow_run_name="stop {key}", retries=0)
@@ -79,7 +90,9 @@ def stop_flow(config: str, key: str, tracking_uri: str) -> State[Any]:
     if done := _on_record(settings, key):
         return Completed(message=message(Path(config), done))
     due = order(Path(config), settings, decision)
-    answer = ask(question(decision, due, saving(settings, decision)), (STOP, CONTINUE))
+    answer = ask(
+        question(decision, due, saving(settings, decision), worth=_worth(settings, decision)), (STOP, CONTINUE)
+    )
     if answer.choice == CONTINUE:
         declined = decline(settings, key, by=answer.by)
         log_stop(settings, declined, tracking_uri=tracking_uri)
@@ -104,17 +117,26 @@ def stop_flow(config: str, key: str, tracking_uri: str) -> State[Any]:
     return (Completed if done.state == "stopped" else Failed)(message=message(Path(config), done))
 
 
-def question(decision: Decision, due: Order, counted: Saving) -> str:
-    """Return, as Markdown, what the form is about."""
+def question(decision: Decision, due: Order, counted: Saving, *, worth: str = "") -> str:
+    """Return, as Markdown, what the form is about; `worth` says what training on may win."""
     return "\n\n".join(
         [
             f"**Stop {decision.training_run}?** {decision.reason}",
-            f"Registered: {decision.registered or due.model} (step {due.target_step}). The backtest trusts it:"
-            f" targets up to step {decision.trusted_step}.",
+            f"Registered: {decision.registered or due.model} (step {due.target_step}). {worth}",
             counted.sentence,
             f"On *{STOP}*, once: {due.actions}.",
         ]
     )
+
+
+def _worth(settings: Settings, decision: Decision) -> str:
+    """Return what training on may win at most, and which rules a record speaks for."""
+    left = room(settings, decision)
+    votes = voted(settings, decision)
+    parts = [] if left is None else [f"{left.sentence}."]
+    if votes:
+        parts.append(f"The record of finished runs speaks for a stop by: {', '.join(votes)}.")
+    return " ".join(parts)
 
 
 def _on_record(settings: Settings, key: str) -> Stop | None:

@@ -1,7 +1,7 @@
 """How stopping a training run stands: what would be done and saved, or what stands against it; and doing it by hand.
 
-A stop is due when the decision registered a winner and the backtest trusts its target step. Beyond trust somebody may
-still stop, who says so; on anything else nobody may.
+A stop is due when the decision registered a winner and training on may win no more than `stop_price` (see outlook).
+Beyond that price somebody may still stop, who says so; on anything else nobody may.
 """
 
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from flows.state.ledger import read_ledger
 from flows.state.snapshot import look_at
 from flows.state.windows import key_of, read_decisions
 from flows.stop.execute import Stop, message, read_stop, stop_training
+from flows.stop.outlook import outlook, room, sentence, voted
 from flows.stop.plan import Order, Saving, order, refusal, saving
 from relex.store import open_base
 
@@ -34,6 +35,7 @@ class Status:
     order: Order | None = None
     saving: Saving | None = None
     record: Stop | None = None
+    outlook: str = ""
 
     @property
     def sentence(self) -> str:
@@ -44,7 +46,7 @@ class Status:
         if self.refusal or self.order is None or self.saving is None:
             return " ".join([*parts, self.refusal])
         way = f"`relex stop {self.config} --confirm` does it, once: {self.order.actions}."
-        return " ".join([*parts, self.unmet or way, self.saving.sentence])
+        return " ".join(filter(None, [*parts, self.unmet or way, self.saving.sentence, self.outlook]))
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON types."""
@@ -53,6 +55,7 @@ class Status:
             "refusal": self.refusal,
             # As scripts that read it know it.
             "doubt": self.unmet,
+            "outlook": self.outlook,
             "order": self.order.to_json() if self.order is not None else None,
             "steps_saved": self.saving.steps if self.saving is not None else None,
             "steps_saved_of": self.saving.of if self.saving is not None else None,
@@ -72,7 +75,8 @@ def look(config: Path, settings: Settings) -> Status:
     except StopError as error:
         return Status(config, str(error), decision=decision, record=record)
     counted = saving(settings, decision)
-    return Status(config, finished(counted), unmet(config, settings, decision), decision, due, counted, record)
+    doubt, said = unmet(config, settings, decision), sentence(outlook(settings, decision))
+    return Status(config, finished(counted), doubt, decision, due, counted, record, said)
 
 
 def confirm(
@@ -80,7 +84,7 @@ def confirm(
     status: Status,
     *,
     by: str,
-    beyond_trust: Literal["refuse", "allow"] = "refuse",
+    beyond_price: Literal["refuse", "allow"] = "refuse",
     again: Literal["refuse", "allow"] = "refuse",
 ) -> Stop:
     """Stop the training, which was looked at, and return what is on record; it may have been stopped before.
@@ -94,7 +98,7 @@ def confirm(
         raise StopError(message(status.config, before))
     if status.refusal or status.decision is None or status.order is None:
         raise StopError(status.refusal)
-    if status.unmet and beyond_trust == "refuse":
+    if status.unmet and beyond_price == "refuse":
         raise StopError(status.unmet)
     done = stop_training(settings, status.decision, status.order, by=by, again=again)
     if done.state != "stopped":
@@ -105,20 +109,19 @@ def confirm(
 def unmet(config: Path, settings: Settings, decision: Decision) -> str:
     """Return why only somebody who says so may stop the training on a registered winner, or nothing.
 
-    A winner that is better than what was observed may still be far from what the run would reach: it has to stand for
-    the planned end.
+    A winner that is better than what was observed may still be far from what the run would reach. Nothing in the
+    observed steps tells how far, except near the ceiling; else a record of finished runs may speak for a rule.
     """
-    winner, trusted, end = decision.winner, decision.trusted_step, settings.total_steps
-    if winner is None:
+    left = room(settings, decision)
+    if left is not None and left.points <= settings.stop_price:
         return ""
-    if trusted is None or winner.step > trusted:
-        trust = "no target" if trusted is None else f"no target beyond step {trusted}"
-        why = f"The backtest trusts {trust} and the winner predicts {winner.step}"
-    elif end is not None and winner.step < end:
-        why = f"The winner predicts step {winner.step} of {end} planned, and nothing says what the others would bring"
+    if voted(settings, decision):
+        return ""
+    if left is None:
+        why = "An earlier version decided, and did not keep what the winner has at least"
     else:
-        return ""
-    return f"{why}: the training goes on. `relex stop {config} --confirm --beyond-trust` stops it all the same."
+        why = f"{left.sentence}: more than stop_price, {settings.stop_price:g}"
+    return f"{why}. The training goes on; `relex stop {config} --confirm --beyond-price` stops it all the same."
 
 
 def finished(saving: Saving) -> str:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 from scipy import stats
 
-from evaluation.verdict.bounds import PairedBounds, mean_interval, paired_bounds
+from evaluation.verdict.bounds import PairedBounds, mean_interval, mean_lower_bound, paired_bounds
 
 Scores = npt.NDArray[np.float64]
 REPEATS = 4
@@ -233,3 +233,26 @@ def test_the_interval_of_rare_success_covers_it() -> None:
     truth = 0.04 + 0.96 * 0.02
     inside = [low <= truth <= high for low, high in (mean_interval(draw.tolist()) for draw in draws)]
     assert np.mean(inside) >= 0.95 - slack(0.05, 500)
+
+
+@pytest.mark.parametrize("confidence", [0.95, 0.995])
+@pytest.mark.parametrize("accuracy", [0.95, 0.98, 0.998])
+def test_the_lower_bound_of_an_accuracy_is_one_near_the_ceiling(accuracy: float, confidence: float) -> None:
+    """Exactly, over all numbers of right answers."""
+    n = 300
+    bounds = np.array(
+        [mean_lower_bound([1.0] * right + [0.0] * (n - right), confidence=confidence) for right in range(n + 1)]
+    )
+    over = stats.binom.pmf(np.arange(n + 1), n, accuracy)[bounds > accuracy].sum()
+    assert over <= 1 - confidence + 1e-12
+
+
+def test_the_lower_bound_of_averaged_scores_sees_problems_that_always_fail() -> None:
+    """Nearly all right in every repeat, one in forty never: 400 rounds of 60 problems, error .011 at .05."""
+    random = np.random.default_rng(29)
+    over = 0
+    for _ in range(400):
+        scores = np.where(random.random(60) < 0.025, 0.0, random.binomial(8, 0.98, 60) / 8)
+        over += mean_lower_bound(scores.tolist(), confidence=0.95) > 0.975 * 0.98
+    assert over / 400 <= 0.05 + slack(0.05, 400)
+    assert mean_lower_bound([0.5] * 60, confidence=0.95) == pytest.approx(0.5 * 0.05 ** (1 / 60))

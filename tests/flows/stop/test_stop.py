@@ -17,7 +17,6 @@ from deploy.runs import record
 from deploy.tracking import connect
 from flows.errors import StopError
 from flows.settings import Settings
-from flows.state.decision import Model
 from flows.state.ledger import Ledger, Seen, write_ledger
 from flows.state.records import write_json
 from flows.state.windows import read_decisions
@@ -54,7 +53,7 @@ def standing(config: Path) -> Status:
     return look(config, configure(config))
 
 
-def test_a_trusted_winner_stops_the_training_once_with_its_facts(ready: Path) -> None:
+def test_a_winner_near_the_ceiling_stops_the_training_once_with_its_facts(ready: Path) -> None:
     assert "`relex stop" in standing(ready).sentence
     assert runs(ready) == []
     first = stop(ready)
@@ -121,10 +120,16 @@ def test_without_a_plan_steps_are_counted_up_to_the_prediction(ready: Path, writ
     ("decision", "says"),
     [
         ({"verdict": "keep training", "reason": "Not shown."}, "on window 40 nothing was registered. Not shown."),
-        ({"trusted": 78}, "The backtest trusts no target beyond step 78 and the winner predicts 200"),
-        ({"trusted": None}, "The backtest trusts no target and the winner predicts 200"),
-        ({"backtested": None}, "The backtest trusts no target and the winner predicts 200"),
-        ({"winner": Model("candidate", 150, "models/relex/step-150", "relex", "d2")}, "step 150 of 200 planned"),
+        (
+            {"at_least": 0.9799},
+            "Training on may win at most 2.0 points: on 500 problems of sums the winner scores 0.99",
+        ),
+        (
+            {"at_least": 0.9},
+            "at least 0.9000 (95 %), and the ceiling is 1: more than stop_price, 2. The training goes on",
+        ),
+        ({"at_least": None}, "An earlier version decided, and did not keep what the winner has at least. The training"),
+        ({"gates": ()}, "An earlier version decided, and did not keep what the winner has at least. The training"),
     ],
 )
 def test_what_stands_against_stopping_is_said_and_nothing_is_run(
@@ -139,15 +144,17 @@ def test_what_stands_against_stopping_is_said_and_nothing_is_run(
     assert read_stop(configure(ready)) is None
 
 
-def test_beyond_trust_somebody_must_say_so_and_a_refused_candidate_stops_nothing_whoever_says_so(ready: Path) -> None:
-    decided(ready, trusted=78)
-    assert "--confirm --beyond-trust` stops it all the same" in standing(ready).sentence
-    assert stop(ready, beyond_trust="allow").state == "stopped"
+def test_beyond_the_price_somebody_must_say_so_and_a_refused_candidate_stops_nothing_whoever_says_so(
+    ready: Path,
+) -> None:
+    decided(ready, at_least=0.9)
+    assert "--confirm --beyond-price` stops it all the same" in standing(ready).sentence
+    assert stop(ready, beyond_price="allow").state == "stopped"
     assert len(runs(ready)) == 1
     record_path(configure(ready)).unlink()
     decided(ready, verdict="keep training")
     with pytest.raises(StopError, match="nothing was registered"):
-        stop(ready, beyond_trust="allow")
+        stop(ready, beyond_price="allow")
 
 
 def test_the_newest_registered_winner_counts_also_after_a_later_refusal(ready: Path) -> None:
@@ -369,12 +376,12 @@ def test_the_command_shows_and_does_nothing_until_it_is_confirmed(
     assert (status, runs(ready)) == (0, [])
     assert "140 steps are saved" in out
     assert relex("--again")[0] == 2
-    found = decided(ready, trusted=78)
+    found = decided(ready, at_least=0.9)
     assert relex()[0] == 0
     status, _, err = relex("--confirm")
     assert (status, len(err.splitlines())) == (1, 1)
-    assert err.startswith("relex: StopError: The backtest trusts no target beyond step 78")
-    status, out, _ = relex("--confirm", "--beyond-trust", "--json")
+    assert err.startswith("relex: StopError: Training on may win at most 10.0 points")
+    status, out, _ = relex("--confirm", "--beyond-price", "--json")
     assert status == 0
     assert json.loads(out)["record"]["state"] == "stopped"
     assert json.loads(out)["record"]["steps_saved"] == 140

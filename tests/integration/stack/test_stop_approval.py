@@ -31,7 +31,7 @@ from flows.stop.flow import CONTINUE, STOP, offer, stop_flow
 from flows.stop.status import confirm
 from tests.helpers.questions import look, question, resume, wait_for_state
 from tests.helpers.stacks import prefect_settings
-from tests.helpers.stopped import COMMAND, configure, decided, runs
+from tests.helpers.stopped import COMMAND, configure, decided, recorded, runs
 from tests.helpers.straight_run import WriteCheckpoint
 
 
@@ -218,8 +218,16 @@ def test_what_was_not_shown_is_not_run(deployed: Path, server: Stack, changes: d
     assert runs(deployed) == []
 
 
-def test_at_once_nobody_is_asked(deployed: Path, server: Stack) -> None:
+def test_at_once_without_a_record_is_asked_for(deployed: Path, server: Stack) -> None:
     configure(deployed, stop="at-once")
+    sentence, _ = offered(deployed, server)
+    assert "It is asked for although stop is at-once: the record of finished runs does not speak for it" in sentence
+    assert runs(deployed) == []
+
+
+def test_at_once_nobody_is_asked(deployed: Path, server: Stack) -> None:
+    settings = configure(deployed, stop="at-once")
+    recorded(settings, 9)
     sentence = offer_to_stop(deployed, server)
     assert "by the setting stop: at-once" in sentence
     assert offer_to_stop(deployed, server) == sentence
@@ -228,9 +236,9 @@ def test_at_once_nobody_is_asked(deployed: Path, server: Stack) -> None:
 
 def test_what_is_not_due_is_not_offered(ready: Path, server: Stack) -> None:
     assert offer_to_stop(ready, server, verdict="keep training") == ""
-    assert "trusts no target beyond step 78" in offer_to_stop(ready, server, trusted=78)
+    assert "Training on may win at most 10.0 points" in offer_to_stop(ready, server, at_least=0.9)
     assert offer_to_stop(ready, server).startswith("Nothing serves the approval of stopping")
     configure(ready, stop_command=None)
     assert "add stop_command or stop_file to" in offer_to_stop(ready, server)
-    assert offer_to_stop(ready, server, trusted=78) == ""
+    assert "more than stop_price" in offer_to_stop(ready, server, at_least=0.9)
     assert runs(ready) == []
