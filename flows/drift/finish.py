@@ -26,7 +26,7 @@ def _looks(settings: Settings, decision: Decision) -> list[Finished]:
     if winner is None or end is None:
         return []
     known = {score.benchmark: score.accuracy for score in decision.report if score.model == winner}
-    found = []
+    found: list[Finished] = []
     for row in read_compared(settings):
         if row.key != decision.key or row.step < end:
             continue
