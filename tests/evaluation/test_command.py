@@ -52,9 +52,9 @@ def test_two_models_are_compared_problem_by_problem(
     assert shown.exit_code == 0, shown.output
     head, _, row, sentence, *rest = lines(shown.stdout)
     assert head == "benchmark n candidate reference wins losses difference interval"
-    assert row.startswith("plus 12 0.3333 0.0000 4 0 +0.3333 +")
+    assert row.startswith("plus 12 0.3333 0.0000 4 0 +0.3333 -0.01")
     assert f"{model} scores 0.3333 and {other_model} 0.0000" in sentence
-    assert sentence.endswith("(Tango score); a loss of 20 points is ruled out: passed.")
+    assert "(Tango score, look 1 at plus, 95 % over all looks); a loss of 20 points is ruled out: passed." in sentence
     assert rest[0] == "problem 0 of plus: the candidate is better"
     assert rest[1] == f"prompt {problems[0]['prompt']}"
     answer = " ".join(problems[0]["answer"].split())
