@@ -79,7 +79,7 @@ def test_the_other_rules_are_told_with_how_they_did_and_decide_nothing(ready: Pa
     # .02 a step, then a third of it: it falls by a third every ten steps, and .027 are left.
     assert points["forecast"] == pytest.approx(-2.34, abs=0.01)
     said = sentence(points)
-    assert said.startswith("Deciding nothing: the ladder's last rung won +3.0 points (it stopped 80 looks of nine runs")
+    assert said.startswith("Deciding nothing: the ladder's last rung won +3.0 points (tried with a rung")
     assert all(EVIDENCE[rule] in said for rule in points if rule != "ceiling")
     assert look(ready, settings).sentence.endswith(said)
     assert "more than stop_price" in unmet(ready, settings, decision)
