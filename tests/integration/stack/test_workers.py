@@ -177,7 +177,7 @@ def test_a_worker_that_is_killed_while_it_writes_costs_its_shard_alone(
     def look() -> None:
         while not done.is_set():
             whole = {path.name: path.stat().st_ino for path in out.glob(".step-300*.partial/*.safetensors")}
-            for file in out.glob(".step-100*.partial/*.tmp"):
+            for file in out.glob(".step-100*.partial/*.safetensors.*.tmp"):
                 # model-00001-of-00008.safetensors.HOST-PID.tmp
                 shard, pid = f"{file.name.split('.')[0]}.safetensors", int(file.stem.rsplit("-", 1)[1])
                 begun.setdefault(shard, set()).add(pid)
