@@ -130,11 +130,13 @@ def gate(
     if comparisons < 1:
         raise ComparisonError(f"comparisons is {comparisons} and must be at least 1: it counts this one.")
     error = (1 - confidence) / comparisons if look is None else look.error
+    confidence_each = 1 - max(error, _LEAST_ERROR)
+    ours = [score for _, score in candidate.scores]
     bounds = paired_bounds(
-        [score for _, score in candidate.scores],
+        ours,
         [score for _, score in reference.scores],
         margin=margin,
-        confidence=1 - max(error, _LEAST_ERROR),
+        confidence=confidence_each,
     )
     passed = error > 0 and bounds.lower_bound > -margin
     return Gate(
@@ -158,9 +160,7 @@ def gate(
         needed=None if passed else bounds.needed,
         look=None if look is None else look.number,
         error=None if look is None else look.error,
-        candidate_at_least=mean_lower_bound(
-            [score for _, score in candidate.scores], confidence=1 - max(error, _LEAST_ERROR)
-        ),
+        candidate_at_least=mean_lower_bound(ours, confidence=confidence_each),
     )
 
 

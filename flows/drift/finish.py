@@ -26,15 +26,16 @@ def _looks(settings: Settings, decision: Decision) -> list[Finished]:
     if winner is None or end is None:
         return []
     known = {score.benchmark: score.accuracy for score in decision.report if score.model == winner}
+    rows = [row for row in read_compared(settings) if row.key == decision.key and row.step >= end]
+    if not rows:
+        return []
+    rules = {str(rule): points for rule, points in outlook(settings, decision).items()}
     found: list[Finished] = []
-    for row in read_compared(settings):
-        if row.key != decision.key or row.step < end:
-            continue
+    for row in rows:
         own = (row.method, row.target) == (winner.method, winner.step)
         for pair in row.accuracies:
             scored = pair.predicted if own else known.get(pair.benchmark)
             if scored is not None:
-                rules = {str(rule): points for rule, points in outlook(settings, decision).items()}
                 look = Finished(
                     settings.training_run,
                     decision.key,
