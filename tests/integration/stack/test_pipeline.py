@@ -220,7 +220,9 @@ def test_window_targets_and_attempts_are_left_to_the_backtest(
     assert {rung.step for rung in decision.ladder} == targets - {decision.window}
     assert max(targets) <= 150
     assert {rung.method for rung in decision.ladder} >= {"relex"}
-    assert [Path(score.model.directory).is_dir() for score in decision.dropped] == [False] * len(decision.dropped)
+    # The decision is recorded first: what a kill in between leaves is disk, not a decision made twice.
+    fallen = [Path(score.model.directory) for score in decision.dropped]
+    wait_for("what fell off the ladder to be removed", lambda: not any(path.exists() for path in fallen), seconds=60)
     assert decision.winner is not None
     assert Path(decision.winner.directory).is_dir()
     # Five hundredths, shared by two windows.
