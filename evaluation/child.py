@@ -88,7 +88,8 @@ def _start(module: str, job: ChildJob) -> Iterator[subprocess.Popen[bytes]]:
         job.log_path.open("wb") as log,
         # A session of its own: an interrupt at the terminal reaches the parent, which ends the child in its own time.
         subprocess.Popen(
-            [sys.executable, "-m", module],
+            # -P: a package `evaluation` of the directory one happens to be in is not ours.
+            [sys.executable, "-P", "-m", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,

@@ -26,6 +26,7 @@ from deploy.local.access import (
     read_access,
 )
 from deploy.local.daemon import Daemon
+from deploy.local.own_code import own_code
 from deploy.local.server import (
     MLFLOW,
     NO_TELEMETRY,
@@ -161,6 +162,7 @@ def environment(stack: Stack) -> dict[str, str]:
     """Return the variables that make a child process use this stack."""
     return {
         **NO_TELEMETRY,
+        **own_code(os.environ),
         "PREFECT_HOME": str(stack.home / "prefect"),
         "PREFECT_API_URL": stack.prefect_api_url,
         # From event to user code about 3 s instead of 6.

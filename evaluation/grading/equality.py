@@ -64,7 +64,7 @@ class Comparer:
             self._process = None
 
     def _start(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "evaluation.grading.equality", str(SECONDS)]
+        command = [sys.executable, "-P", "-m", "evaluation.grading.equality", str(SECONDS)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         # Without this an installation that lacks math-verify would score every model zero.
         if _line(self._process) != READY:

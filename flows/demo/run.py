@@ -255,7 +255,7 @@ def show(out: Console, done: Demonstration) -> None:
 def start(module: str, arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
     """Start a module of the demo with its output in `log`."""
     with log.open("wb") as file:
-        return subprocess.Popen([sys.executable, "-m", module, *arguments], stdout=file, stderr=file)
+        return subprocess.Popen([sys.executable, "-P", "-m", module, *arguments], stdout=file, stderr=file)
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:

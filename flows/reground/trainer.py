@@ -13,6 +13,7 @@ from typing import Literal
 import psutil
 
 from deploy.local import daemon
+from deploy.local.own_code import for_the_user
 from flows.errors import TrainerError
 
 _POLL_SECONDS = 0.3
@@ -50,7 +51,7 @@ def run_trainer(home: Path, name: str, argv: Sequence[str], *, directory: Path, 
     # The shell only changes the directory: the trainer takes its place and its pid.
     shell = ["/bin/sh", "-c", 'cd "$0" && exec "$@"', str(directory), *argv]
     began = time.monotonic()
-    started = daemon.start(home, name, shell, environment=os.environ)
+    started = daemon.start(home, name, shell, environment=for_the_user(os.environ))
     try:
         status = _follow(psutil.Process(started.pid), on_wait)
     finally:

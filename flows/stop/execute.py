@@ -17,6 +17,7 @@ from typing import Any, Literal
 from deploy import runs
 from deploy.errors import DeployError
 from deploy.local.daemon import last_log_line
+from deploy.local.own_code import for_the_user
 from flows.errors import StopError
 from flows.settings import Settings
 from flows.state.decision import Decision
@@ -163,7 +164,7 @@ def _run(order: Order, log: Path) -> tuple[int | None, str]:
                 order.command,
                 shell=isinstance(order.command, str),
                 cwd=order.directory,
-                env={**os.environ, **order.environment},
+                env={**for_the_user(os.environ), **order.environment},
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,

@@ -17,6 +17,7 @@ from prefect.settings import Settings as PrefectSettings
 from prefect.utilities.importtools import import_object
 from prefect.utilities.templating import apply_values
 
+from deploy.local.own_code import own_code
 from flows.deployments import deployments
 from flows.settings import load_settings
 from tests.helpers import ROOT
@@ -169,6 +170,7 @@ def test_the_deployments_are_those_that_relex_up_serves(tmp_path: Path, monkeypa
             assert one["expect"] == sorted(other.expect)
             assert one["match"] == other.match.root
             assert (one["threshold"], one["parameters"]) == (other.threshold, other.parameters)
+        assert ours["work_pool"]["job_variables"] == {"env": own_code({})}
     pools = {ours["work_pool"]["name"] for ours in written}
     started = [words[words.index("--pool") + 1] for words in shlex_of(COMPOSE) if "--pool" in words]
     assert sorted(started) == sorted(pools)

@@ -19,6 +19,7 @@ import yaml
 from safetensors.torch import load_file
 
 from deploy.local import daemon
+from deploy.local.own_code import own_code
 from evaluation.answers.fingerprint import fingerprint
 from evaluation.benchmarks.benchmark import write_benchmark
 from evaluation.errors import BackendError
@@ -350,6 +351,16 @@ def test_what_a_trainer_leaves_running_is_ended_with_it(tmp_path: Path) -> None:
     assert run_trainer(tmp_path, "cycle-1", argv, directory=tmp_path, on_wait=lambda: None) < 60
     assert (tmp_path / "where").read_text().strip() == str(tmp_path)
     assert not psutil.pid_exists(int((tmp_path / "child").read_text()))
+
+
+def test_a_trainer_has_its_own_directory_to_import_from_also_where_relex_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in own_code({}).items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "flows.py").write_text("open('imported', 'w')")
+    run_trainer(tmp_path, "one", [sys.executable, "-c", "import flows"], directory=tmp_path, on_wait=lambda: None)
+    assert (tmp_path / "imported").exists()
 
 
 def test_a_command_in_one_line_is_split_like_a_shell_does(tmp_path: Path) -> None:

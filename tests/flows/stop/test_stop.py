@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from deploy.local.own_code import own_code
 from deploy.local.stack import tracking_uri
 from deploy.runs import record
 from deploy.tracking import connect
@@ -214,6 +215,16 @@ def test_words_need_no_shell_and_what_they_say_is_kept(ready: Path, tmp_path: Pa
     configure(ready, stop_command=[sys.executable, "-c", "import os; print('$HOME', os.getcwd())"])
     done = stop(ready)
     assert Path(done.log).read_text() == f"$HOME {tmp_path}\n"
+
+
+def test_a_command_may_import_what_lies_beside_the_config_also_where_relex_does_not(
+    ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in own_code({}).items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "flows.py").write_text("print('stopped by a script of mine')")
+    configure(ready, stop_command=[sys.executable, "-c", "import flows"])
+    assert Path(stop(ready).log).read_text() == "stopped by a script of mine\n"
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from flows.stop import status
 from flows.stop.execute import Stop, read_stop
 from flows.stop.flow import CONTINUE, STOP, offer, stop_flow
 from flows.stop.status import confirm
+from tests.helpers import ROOT
 from tests.helpers.questions import look, question, resume, wait_for_state
 from tests.helpers.stacks import prefect_settings
 from tests.helpers.stopped import COMMAND, configure, decided, recorded, runs
@@ -55,7 +56,7 @@ def ready(config: Path, write_checkpoint: WriteCheckpoint, request: pytest.Fixtu
 @contextmanager
 def serving(config: Path, server: Stack) -> Iterator[psutil.Popen]:
     """Serve the approval until killed, in a process of its own."""
-    environment = {**os.environ, **stack.environment(server)}
+    environment = {**os.environ, **stack.environment(server), "PYTHONPATH": str(ROOT)}
     argv = [sys.executable, "-m", "tests.integration.stack.serving_stop", str(config), server.mlflow_url]
     served = psutil.Popen(argv, env=environment, stdout=subprocess.PIPE, text=True)
     try:
