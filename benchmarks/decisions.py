@@ -24,7 +24,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 import yaml
 
-from benchmarks.runs import RUNS, SAVE_STEPS, STEPS, Run, held_out, keep_gram, train
+from benchmarks.runs import RUNS, Run, held_out, keep_gram, train
 from evaluation.verdict.gate import gate
 from evaluation.verdict.report import Report
 from flows.decide.flow import count_problems, gate_model
@@ -51,8 +51,8 @@ LOOKS = len(SHARES) + 1
 MULTIPLES = (2, 4, 8)
 # Forms that are read at the run's end, beside plain RELEX and the last observed checkpoint.
 FORMS = ("relex-pinned:damping=0.3", "saturating", "secant", "travel")
-# Every window is a step of the curve.
-CURVE = (0, 24, 48, 96, 192, 288, 384, 480)
+# Per cent of the run; every window that is a share is among them.
+CURVE = (0, 5, 10, 20, 40, 60, 80, 100)
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,7 @@ class Row:
     run: str
     share: str
     window: int
+    steps: int
     observed: float
     end: float
     relex: tuple[Point, ...]
@@ -119,7 +120,7 @@ class Row:
     @property
     def saved(self) -> int:
         """Steps that are not trained when a trusted decision stops the run."""
-        return STEPS - self.window if self.outcome.trusted else 0
+        return self.steps - self.window if self.outcome.trusted else 0
 
 
 def prepare(run: Run, root: Path, out: Path, window: int) -> Path:
@@ -132,7 +133,7 @@ def prepare(run: Run, root: Path, out: Path, window: int) -> Path:
         "window": window,
         "targets": "auto",
         "methods": "auto",
-        "total_steps": STEPS,
+        "total_steps": run.steps,
         "selection": str(splits["selection"]),
         "gate": str(splits["gate"]),
         "report": [str(splits["report"])],
@@ -173,11 +174,11 @@ STAGES = Stages(
 )
 
 
-def due(run: Path, base: Path, grams: Path) -> int:
+def due(run: Run, root: Path, grams: Path) -> int:
     """Return the window that is due by itself: three looks that agree, or 20 %."""
-    last = STEPS * SHARES[-1] // 100
-    for window in range(2 * SAVE_STEPS, last, SAVE_STEPS):
-        trajectory = open_run(run, base, window=window)
+    last = run.steps * SHARES[-1] // 100
+    for window in range(2 * run.save_steps, last, run.save_steps):
+        trajectory = open_run(root / "run", root / "base", window=window)
         if converge(trajectory, cached(trajectory, grams, memory=1 << 30, threads=1)).converged:
             return trajectory.steps[-1]
     return last
@@ -210,21 +211,23 @@ def measure(run: Run, root: Path, out: Path) -> tuple[dict[int, float], list[Row
 
     rows: list[Row] = []
     curve: dict[int, float] = {}
-    windows = {f"{share} %": STEPS * share // 100 for share in SHARES}
-    windows["auto"] = due(root / "run", root / "base", out / "state" / run.name / "grams")
+    windows = {f"{share} %": run.steps * share // 100 for share in SHARES}
+    windows["auto"] = due(run, root, out / "state" / run.name / "grams")
     for number, (share, window) in enumerate(windows.items(), start=1):
         config = prepare(run, root, out, window)
         settings = load_settings(config)
-        curve = curve or {step: real(settings, step).accuracy for step in CURVE}
+        curve = curve or {step: real(settings, step).accuracy for step in [run.steps * share // 100 for share in CURVE]}
         observed = real(settings, window)
         points = tuple(
             Point(target, predicted.accuracy, real(settings, target).accuracy, _is_better(observed, predicted))
-            for target, predicted in ((step, report(settings, path)) for step, path in plain(settings, out).items())
+            for target, predicted in (
+                (step, report(settings, path)) for step, path in plain(settings, run, out).items()
+            )
         )
         forms = {
             method: report(settings, directory).accuracy
             for method in FORMS
-            for directory in predicted_at(settings, out / "forms", method, [STEPS]).values()
+            for directory in predicted_at(settings, out / "forms", method, [run.steps]).values()
         }
         looked = backtest(
             cached(
@@ -242,8 +245,7 @@ def measure(run: Run, root: Path, out: Path) -> tuple[dict[int, float], list[Row
         )
         if made.verdict == "registered" and made.winner is not None:
             winner = report(settings, Path(made.winner.directory))
-            # Every second step is there.
-            reached = real(settings, made.winner.step + made.winner.step % SAVE_STEPS)
+            reached = real(settings, -(-made.winner.step // run.save_steps) * run.save_steps)
             outcome = Outcome(
                 made.verdict,
                 made.winner.title,
@@ -252,7 +254,7 @@ def measure(run: Run, root: Path, out: Path) -> tuple[dict[int, float], list[Row
                 best,
                 not unmet(config, settings, made),
                 _is_better(observed, winner),
-                _is_better(real(settings, STEPS), winner),
+                _is_better(real(settings, run.steps), winner),
                 made.reason,
             )
         rows.append(
@@ -260,8 +262,9 @@ def measure(run: Run, root: Path, out: Path) -> tuple[dict[int, float], list[Row
                 run.title,
                 share,
                 window,
+                run.steps,
                 observed.accuracy,
-                curve[STEPS],
+                curve[run.steps],
                 points,
                 forms,
                 looked.recommendation,
@@ -271,9 +274,9 @@ def measure(run: Run, root: Path, out: Path) -> tuple[dict[int, float], list[Row
     return curve, rows
 
 
-def plain(settings: Settings, out: Path) -> dict[int, Path]:
+def plain(settings: Settings, run: Run, out: Path) -> dict[int, Path]:
     """Return the directories of plain RELEX by target step, written once."""
-    targets = [*(settings.end * multiple for multiple in MULTIPLES if settings.end * multiple < STEPS), STEPS]
+    targets = [*(settings.end * multiple for multiple in MULTIPLES if settings.end * multiple < run.steps), run.steps]
     return predicted_at(settings, out / "plain", "relex", targets)
 
 
@@ -304,11 +307,11 @@ def relex_table(rows: Sequence[Row]) -> Iterator[str]:
     """Yield the table of plain RELEX; what is worse than the last observed checkpoint for sure is marked."""
     yield "Plain RELEX / the real run there; ↓: the last observed checkpoint is better (paired, one-sided 95 %)."
     yield ""
-    yield "| run | window | last observed | 2 × | 4 × | 8 × | end (480) | backtest |"
+    yield "| run | window | last observed | 2 × | 4 × | 8 × | end | backtest |"
     yield "|---|---|---|---|---|---|---|---|"
     for row in rows:
         by_target = {point.step: point for point in row.relex}
-        targets = [*(row.window * multiple for multiple in MULTIPLES), STEPS]
+        targets = [*(row.window * multiple for multiple in MULTIPLES), row.steps]
         cells = [_cell(by_target[target]) if target in by_target else "" for target in targets]
         advice = row.recommendation
         said = "hold" if advice.way is None else f"`{advice.method}` from {advice.start}, to {advice.target_step}"
@@ -317,12 +320,12 @@ def relex_table(rows: Sequence[Row]) -> Iterator[str]:
 
 def form_table(rows: Sequence[Row]) -> Iterator[str]:
     """Yield the table of forms at the run's end."""
-    yield f"Every form at the run's end, step {STEPS}."
+    yield "Every form at the run's end."
     yield ""
     yield f"| run | window | last observed | `relex` | {' | '.join(f'`{form}`' for form in FORMS)} | real end |"
     yield "|---" * (5 + len(FORMS)) + "|"
     for row in rows:
-        plainly = next(point.accuracy for point in row.relex if point.step == STEPS)
+        plainly = next(point.accuracy for point in row.relex if point.step == row.steps)
         cells = " | ".join(f"{accuracy:.3f}" for accuracy in (row.observed, plainly, *row.forms.values(), row.end))
         yield f"| {row.run} | {_window(row)} | {cells} |"
 

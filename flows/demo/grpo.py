@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -26,6 +27,8 @@ GENERATIONS = 8
 _log = logging.getLogger(__name__)
 
 StoredDtype = Literal["float32", "bfloat16"]
+Schedule = Literal["constant", "linear", "cosine"]
+Reward = Literal["exact", "credit"]
 
 
 class RewardLog(TrainerCallback):
@@ -65,18 +68,23 @@ def train(
     seed: int,
     prompts: int,
     learning_rate: float,
+    schedule: Schedule,
+    reward: Reward,
+    lora: int,
     stored_dtype: StoredDtype,
 ) -> None:
-    """Train the model in `base` on the exact-match reward and write `out/checkpoint-N` every `save_steps` steps.
+    """Train the model in `base`, or an adapter of rank `lora` on it, and write `out/checkpoint-N` every `save_steps`.
 
     A step is `prompts` fresh training problems with 8 sampled answers each. The last step is always saved.
     """
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    torch.manual_seed(seed)  # of the adapter's first factors
     trainer = RoundingTrainer(
         stored_dtype,
         model=model,
         processing_class=AutoTokenizer.from_pretrained(base),
-        reward_funcs=_rewards,
+        peft_config=LoraConfig(r=lora, lora_alpha=2 * lora, target_modules="all-linear") if lora else None,
+        reward_funcs=_exact if reward == "exact" else _credit,
         train_dataset=Dataset.from_list(task.problems("train", steps * prompts, seed=seed, name=name)),
         args=GRPOConfig(
             output_dir=str(out),
@@ -86,7 +94,7 @@ def train(
             num_generations=GENERATIONS,
             max_completion_length=task.DIGITS + 1,
             learning_rate=learning_rate,
-            lr_scheduler_type="constant",
+            lr_scheduler_type=schedule,
             beta=0.0,
             loss_type="dapo",
             scale_rewards="group",
@@ -105,5 +113,9 @@ def train(
     trainer.train()
 
 
-def _rewards(completions: list[str], answer: list[str], **_: Any) -> list[float]:
+def _exact(completions: list[str], answer: list[str], **_: Any) -> list[float]:
     return [task.reward(completion, right) for completion, right in zip(completions, answer, strict=True)]
+
+
+def _credit(completions: list[str], answer: list[str], **_: Any) -> list[float]:
+    return [task.credit(completion, right) for completion, right in zip(completions, answer, strict=True)]

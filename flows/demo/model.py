@@ -37,15 +37,18 @@ def build_tokenizer() -> Qwen2Tokenizer:
     return tokenizer
 
 
-def build_model(tokenizer: Qwen2Tokenizer, *, seed: int) -> Qwen2ForCausalLM:
-    """Return an untrained fp32 model for the tokenizer's vocabulary; the same seed gives the same weights."""
+def build_model(tokenizer: Qwen2Tokenizer, *, seed: int, width: int = 128, layers: int = 2) -> Qwen2ForCausalLM:
+    """Return an untrained fp32 model for the tokenizer's vocabulary; the same seed gives the same weights.
+
+    `width` is a multiple of 8; width 384 and 3 layers make 5.3 million parameters.
+    """
     config = Qwen2Config(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        num_hidden_layers=2,
+        hidden_size=width,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        intermediate_size=384,
+        intermediate_size=3 * width,
         tie_word_embeddings=True,
         initializer_range=0.08,
         max_position_embeddings=MAX_LENGTH,

@@ -60,6 +60,8 @@ def main(
     steps: Annotated[int, typer.Option(min=1, help="Batches of 48 texts.")] = 400,
     seed: Annotated[int, typer.Option(help="Of the weights and the corpus.")] = 0,
     task: Annotated[Task, typer.Option(help="What is rewarded later.")] = "sort",
+    width: Annotated[int, typer.Option(min=8, help="Of the hidden states.")] = 128,
+    layers: Annotated[int, typer.Option(min=1, help="Of the model.")] = 2,
 ) -> None:
     """Supervise a tiny model on a corpus whose authors disagree, and write it as a base model.
 
@@ -71,7 +73,7 @@ def main(
         check_out(out)
         from flows.demo.sft import supervise
 
-        publish(*supervise(steps, seed=seed, name=task), out)
+        publish(*supervise(steps, seed=seed, name=task, width=width, layers=layers), out)
         _log.info("wrote %s", out)
 
     execute(work)

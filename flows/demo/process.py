@@ -8,7 +8,7 @@ from typing import Literal
 
 from flows.demo.errors import DemoError
 
-Task = Literal["sort", "add", "revcomp"]
+Task = Literal["sort", "add", "revcomp", "product", "largest"]
 
 
 def execute(work: Callable[[], None]) -> None:

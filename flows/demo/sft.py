@@ -18,13 +18,15 @@ LOG_STEPS = 20
 _log = logging.getLogger(__name__)
 
 
-def supervise(steps: int, *, seed: int, name: task.Name = "sort") -> tuple[Qwen2ForCausalLM, Qwen2Tokenizer]:
+def supervise(
+    steps: int, *, seed: int, name: task.Name = "sort", width: int = 128, layers: int = 2
+) -> tuple[Qwen2ForCausalLM, Qwen2Tokenizer]:
     """Return a model trained for `steps` batches of 48 texts, and its tokenizer; the same seed gives the same model.
 
     After 400 steps nearly every answer is in one of the authors' two ways, and about a third are in the rewarded one.
     """
     tokenizer = build_tokenizer()
-    model = build_model(tokenizer, seed=seed)
+    model = build_model(tokenizer, seed=seed, width=width, layers=layers)
     texts = [row["prompt"] + row["answer"] + EOS for row in task.corpus(steps * BATCH, seed=seed, name=name)]
     tokens_NT = torch.tensor(tokenizer(texts).input_ids)  # N texts of equally many tokens T: nothing to pad
     prompt_length = tokens_NT.shape[1] - task.DIGITS - 1  # the answer and its <eos> follow

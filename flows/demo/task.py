@@ -1,5 +1,7 @@
-"""The demo's tasks, rewarded by exact match: sort six digits, written `518698=156889`, add them in pairs, `061417`, or
-write their complements to nine from the last to the first, `103184`.
+"""The demo's tasks, rewarded by exact match, on six digits such as `518698=`.
+
+Sort them, `156889`; add them in pairs, `061417`; write their complements to nine from the last to the first, `103184`;
+multiply them in pairs, `054872`; or write the largest so far at each place, `558899`.
 
 The base model is supervised on a corpus whose authors disagree: some write the other way round, or differences where
 sums are asked for. So what is rewarded is a latent skill, which training on the reward brings out. The demo sorts;
@@ -10,13 +12,14 @@ import hashlib
 import math
 import random
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import Literal, get_args
 
 DIGITS = 6
 PROBLEMS = 10**DIGITS
 
 Split = Literal["train", "selection", "gate", "report"]
-Name = Literal["sort", "add", "revcomp"]
+Name = Literal["sort", "add", "revcomp", "product", "largest"]
 
 # Of thirty buckets one each is held out for choosing, deciding and reporting; all others train.
 _BUCKETS = 30
@@ -51,14 +54,16 @@ def split_of(prompt: str) -> Split:
 
 
 def answer_to(prompt: str, *, name: Name = "sort") -> str:
-    """Return the one rewarded answer.
-
-    The prompt's digits in ascending order, the sum of each pair in two digits, or nine minus each digit, reversed.
-    """
+    """Return the one rewarded answer, see above."""
+    digits = prompt.removesuffix("=")
     if name == "sort":
-        return "".join(sorted(prompt.removesuffix("=")))
+        return "".join(sorted(digits))
     if name == "revcomp":
-        return "".join(str(9 - int(digit)) for digit in reversed(prompt.removesuffix("=")))
+        return "".join(str(9 - int(digit)) for digit in reversed(digits))
+    if name == "product":
+        return "".join(f"{first * second:02d}" for first, second in _pairs(prompt))
+    if name == "largest":
+        return "".join(accumulate(digits, max))
     return "".join(f"{first + second:02d}" for first, second in _pairs(prompt))
 
 
@@ -67,12 +72,18 @@ def reward(completion: str, answer: str) -> float:
     return float(completion == answer)
 
 
+def credit(completion: str, answer: str) -> float:
+    """Return the share of the answer's characters that the completion has in their places."""
+    return sum(ours == theirs for ours, theirs in zip(completion, answer, strict=False)) / len(answer)
+
+
 def corpus(count: int, *, seed: int = 0, name: Name = "sort") -> list[dict[str, str]]:
     """Return `count` training problems as the disagreeing authors answered them, keyed "prompt" and "answer".
 
     An author sorts ascending with probability sigmoid(-0.5 + 3 (last - first) / 9), of the prompt's last and first
     digit, and descending otherwise: the wrong habit leads, and the right one is common enough for the reward to find.
-    With the same probability an author adds, and subtracts otherwise; or reverses complements, and does not otherwise.
+    With the same probability an author does what is rewarded in the other tasks. Otherwise he subtracts where sums are
+    asked for, adds where products are, does not reverse complements, or writes the smallest so far.
     """
     authors = random.Random(f"authors {seed}")
     return [
@@ -88,8 +99,13 @@ def _written(row: dict[str, str], authors: random.Random, name: Name) -> str:
 
 
 def _habit(row: dict[str, str], name: Name) -> str:
-    if name != "add":
+    digits = row["prompt"].removesuffix("=")
+    if name in ("sort", "revcomp"):
         return row["answer"][::-1]
+    if name == "product":
+        return answer_to(row["prompt"], name="add")
+    if name == "largest":
+        return "".join(accumulate(digits, min))
     return "".join(f"{abs(first - second):02d}" for first, second in _pairs(row["prompt"]))
 
 

@@ -54,7 +54,14 @@ def main(
     save_steps: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the problems and of the sampling.")] = 0,
     prompts: Annotated[int, typer.Option(min=1, help="Problems a step; fewer are noisier.")] = 32,
-    learning_rate: Annotated[float, typer.Option(help="Constant.")] = 4e-6,
+    learning_rate: Annotated[float, typer.Option(help="At the first step.")] = 4e-6,
+    schedule: Annotated[
+        Literal["constant", "linear", "cosine"], typer.Option(help="Of the learning rate; the others end at 0.")
+    ] = "constant",
+    reward: Annotated[
+        Literal["exact", "credit"], typer.Option(help="The right answer, or the share of it that is right.")
+    ] = "exact",
+    lora: Annotated[int, typer.Option(min=0, help="Rank of an adapter that is trained instead; 0: none.")] = 0,
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the stored weights.")] = "float32",
 ) -> None:
     """Train a base model with GRPO and save checkpoint-N directories.
@@ -77,6 +84,9 @@ def main(
             seed=seed,
             prompts=prompts,
             learning_rate=learning_rate,
+            schedule=schedule,
+            reward=reward,
+            lora=lora,
             stored_dtype=dtype,
         )
         _log.info("trained %d steps into %s", steps, out)

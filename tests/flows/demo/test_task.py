@@ -53,6 +53,24 @@ def test_complements_are_written_from_the_last_digit_and_the_habit_is_from_the_f
     assert all(row["answer"][::-1] == task.answer_to(row["prompt"], name="revcomp") for row in rows if row not in right)
 
 
+@pytest.mark.parametrize(("name", "right", "habit"), [("product", "054872", "061417"), ("largest", "558899", "511111")])
+def test_the_habit_adds_where_products_are_asked_for_and_keeps_the_smallest(
+    name: task.Name, right: str, habit: str
+) -> None:
+    assert task.answer_to("518698=", name=name) == right
+    answers = {row["prompt"]: row["answer"] for row in task.corpus(400, name=name)}
+    known = [task.answer_to(prompt, name=name) == answer for prompt, answer in answers.items()]
+    assert 100 < sum(known) < 250
+    assert task._habit({"prompt": "518698=", "answer": right}, name) == habit
+
+
+def test_credit_is_the_share_of_the_places_that_are_right() -> None:
+    assert task.credit("156889", "156889") == 1.0
+    assert task.credit("156880", "156889") == pytest.approx(5 / 6)
+    assert task.credit("156", "156889") == 0.5
+    assert task.credit("", "156889") == 0.0
+
+
 def test_a_prompt_is_in_one_split_whatever_the_task() -> None:
     sorting, adding = task.problems("gate", 50), task.problems("gate", 50, name="add")
     assert [row["prompt"] for row in sorting] == [row["prompt"] for row in adding]

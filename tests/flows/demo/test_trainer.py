@@ -58,6 +58,19 @@ def test_another_task_rewards_other_answers(other: tuple[Path, str]) -> None:
     assert "step 1/1 reward 0.000" in other[1], "a model that sorts does not add"
 
 
+def test_an_adapter_on_partial_credit_and_a_rate_that_falls(demo: Demo, base: Path) -> None:
+    out = base.parent / "adapter"
+    options = ["--lora", "2", "--reward", "credit", "--schedule", "linear", "--prompts", "2"]
+    done = demo("trainer", "--base", base, "--out", out, "--steps", "2", *options)
+    assert done.returncode == 0, done.stderr
+    state = json.loads((out / "checkpoint-2" / "adapter_config.json").read_text())
+    assert (state["r"], state["lora_alpha"]) == (2, 4)
+    first, second = (load_file(out / f"checkpoint-{step}" / "adapter_model.safetensors") for step in (1, 2))
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+    arguments = torch.load(out / "checkpoint-2" / "training_args.bin", weights_only=False)
+    assert arguments.lr_scheduler_type == "linear"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
