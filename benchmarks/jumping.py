@@ -219,13 +219,13 @@ def base_of(cache: Path, run: Run) -> Path:
     return base
 
 
-def reached(found: dict[str, Any], accuracy: float) -> dict[str, float] | None:
+def reached(result: dict[str, Any], accuracy: float) -> dict[str, float] | None:
     """Return the first point of a run's curve that has the accuracy."""
-    return next((point for point in found["curve"] if point["accuracy"] >= accuracy), None)
+    return next((point for point in result["curve"] if point["accuracy"] >= accuracy), None)
 
 
-def cell(found: dict[str, Any], accuracy: float) -> str:
-    point = reached(found, accuracy)
+def cell(result: dict[str, Any], accuracy: float) -> str:
+    point = reached(result, accuracy)
     if point is None:
         return "–"
     return f"{point['step']} ({point['answers'] / 1000:.1f}k, {point['seconds']:.0f} s)"
@@ -234,7 +234,7 @@ def cell(found: dict[str, Any], accuracy: float) -> str:
 def table(out: Path) -> str:
     """Return the table of what is finished: each cell plain → jump; the plain rate that is best at a target in bold."""
     runs = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("*.json"))}
-    seeds = sorted({found["run"]["seed"] for found in runs.values()})
+    seeds = sorted({result["run"]["seed"] for result in runs.values()})
     lines = [
         f"Steps (generated answers, seconds) to an accuracy on {MEASURED} problems, plain → with jumps.",
         "",
@@ -274,11 +274,11 @@ def best_rate(runs: dict[str, Any], name: str, seed: int) -> float | None:
     """Return the rate at which plain RL reaches the highest target with the fewest answers."""
     reaching = []
     for rate in STEPS[name]:
-        found = runs.get(Run(name, rate, seed, "plain").name)  # type: ignore[arg-type]
-        if found is None:
+        result = runs.get(Run(name, rate, seed, "plain").name)  # type: ignore[arg-type]
+        if result is None:
             continue
         for target in TARGETS[name]:
-            point = reached(found, target)
+            point = reached(result, target)
             if point is not None:
                 reaching.append((-target, point["answers"], rate))
     return min(reaching)[2] if reaching else None
@@ -287,16 +287,16 @@ def best_rate(runs: dict[str, Any], name: str, seed: int) -> float | None:
 def arm_table(runs: dict[str, Any], arm: str) -> list[str]:
     """Return the lines that set an arm beside `jump`."""
     rows = []
-    for found in runs.values():
-        run = Run(**found["run"])
+    for result in runs.values():
+        run = Run(**result["run"])
         other = runs.get(Run(run.task, run.rate, run.seed, "jump").name)
         if run.arm == arm and other is not None:
             target = TARGETS[run.task][-1]
-            mean = [statistics.mean(point["accuracy"] for point in each["curve"][1:]) for each in (other, found)]
+            mean = [statistics.mean(point["accuracy"] for point in each["curve"][1:]) for each in (other, result)]
             rows.append(
-                f"| {run.task} {run.rate:.0e}, {run.seed} | {cell(other, target)} → {cell(found, target)}"
+                f"| {run.task} {run.rate:.0e}, {run.seed} | {cell(other, target)} → {cell(result, target)}"
                 f" | {mean[0]:.3f} → {mean[1]:.3f}"
-                f" | {other['curve'][-1]['accuracy']:.3f} → {found['curve'][-1]['accuracy']:.3f} |"
+                f" | {other['curve'][-1]['accuracy']:.3f} → {result['curve'][-1]['accuracy']:.3f} |"
             )
     if not rows:
         return []

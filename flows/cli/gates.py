@@ -35,7 +35,7 @@ def _configs(run: str) -> Iterator[tuple[Path, dict[str, Any]]]:
     if "://" not in run:
         inside = Path(run).resolve()
         places += [inside, *list(inside.parents)[:_ABOVE]]
-    for path in sorted({found for place in places for found in place.glob("*.yaml")}):
+    for path in sorted({config for place in places for config in place.glob("*.yaml")}):
         try:
             content = read_bounded_yaml(path)
         except (OSError, yaml.YAMLError):

@@ -114,9 +114,9 @@ def _ladder(decision: Decision) -> list[str]:
 def rungs(ladder: Sequence[Rung]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Return the headings and rows of a ladder's table: a row a target, a column a method."""
     methods = list(dict.fromkeys(rung.method for rung in ladder))
-    found = {(rung.step, rung.method): rung for rung in ladder}
+    rung_at = {(rung.step, rung.method): rung for rung in ladder}
     rows = [
-        (str(step), *(_rung(found.get((step, method))) for method in methods))
+        (str(step), *(_rung(rung_at.get((step, method))) for method in methods))
         for step in sorted({rung.step for rung in ladder})
     ]
     return ("step", *methods), rows

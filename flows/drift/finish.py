@@ -30,7 +30,7 @@ def _looks(settings: Settings, decision: Decision) -> list[Finished]:
     if not rows:
         return []
     rules = {str(rule): points for rule, points in outlook(settings, decision).items()}
-    found: list[Finished] = []
+    looks: list[Finished] = []
     for row in rows:
         own = (row.method, row.target) == (winner.method, winner.step)
         for pair in row.accuracies:
@@ -48,5 +48,5 @@ def _looks(settings: Settings, decision: Decision) -> list[Finished]:
                     rules,
                 )
                 # Problems that decided nothing come first.
-                found.insert(0 if pair.benchmark in known else len(found), look)
-    return found
+                looks.insert(0 if pair.benchmark in known else len(looks), look)
+    return looks

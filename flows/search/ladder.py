@@ -73,12 +73,12 @@ class _Direction:
         self.due, self.left = self.left[:count], self.left[count:]
         return self.due
 
-    def judge(self, found: Answered) -> bool:
+    def judge(self, rung: Answered) -> bool:
         """Return whether a rung is worse than the best, which it is from now on if it scores higher."""
-        is_worse = falls(found.each, self.best.each)
+        is_worse = falls(rung.each, self.best.each)
         self.worse = self.worse + 1 if is_worse else 0
-        if found.score.accuracy > self.best.score.accuracy:
-            self.best = found
+        if rung.score.accuracy > self.best.score.accuracy:
+            self.best = rung
         return is_worse
 
 
@@ -128,10 +128,10 @@ def climb(
                 raise
             return Ladder(tuple(rungs), tuple(scores), ended=str(error))
         for proposal, model in zip(due, models, strict=True):
-            found = answer(model)
-            is_worse = directions[proposal.method].judge(found)
-            rungs.append(Rung(model.method, model.step, found.score.accuracy, found.score.n, is_worse))
-            scores.append(found.score)
+            answers = answer(model)
+            is_worse = directions[proposal.method].judge(answers)
+            rungs.append(Rung(model.method, model.step, answers.score.accuracy, answers.score.n, is_worse))
+            scores.append(answers.score)
         for direction in directions.values():
             if direction.worse >= PATIENCE:
                 direction.left.clear()

@@ -82,33 +82,33 @@ def room(settings: Settings, decision: Decision) -> Room | None:
 
 def outlook(settings: Settings, decision: Decision) -> dict[Rule, float]:
     """Return the points that each rule says training on may win; a rule that has nothing to go by is left out."""
-    found: dict[Rule, float] = {}
+    points_by_rule: dict[Rule, float] = {}
     left = room(settings, decision)
     if left is not None:
-        found["ceiling"] = left.points
+        points_by_rule["ceiling"] = left.points
     winner, end = decision.winner, settings.total_steps
     if winner is None or decision.verdict != "registered":
-        return found
+        return points_by_rule
     rungs = sorted(
         (score.model.step, score.accuracy) for score in decision.selection if score.model.method == winner.method
     )
     if len(rungs) > 1 and end is not None and rungs[-1][0] >= end:
-        found["last rung"] = 100 * (rungs[-1][1] - rungs[-2][1])
+        points_by_rule["last rung"] = 100 * (rungs[-1][1] - rungs[-2][1])
     earlier = [each for each in read_decisions(settings) if each.window < decision.window]
     observed = {each.window: _observed(each.selection) for each in (*earlier, decision)}
     points = [(step, accuracy) for step, accuracy in sorted(observed.items()) if accuracy is not None]
     reached = [each for each in earlier if each.winner is not None and each.winner.step <= decision.window]
     then = _accuracy(reached[-1]) if reached else None
     if then is not None and points:
-        found["backcast"] = 100 * (points[-1][1] - then)
+        points_by_rule["backcast"] = 100 * (points[-1][1] - then)
     ours = _accuracy(decision)
     if ours is None or end is None:
-        return found
+        return points_by_rule
     if len(points) > 1:
-        found["growth"] = 100 * (_doubling(points, end) - ours)
+        points_by_rule["growth"] = 100 * (_doubling(points, end) - ours)
     if len(points) > 2:
-        found["forecast"] = 100 * (_saturating(points, end) - ours)
-    return found
+        points_by_rule["forecast"] = 100 * (_saturating(points, end) - ours)
+    return points_by_rule
 
 
 def voted(settings: Settings, decision: Decision) -> list[Rule]:

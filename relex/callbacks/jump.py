@@ -115,12 +115,12 @@ class JumpCallback(TrainerCallback):
         args = self._trainer.args
         directory = Path(checkpoint) if checkpoint else Path(str(args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{step}")
         file = directory / _file_name(args, shards=weights.sharded(model))
-        found: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True) if file.is_file() else {}
-        late = bool(found) and step >= found["next"] - found["every"] // 2
-        usable = bool(found) and found["every"] == self.every and (not late or weights.fits(found["middle"], model))
+        block: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True) if file.is_file() else {}
+        late = bool(block) and step >= block["next"] - block["every"] // 2
+        usable = bool(block) and block["every"] == self.every and (not late or weights.fits(block["middle"], model))
         if all(gather_object([usable])):
-            self._next, self._wait, self._gained = found["next"], found["wait"], found["gained"]
-            self._middle = found["middle"]
+            self._next, self._wait, self._gained = block["next"], block["wait"], block["gained"]
+            self._middle = block["middle"]
         else:
             _log.warning("%s has no block of %d steps to go on with: one begins at step %d", file, self.every, step)
 
@@ -140,19 +140,19 @@ class JumpCallback(TrainerCallback):
                         return None
                     return scoring.score(trainer, self.score)
 
-                found = ladder.climb(score, ladder.rungs(self.every))
-            jump = found.kept
+                climb = ladder.climb(score, ladder.rungs(self.every))
+            jump = climb.kept
         finally:
             # Also when scoring fails or is interrupted: then the weights are those before it.
             self._place(model, now, jump / span)
-        self.looks[step] = found
+        self.looks[step] = climb
         self._gained += jump
         self._wait = 1 if jump else min(2 * self._wait, LONGEST_WAIT)
         self._next, self._middle = step + self._wait * self.every, {}
         if jump and getattr(trainer, "_buffered_inputs", None) is not None:
             # TRL's answers of the model before the jump.
             trainer._buffered_inputs = None
-        self._tell(found, step, time.monotonic() - began)
+        self._tell(climb, step, time.monotonic() - began)
 
     def _place(self, model: torch.nn.Module, now: weights.Copies, share: float) -> bool:
         """Go on by `share` of the way from the middle to now, in TRL's generation engine too where there is one."""
@@ -165,25 +165,25 @@ class JumpCallback(TrainerCallback):
             self._trainer._last_loaded_step = self._trainer.state.global_step
         return finite
 
-    def _tell(self, found: Climb, step: int, seconds: float) -> None:
-        tried = ", ".join(f"{rung.steps}: {rung.score:.4f}" for rung in found.rungs)
-        chance = "" if found.p is None else f" (p = {found.p:.4f})"
+    def _tell(self, climb: Climb, step: int, seconds: float) -> None:
+        tried = ", ".join(f"{rung.steps}: {rung.score:.4f}" for rung in climb.rungs)
+        chance = "" if climb.p is None else f" (p = {climb.p:.4f})"
         _log.info(
             "step %d: %s%s; staying scores %.4f, jumps by steps %s; %.1f s; %d steps gained so far",
-            *(step, f"jumped {found.kept} steps" if found.kept else "stayed", chance, found.stay, tried or "none"),
+            *(step, f"jumped {climb.kept} steps" if climb.kept else "stayed", chance, climb.stay, tried or "none"),
             *(seconds, self._gained),
         )
-        best = max((rung.score for rung in found.rungs if math.isfinite(rung.score)), default=found.stay)
+        best = max((rung.score for rung in climb.rungs if math.isfinite(rung.score)), default=climb.stay)
         logs = {
-            "jump/steps": found.kept,
+            "jump/steps": climb.kept,
             "jump/gained": self._gained,
-            "jump/stay": found.stay,
+            "jump/stay": climb.stay,
             "jump/best": best,
-            "jump/rungs": len(found.rungs),
+            "jump/rungs": len(climb.rungs),
             "jump/seconds": round(seconds, 3),
         }
         with undisturbed(self._trainer, silent=False):
-            self._trainer.log(logs if found.p is None else logs | {"jump/p": found.p})
+            self._trainer.log(logs if climb.p is None else logs | {"jump/p": climb.p})
 
 
 def _trainer_of_this_call() -> tuple[Any, str | None]:

@@ -116,10 +116,10 @@ def score(trainer: Any, function: Score | None) -> Scores:
 def _evaluate(trainer: Any) -> Scores:
     rewards: list[Tensor] = []
     losses: list[Tensor] = []
-    with _replaced(trainer, "_calculate_rewards", _keeping(rewards, lambda found: found)):
+    with _replaced(trainer, "_calculate_rewards", _keeping(rewards, lambda rewards_AF: rewards_AF)):
         # Each process has a batch of its own.
         gather = trainer.accelerator.gather
-        with _replaced(trainer, "prediction_step", _keeping(losses, lambda found: gather(found[0].reshape(1)))):
+        with _replaced(trainer, "prediction_step", _keeping(losses, lambda outputs: gather(outputs[0].reshape(1)))):
             metrics = trainer.evaluate()
     if rewards:
         return _by_problem(trainer, torch.cat(rewards).double().cpu())
@@ -145,9 +145,9 @@ def _by_problem(trainer: Any, rewards_AF: Tensor) -> Scores:
 def _keeping(kept: list[Tensor], what: Callable[[Any], Tensor]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def around(method: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            found = method(*args, **kwargs)
-            kept.append(what(found))
-            return found
+            result = method(*args, **kwargs)
+            kept.append(what(result))
+            return result
 
         return call
 
