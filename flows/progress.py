@@ -1,5 +1,6 @@
-"""Progress of long work, as one line in the Prefect UI."""
+"""What the Prefect UI shows of work: progress as one line, and what each task found in its log."""
 
+import logging
 import time
 from typing import Any
 
@@ -7,6 +8,8 @@ from prefect.artifacts import (
     create_progress_artifact,
     update_progress_artifact,
 )
+from prefect.exceptions import MissingContextError
+from prefect.logging import get_run_logger
 
 # A progress artifact is a row in the server's database: more than one a second is noise.
 _PROGRESS_SECONDS = 1.0
@@ -27,3 +30,11 @@ class ProgressArtifact:
         self._last = time.monotonic()
         share = 100.0 * done / max(total, 1)
         update_progress_artifact(self._artifact, share, description=f"{self._title}: {what} {share:.0f} %")
+
+
+def log_result(text: str) -> None:
+    """Write a line to the log of the task or flow run that is at work, and without one to this process's own log."""
+    try:
+        get_run_logger().info("%s", text)
+    except MissingContextError:
+        logging.getLogger(__name__).info("%s", text)

@@ -59,6 +59,13 @@ class Report:
 
         return mean_interval([score for _, score in self.scores])
 
+    @property
+    def sentence(self) -> str:
+        """Return the accuracy and the time it took: 155/400 = 0.388, 7 s."""
+        total = math.fsum(score for _, score in self.scores)
+        counted = f"{total:.0f}/{self.n}" if total.is_integer() else f"{total:.2f}/{self.n}"
+        return f"{counted} = {self.accuracy:.3f}, {self.seconds:.0f} s"
+
     def to_json(self) -> str:
         """Return the report as JSON that `from_json` reads back to an equal report."""
         return json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False) + "\n"

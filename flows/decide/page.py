@@ -8,58 +8,115 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from evaluation.verdict.gate import Gate
 from flows.console import markdown_table
+from flows.settings import Settings
 from flows.state.decision import Backtested, Decision, Model, Rung, Score
 from flows.stop.outlook import Room
 from relex import plots
 
 
-def page(decision: Decision, *, figure: str = "") -> str:
+def page(decision: Decision, settings: Settings, *, figure: str = "") -> str:
     """Return the decision as Markdown; `figure` is an image URI."""
     attempt = f", attempt {decision.attempt} of {decision.attempts}" if decision.attempts > 1 else ""
+    chosen = decision.winner if decision.verdict == "registered" else None
     lines = [
-        f"# {decision.training_run}: {decision.verdict}",
+        f"# {decision.training_run}: {decision.verdict}{f' {chosen.title}' if chosen else ''}",
         "",
         decision.reason,
         "",
-        f"Observed: {len(decision.steps)} checkpoints, steps {decision.steps[0]} to {decision.steps[-1]}"
-        f" (window {decision.window}{attempt}).",
+        *([f"- Model: `{chosen.directory}`"] if chosen else []),
+        f"- Base: `{settings.base}`",
+        f"- Training run: `{settings.checkpoints}`, {len(decision.steps)} checkpoints observed, steps"
+        f" {decision.steps[0]} to {decision.steps[-1]} (window {decision.window}{attempt})",
     ]
-    lines += ["", *(f"- Warning: {text}" for text in decision.warnings), ""] if decision.warnings else []
     if decision.registered:
-        lines.append(f"Registered: [{decision.registered}]({decision.registered_url}).")
+        lines.append(f"- Registered: [{decision.registered}]({decision.registered_url})")
+    if decision.record_url:
+        lines.append(f"- Record: [MLflow run]({decision.record_url})")
+    lines.append(f"- Next: {_next(decision, settings)}")
+    lines += ["", *(f"- Warning: {text}" for text in decision.warnings)] if decision.warnings else []
     if decision.stop:
         lines += ["", decision.stop]
-    if decision.record_url:
-        lines.append(f"Record: [MLflow run]({decision.record_url}).")
+    if figure:
+        lines += ["", f"![accuracy by training step]({figure})"]
     if decision.backtested is not None:
         lines += ["", "## Backtest (proposes)", "", *_backtested(decision.backtested)]
     lines += _ladder(decision)
     lines += _scores("Selection (chooses)", decision.selection)
+    if overruled := _overruled(decision):
+        lines += ["", overruled]
     lines += [] if decision.ladder else _scores("Given up on fewer problems", decision.dropped)
     if decision.gates:
         lines += ["", "## Gate (decides)", "", *_gates(decision)]
     lines += _scores("Report (decides nothing)", decision.report)
-    if figure:
-        lines += ["", f"![accuracy by training step]({figure})"]
     return "\n".join(lines) + "\n"
 
 
-def draw(decision: Decision, path: Path, *, later: Sequence[Score] = (), room: Room | None = None) -> Path | None:
+def _next(decision: Decision, settings: Settings) -> str:
+    if decision.verdict == "registered":
+        named = " ".join(filter(None, [settings.registered_model, decision.registered.rpartition(" ")[2]]))
+        return f"`relex promote {named}` makes it the champion"
+    if decision.attempt < decision.attempts:
+        return f"the training goes on; a later window is decided by itself, attempt {decision.attempt + 1}"
+    return "the training goes on; nothing is to be done here"
+
+
+def _overruled(decision: Decision) -> str:
+    """Return why something else was chosen than what the backtest trusts, where that is so."""
+    winner, backtested = decision.winner, decision.backtested
+    if winner is None or backtested is None:
+        return ""
+    scored = {score.model: score for score in (*decision.dropped, *decision.selection)}
+    ours = scored.get(winner)
+    trusted = [
+        score
+        for model, score in scored.items()
+        if backtested.trusted_step is not None
+        and model.role == "candidate"
+        and model.step <= backtested.trusted_step
+        and score.n == (ours.n if ours else 0)
+    ]
+    if ours is None or (backtested.trusted_step is not None and winner.step <= backtested.trusted_step):
+        return ""
+    bound = "no step" if backtested.trusted_step is None else f"no step beyond {backtested.trusted_step}"
+    best = max(trusted, key=lambda score: score.accuracy, default=None)
+    against = "" if best is None else f", and the best of those that it trusts, {best.model.title}, {best.accuracy:.4f}"
+    return (
+        f"The backtest, which reads weights alone, trusts {bound}. It proposes and scores choose: {winner.title} scores"
+        f" {ours.accuracy:.4f} on {ours.n} selection problems{against}. Whether that holds on other problems is for the"
+        " gate."
+    )
+
+
+def draw(
+    decision: Decision,
+    path: Path,
+    *,
+    earlier: Sequence[Decision] = (),
+    later: Sequence[Score] = (),
+    room: Room | None = None,
+) -> Path | None:
     """Draw accuracy by training step on the first report benchmark to `path`; None when there is no such benchmark.
 
-    `later` is what the run really reached after the decision, `room` what training on may win.
+    `earlier` are the decisions on the run's former windows, whose observed checkpoints are drawn too, `later` is what
+    the run really reached after the decision, `room` what training on may win.
     """
     if not decision.report:
         return None
     benchmark = decision.report[0].benchmark
     scores = [score for score in decision.report if score.benchmark == benchmark]
+    observed = {
+        score.model.step: score
+        for each in (*earlier, decision)
+        for score in each.report
+        if score.benchmark == benchmark and score.model.role in ("base", "observed")
+    }
     winner = decision.winner if decision.verdict == "registered" else None
     plots.accuracy_by_step(
         path,
         title=f"{decision.training_run}: {decision.verdict}",
         benchmark=f"{benchmark}, {scores[0].n} problems that decided nothing",
         window=(decision.steps[0], decision.steps[-1]),
-        real=[_point(score) for score in scores if score.model.role in ("base", "observed")],
+        real=[_point(score) for _, score in sorted(observed.items())],
         predicted=[_point(score, winner) for score in scores if score.model.role == "candidate"],
         later=[_point(score) for score in later],
         room=None if room is None else (min(room.at_least, room.ceiling), room.ceiling),
@@ -73,7 +130,7 @@ def _point(score: Score, winner: Model | None = None) -> plots.Point:
     )
 
 
-def show(decision: Decision, figure: Path | None) -> None:
+def show(decision: Decision, settings: Settings, figure: Path | None) -> None:
     """Put the decision where the Prefect UI shows it: a table and a page with the figure."""
     rows = [
         {"model": score.model.title, "benchmark": score.benchmark, "accuracy": f"{score.accuracy:.4f}", "n": score.n}
@@ -83,7 +140,7 @@ def show(decision: Decision, figure: Path | None) -> None:
         create_table_artifact(rows, key=f"scores-{decision.training_run}", description=decision.reason)
     uri = f"data:image/png;base64,{base64.b64encode(figure.read_bytes()).decode()}" if figure is not None else ""
     create_markdown_artifact(
-        page(decision, figure=uri), key=f"decision-{decision.training_run}", description=decision.reason
+        page(decision, settings, figure=uri), key=f"decision-{decision.training_run}", description=decision.reason
     )
 
 
@@ -139,7 +196,8 @@ def _gates(decision: Decision) -> list[str]:
         for gate in decision.gates
     ]
     headings = ("candidate against", "difference, points", "interval", "at least", "must be above", "")
-    return [*markdown_table(headings, rows), "", *(f"- {gate.sentence}" for gate in decision.gates)]
+    unsaid = [f"- {gate.sentence}" for gate in decision.gates if gate.sentence not in decision.reason]
+    return [*markdown_table(headings, rows), *([""] if unsaid else []), *unsaid]
 
 
 def _interval(gate: Gate) -> str:

@@ -21,6 +21,7 @@ from flows.drift.measure import compare
 from flows.drift.page import page, summary, warnings
 from flows.drift.record import Compared, comparing, mark_shown, read_compared, was_shown
 from flows.progress import ProgressArtifact
+from flows.run_names import flow_run_name
 from flows.settings import Settings, load_settings
 from flows.state.events import PREDICTION_DRIFTED, event
 from relex.files.block_cache import BlockCache
@@ -57,7 +58,7 @@ compare_task = task(name="compare", retries=2, retry_delay_seconds=5, cache_poli
 log_task = task(name="log", retries=3, retry_delay_seconds=5, cache_policy=NO_CACHE)(log_compared)
 
 
-@flow(name="drift", flow_run_name="drift at step {step}")
+@flow(name="drift", flow_run_name=flow_run_name(lambda run, given: f"drift of {run} at step {given['step']}"))
 def drift(config: str, tracking_uri: str, step: int = 0) -> State[Any]:
     """Compare old predictions of the training run described in the file `config` with what it has reached."""
     settings = load_settings(Path(config))

@@ -18,6 +18,7 @@ from flows.reground.loop import reground as run_cycles
 from flows.reground.page import page
 from flows.reground.record import record
 from flows.reground.settings import load_reground_settings
+from flows.run_names import flow_run_name
 from flows.state.records import read_json, write_json
 
 # Training is not tried again by itself: what failed after hours would, and the log says more than a second try.
@@ -32,7 +33,7 @@ judge_task = task(
 record_task = task(name="record", retries=3, retry_delay_seconds=5, cache_policy=NO_CACHE)(record)
 
 
-@flow(name="reground", flow_run_name="reground {config}")
+@flow(name="reground", flow_run_name=flow_run_name(lambda run, _: f"reground {run}"))
 def reground(config: str, tracking_uri: str) -> State[Any]:
     """Run the re-grounding described in the file `config` to its end, or go on with it; one at work is left alone."""
     settings = load_reground_settings(Path(config))

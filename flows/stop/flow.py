@@ -15,6 +15,7 @@ from prefect.states import Completed, Failed
 
 from flows.approval import ask, page_url, start
 from flows.errors import StopError
+from flows.run_names import flow_run_name
 from flows.settings import Settings, load_settings
 from flows.state.decision import Decision
 from flows.state.records import write_json
@@ -81,7 +82,11 @@ def _offer(config: str, settings: Settings, decision: Decision, *, tracking_uri:
     return f"{offered} {_worth(settings, decision)} {counted.sentence}"
 
 
-@flow(name="stop-training", flow_run_name="stop {key}", retries=0)
+@flow(
+    name="stop-training",
+    flow_run_name=flow_run_name(lambda run, given: f"stop {run}, window {given['key']}"),
+    retries=0,
+)
 def stop_flow(config: str, key: str, tracking_uri: str) -> State[Any]:
     """Ask whether the training run described in the file `config` is to be stopped, wait, and do as is answered."""
     settings = load_settings(Path(config))

@@ -12,6 +12,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
 from flows.errors import WatchError
+from flows.run_names import flow_run_name
 from flows.settings import load_settings
 from flows.watch.watcher import watch_store
 
@@ -21,7 +22,7 @@ SCHEDULE_SECONDS = 600.0
 _HANDOVER_SECONDS = 40.0
 
 
-@flow(name="watch", retries=0, validate_parameters=False)
+@flow(name="watch", flow_run_name=flow_run_name(lambda run, _: f"watch {run}"), retries=0, validate_parameters=False)
 def watch(config: str, seconds: float = RUN_SECONDS) -> State[Any]:
     """Watch the training run described in the file `config`; progress is an artifact of the flow run."""
     settings = load_settings(Path(config))

@@ -108,7 +108,7 @@ def test_a_decision_climbs_to_the_top_and_pays_each_answer_once() -> None:
     assert {rung.step for rung in decision.ladder} == {model.step for model in world.written}
     answers, _ = decision.cost
     assert answers == sum(world.asked.values()) < 0.7 * 500 * (1 + len(world.written))
-    text = page(decision)
+    text = page(decision, world.settings)
     assert f"Choosing cost {answers:,} answers" in text
     assert text.count(" ↓ |") == sum(rung.worse for rung in decision.ladder)
 
@@ -119,6 +119,6 @@ def test_a_run_that_only_falls_is_kept_training_with_its_rungs_told() -> None:
     assert decision.verdict == "keep training"
     assert decision.reason == "Every rung of the ladder is worse than the last observed step 48."
     assert [rung.worse for rung in decision.ladder] == [True, True]
-    assert "## Ladder" in page(decision)
+    assert "## Ladder" in page(decision, world.settings)
     # A decision of an earlier version has no ladder, and its page none.
-    assert "## Ladder" not in page(replace(decision, ladder=()))
+    assert "## Ladder" not in page(replace(decision, ladder=()), world.settings)

@@ -4,8 +4,19 @@ from dataclasses import replace
 from evaluation.verdict.gate import Gate
 from flows.decide.choose import choose
 from flows.decide.page import page
-from flows.state.decision import Decision, Model, Score
+from flows.settings import Settings
+from flows.state.decision import Backtested, Decision, Model, Score
 
+SETTINGS = Settings(
+    training_run="tiny",
+    checkpoints="/runs/tiny",
+    base="/models/base",
+    window=48,
+    targets=[120, 240],
+    selection="selection",
+    gate="gate",
+    registered_model="tiny",
+)
 OBSERVED = Model("observed", 48, "/models/observed/step-48")
 
 
@@ -56,9 +67,61 @@ def test_a_decision_survives_its_json_and_its_page_has_every_number() -> None:
         registered="tiny-candidates version 1",
     )
     assert Decision.from_json(json.loads(json.dumps(decision.to_json()))) == decision
-    text = page(decision)
+    text = page(decision, SETTINGS)
     assert "skill of the weights" not in text
     promised = replace(winner, model=replace(winner.model, skill_at_least=0.61))
-    assert "| 0.61 |" in page(replace(decision, selection=(score(0.4, role="observed"), promised)))
+    assert "| 0.61 |" in page(replace(decision, selection=(score(0.4, role="observed"), promised)), SETTINGS)
     for piece in ("0.7100", "0.4100", "+27.00", "tiny-candidates version 1", "steps 8 to 48"):
         assert piece in text
+
+
+GATE = Gate(
+    "relex @ 240", "last observed @ 48", "gate", 1000, 0.7, 0.4, 0.3, 0.27, 0.95, 0.0, "exact McNemar", "passed"
+)
+
+
+def registered() -> Decision:
+    winner = score(0.71, step=240)
+    return Decision(
+        "tiny",
+        "0123",
+        48,
+        (8, 48),
+        "registered",
+        f"It is so. {GATE.sentence}",
+        backtested=Backtested("trusted", (44, 46, 48), "relex", 1.0, 0.8, 0.6, 120, "it is a line"),
+        selection=(score(0.4, role="observed"), winner, score(0.6, step=120)),
+        gates=(GATE,),
+        winner=winner.model,
+        registered="tiny-candidates version 3",
+    )
+
+
+def test_a_page_says_each_thing_once_what_the_model_is_and_what_to_do_next() -> None:
+    text = page(registered(), SETTINGS)
+    assert text.count(GATE.sentence) == 1
+    for piece in (
+        "# tiny: registered relex @ 240",
+        "- Model: `/models/relex/step-240`",
+        "- Base: `/models/base`",
+        "- Training run: `/runs/tiny`, 2 checkpoints",
+        "- Next: `relex promote tiny 3` makes it the champion",
+    ):
+        assert piece in text, piece
+    refused = replace(registered(), verdict="keep training", reason="Not shown.", registered="")
+    assert "- Next: the training goes on; nothing is to be done here" in page(refused, SETTINGS)
+    # What the reason leaves out is said where the gate is.
+    assert page(refused, SETTINGS).count(GATE.sentence) == 1
+    assert "attempt 2" in page(replace(refused, attempts=3), SETTINGS)
+
+
+def test_a_page_says_why_scores_overruled_the_backtest_and_only_then() -> None:
+    text = page(registered(), SETTINGS)
+    assert "trusts no step beyond 120" in text
+    assert "relex @ 240 scores 0.7100 on 500 selection problems" in text
+    assert "the best of those that it trusts, relex @ 120, 0.6000" in text
+    assert registered().backtested is not None
+    far = replace(registered(), backtested=replace(registered().backtested, trusted_step=240))  # type: ignore[type-var]
+    assert "trusts no step" not in page(far, SETTINGS)
+    held = replace(registered(), backtested=replace(registered().backtested, state="hold", trusted_step=None))  # type: ignore[type-var]
+    assert "trusts no step. It proposes" in page(held, SETTINGS)
