@@ -174,7 +174,9 @@ def _copy(client: "MlflowClient", name: str, candidate: RegisteredModelVersion, 
     known = known_version(client, name, candidate.digest)
     if known is not None:
         return int(known.version)
-    ensure_registered_model(client, name)
+    ensure_registered_model(
+        client, name, f"What was promoted of `{candidate.name}`; `{CHAMPION}` is the one that is served."
+    )
     version = client.get_model_version(candidate.name, str(candidate.version))
     # What MlflowClient.copy_model_version does, with the number of the entry from the first moment on.
     copied = client.create_model_version(
@@ -182,6 +184,7 @@ def _copy(client: "MlflowClient", name: str, candidate: RegisteredModelVersion, 
         source=f"models:/{candidate.name}/{candidate.version}",
         run_id=candidate.run_id,
         model_id=version.model_id,
+        description=version.description,
         tags={**version.tags, AUDIT: str(number)},
     )
     return int(copied.version)

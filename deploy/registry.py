@@ -17,7 +17,7 @@ from deploy import artifact
 from deploy.candidate import Candidate, digest_of, verify
 from deploy.errors import CandidateError
 from deploy.reaper import reap
-from deploy.runs import log_artifacts, log_metrics, open_run
+from deploy.runs import Dataset, log_artifacts, log_metrics, open_run
 from deploy.tracking import connect, local_path, locked_experiment, page_url, refusals
 from deploy.versions import (
     CANDIDATES,
@@ -81,14 +81,17 @@ def register(
     tags: Mapping[str, str] | None = None,
     artifacts: Sequence[Path] = (),
     gate_reports: Sequence[Path] = (),
+    description: str = "",
+    datasets: Mapping[str, Dataset] | None = None,
 ) -> Registered:
     """Verify the model directory and return its one version in `<name>-candidates`.
 
     `run_id` is the decision it comes from (`runs.record`); without one the digest gets a run of its own. Metrics are
-    logged on the run and the model, tags on the version, artifacts beside the run; what the first registration logged
-    stands. `gate_reports`, JSON files, are what a promotion judges by: kept beside the weights, later ones beside
-    earlier ones. Damaged registered files are put right. `weights` are the registry's own files, or `model` itself
-    where artifacts are remote. Refuses with CandidateError, DigestConflictError or RegistryError.
+    logged on the run and the model, with the `datasets` they were measured on (`runs.log_metrics`), tags and the
+    `description`, Markdown, on the version, artifacts beside the run; what the first registration logged stands.
+    `gate_reports`, JSON files, are what a promotion judges by: kept beside the weights, later ones beside earlier ones.
+    Damaged registered files are put right. `weights` are the registry's own files, or `model` itself where artifacts
+    are remote. Refuses with CandidateError, DigestConflictError or RegistryError.
     """
     candidate = verify(model)
     client = connect(tracking_uri)
@@ -100,8 +103,8 @@ def register(
         if version is None:
             logged = _logged_model(client, experiment, candidate, run_id=run_id)
             weights = _store(client, candidate, logged, gate_reports)
-            _log(client, logged, metrics=metrics or {}, artifacts=artifacts)
-            version = _create_version(client, registered, candidate, logged, tags=tags or {})
+            _log(client, logged, metrics=metrics or {}, datasets=datasets, artifacts=artifacts)
+            version = _create_version(client, registered, candidate, logged, tags=tags or {}, description=description)
         else:
             logged = client.get_logged_model(version.tags[MODEL_ID])
             weights = _store(client, candidate, logged, gate_reports)
@@ -269,10 +272,15 @@ def _store(client: "MlflowClient", candidate: Candidate, logged: "LoggedModel", 
 
 
 def _log(
-    client: "MlflowClient", logged: "LoggedModel", *, metrics: Mapping[str, float], artifacts: Sequence[Path]
+    client: "MlflowClient",
+    logged: "LoggedModel",
+    *,
+    metrics: Mapping[str, float],
+    datasets: Mapping[str, Dataset] | None,
+    artifacts: Sequence[Path],
 ) -> None:
     run = client.get_run(str(logged.source_run_id))
-    log_metrics(client, run, metrics, model_id=logged.model_id)
+    log_metrics(client, run, metrics, model_id=logged.model_id, datasets=datasets)
     log_artifacts(client, run, artifacts)
     if run.info.status != "FINISHED":
         client.set_terminated(run.info.run_id, "FINISHED")
@@ -285,9 +293,18 @@ def _method(candidate: Candidate) -> dict[str, str]:
 
 
 def _create_version(
-    client: "MlflowClient", registered: str, candidate: Candidate, logged: "LoggedModel", *, tags: Mapping[str, str]
+    client: "MlflowClient",
+    registered: str,
+    candidate: Candidate,
+    logged: "LoggedModel",
+    *,
+    tags: Mapping[str, str],
+    description: str,
 ) -> "ModelVersion":
-    ensure_registered_model(client, registered)
+    promoted = registered.removesuffix(CANDIDATES)
+    ensure_registered_model(
+        client, registered, f"Every prediction that was registered; what is promoted of them is in `{promoted}`."
+    )
     # The source is the artifact location and not models:/m-…: the database resolves that one through the process-wide
     # tracking URI, which belongs to the caller.
     return client.create_model_version(
@@ -295,6 +312,7 @@ def _create_version(
         source=logged.artifact_location,
         run_id=logged.source_run_id,
         model_id=logged.model_id,
+        description=description or None,
         tags={
             **tags,
             DIGEST: candidate.digest,

@@ -17,6 +17,16 @@ KEY_TAG = "relex.key"
 # MLflow takes at most 1,000 metrics in one call.
 _BATCH = 1000
 _LONGEST = 6000
+# Of a dataset's digest it takes so many characters.
+_DIGEST = 36
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What a metric was measured on: the name of a benchmark, and the sha256 of its content."""
+
+    name: str
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -38,22 +48,26 @@ def record(
     tags: Mapping[str, str] | None = None,
     artifacts: Sequence[Path] = (),
     parent: str | None = None,
+    description: str = "",
+    datasets: Mapping[str, Dataset] | None = None,
 ) -> Recorded:
     """Record one decision in the experiment `name`, complete or not at all; the same `key` again is the same run.
 
     What the first complete call recorded stands; later calls with its key change nothing. `parent` is the id of the run
-    it is shown under, as a candidate under its decision. RegistryError where MLflow refuses.
+    it is shown under, as a candidate under its decision, `description` Markdown on its page, `datasets` what was
+    measured on what, see `log_metrics`. RegistryError where MLflow refuses.
     """
     from mlflow.entities import Param
-    from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+    from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE
 
     client = connect(tracking_uri)
     below = {} if parent is None else {MLFLOW_PARENT_RUN_ID: parent}
+    below |= {MLFLOW_RUN_NOTE: description} if description else {}
     with locked_experiment(client, name) as experiment:
         run = open_run(client, experiment, key=key, title=title, tags={**(tags or {}), **below})
         if run.info.status != "FINISHED":
             client.log_batch(run.info.run_id, params=[Param(*pair) for pair in _texts(parameters or {}).items()])
-            log_metrics(client, run, metrics or {})
+            log_metrics(client, run, metrics or {}, datasets=datasets)
             log_artifacts(client, run, artifacts)
             client.set_terminated(run.info.run_id, "FINISHED")
     return _recorded(tracking_uri, run)
@@ -113,14 +127,39 @@ def open_run(
 
 
 def log_metrics(
-    client: "MlflowClient", run: "Run", metrics: Mapping[str, float], *, model_id: str | None = None
+    client: "MlflowClient",
+    run: "Run",
+    metrics: Mapping[str, float],
+    *,
+    model_id: str | None = None,
+    datasets: Mapping[str, Dataset] | None = None,
 ) -> None:
-    """Log single values on a run, and on a model; again with the same values it adds nothing."""
-    from mlflow.entities import Metric
+    """Log single values on a run, and on a model; again with the same values it adds nothing.
 
-    rows = [Metric(key, value, run.info.start_time, 0, model_id=model_id) for key, value in metrics.items()]
+    `datasets`, by the beginning of a metric's name, are inputs of the run too: MLflow's pages show what was measured on
+    what.
+    """
+    from mlflow.entities import Dataset as Input
+    from mlflow.entities import DatasetInput, Metric
+
+    known = {key: each for key in metrics for beginning, each in (datasets or {}).items() if key.startswith(beginning)}
+    rows = [
+        Metric(
+            key,
+            value,
+            run.info.start_time,
+            0,
+            model_id=model_id,
+            dataset_name=known[key].name if key in known else None,
+            dataset_digest=known[key].digest[:_DIGEST] if key in known else None,
+        )
+        for key, value in metrics.items()
+    ]
     if rows:
         client.log_batch(run.info.run_id, metrics=rows)
+    if known:
+        inputs = [Input(each.name, each.digest[:_DIGEST], "relex", each.digest) for each in {*known.values()}]
+        client.log_inputs(run.info.run_id, [DatasetInput(each) for each in inputs])
 
 
 def _texts(parameters: Mapping[str, object]) -> dict[str, str]:

@@ -77,12 +77,12 @@ def champion_version(client: "MlflowClient", name: str) -> "ModelVersion | None"
         raise
 
 
-def ensure_registered_model(client: "MlflowClient", name: str) -> None:
-    """Create the registered model where it is missing."""
+def ensure_registered_model(client: "MlflowClient", name: str, description: str) -> None:
+    """Create the registered model where it is missing; one that is there keeps its description."""
     from mlflow.exceptions import MlflowException
 
     try:
-        client.create_registered_model(name)
+        client.create_registered_model(name, description=description)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise

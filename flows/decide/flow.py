@@ -16,7 +16,9 @@ from typing import Any
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
+from prefect.runtime import flow_run
 from prefect.states import Completed
+from prefect.utilities.urls import url_for
 
 from deploy import registry
 from evaluation.answers.harness import Progress
@@ -29,7 +31,7 @@ from flows.decide.gate_results import gate_results_path, write_gate_results
 from flows.decide.page import draw, page, show
 from flows.decide.predict import Predicted, predict, write_rungs
 from flows.decide.procedure import Stages
-from flows.decide.record import metrics, record
+from flows.decide.record import datasets, describe, metrics, record, tags
 from flows.decide.score import reports
 from flows.decide.workers import spreading
 from flows.progress import ProgressArtifact, log_result
@@ -175,7 +177,9 @@ def register_decision(settings: Settings, decision: Decision, tracking_uri: str)
         tracking_uri=tracking_uri,
         run_id=recorded.run_id,
         metrics=metrics(decision),
-        tags={"verdict": decision.verdict, "training_run": decision.training_run, "window": str(decision.window)},
+        datasets=datasets(settings),
+        tags=tags(decision),
+        description=describe(settings, decision),
         gate_reports=[gate_results_path(settings, decision.winner)],
     )
     log_result(f"{'registered' if done.created else 'was registered already'}: {done.name} version {done.version}")
@@ -272,6 +276,7 @@ def decide(config: str, steps: list[int], key: str, tracking_uri: str) -> State[
             decision = Decision(
                 settings.training_run, key, max(steps), tuple(steps), "keep training", f"Cannot predict: {error}"
             )
+        decision = replace(decision, page_url=url_for("flow-run", obj_id=flow_run.id) or "")
         directory = window_directory(settings, key)
         figure = draw(
             decision,
@@ -292,7 +297,7 @@ def decide(config: str, steps: list[int], key: str, tracking_uri: str) -> State[
 
 def verdict_line(decision: Decision) -> str:
     """Return the last line of a decision's log: the verdict, and where to read on."""
-    links = " ".join(filter(None, [decision.registered_url, decision.record_url]))
+    links = " ".join(filter(None, [decision.registered_url, decision.record_url, decision.page_url]))
     return f"{decision.verdict}: {decision.registered or decision.reason} {links}".rstrip()
 
 

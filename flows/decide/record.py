@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from deploy import runs
-from deploy.runs import Recorded
+from deploy.runs import Dataset, Recorded
+from evaluation.benchmarks.benchmark import resolve_benchmark
+from evaluation.errors import EvaluationError
 from flows.settings import Settings
 from flows.state.decision import Decision, Score, gate_metrics
 from flows.state.windows import window_directory
@@ -17,6 +19,7 @@ def record(settings: Settings, decision: Decision, *, tracking_uri: str) -> Reco
     """Record the decision, complete or not at all; again it is the same runs."""
     name, key = settings.registered_model, f"{decision.training_run} {decision.key}"
     directory = window_directory(settings, decision.key)
+    measured_on = datasets(settings)
     recorded = runs.record(
         name,
         tracking_uri=tracking_uri,
@@ -24,7 +27,9 @@ def record(settings: Settings, decision: Decision, *, tracking_uri: str) -> Reco
         title=f"{decision.training_run} window {decision.window}",
         parameters=_parameters(settings, decision),
         metrics=metrics(decision),
-        tags={"verdict": decision.verdict, "reason": decision.reason},
+        datasets=measured_on,
+        description=describe(settings, decision),
+        tags=tags(decision) | {"reason": decision.reason},
         artifacts=[path for path in (directory / "decision.md", directory / "accuracy.png") if path.is_file()],
     )
     for score in _candidates(decision):
@@ -42,19 +47,80 @@ def record(settings: Settings, decision: Decision, *, tracking_uri: str) -> Reco
                 "digest": score.model.digest,
             },
             metrics=_measured(decision, score),
-            tags={"verdict": decision.verdict if score.model == decision.winner else "not chosen"},
+            datasets=measured_on,
+            description=_describe_candidate(settings, decision, score),
+            tags={
+                "step": str(score.model.step),
+                "method": score.model.method,
+                "accuracy": f"{score.accuracy:.4f}",
+                "verdict": decision.verdict if score.model == decision.winner else "not chosen",
+            },
             artifacts=[path for path in (Path(score.model.directory) / "relex.json",) if path.is_file()],
             parent=recorded.run_id,
         )
-    for series, points in curves(decision).items():
-        runs.log_series(
-            name,
-            points,
-            tracking_uri=tracking_uri,
-            series=f"{decision.training_run} {series}",
-            metric="report_accuracy",
-        )
+    for metric, series in (("report_accuracy", curves(decision)), ("selection_accuracy", chosen_by(decision))):
+        for title, points in series.items():
+            runs.log_series(
+                name,
+                points,
+                tracking_uri=tracking_uri,
+                series=f"{decision.training_run} {title}",
+                metric=metric,
+            )
     return recorded
+
+
+def tags(decision: Decision) -> dict[str, str]:
+    """Return what a person looks for first: step, method, accuracy, what was beaten by how much, and the verdict."""
+    winner = decision.winner
+    if winner is None:
+        return {"verdict": decision.verdict}
+    human = {"step": str(winner.step), "method": winner.method}
+    if decision.gates:
+        human["accuracy"] = f"{decision.gates[0].candidate_accuracy:.4f}"
+        human["beat"] = ", ".join(
+            f"{gate.reference} by {100 * gate.difference:+.2f} points" for gate in decision.gates if gate.passed
+        )
+    return {**human, "verdict": decision.verdict, "training_run": decision.training_run, "window": str(decision.window)}
+
+
+def describe(settings: Settings, decision: Decision) -> str:
+    """Return, as Markdown, what a page of MLflow says of a decision and of what it registered."""
+    winner = decision.winner
+    lines = [f"**{decision.verdict}**: {decision.reason}"]
+    if winner is not None:
+        lines.append(
+            f"{winner.title}: the weights of training run `{settings.checkpoints}` as they are predicted for step"
+            f" {winner.step}, by {winner.method} from {len(decision.steps)} checkpoints, steps {decision.steps[0]} to"
+            f" {decision.window}, on base `{settings.base}`."
+        )
+    if decision.page_url:
+        lines.append(f"[How it was decided]({decision.page_url})")
+    return "\n\n".join(lines)
+
+
+def _describe_candidate(settings: Settings, decision: Decision, score: Score) -> str:
+    kept = "went to the gate" if score.model == decision.winner else "was not chosen"
+    return (
+        f"{score.model.title} of `{settings.checkpoints}`, from step {decision.window}: {score.accuracy:.4f} on"
+        f" {score.n} problems of {score.benchmark}, and {kept}."
+    )
+
+
+def datasets(settings: Settings) -> dict[str, Dataset]:
+    """Return what is measured on what, by the beginning of a metric; a benchmark that is gone by now is left out."""
+    by_metric: dict[str, Dataset] = {}
+    for given, metric in (
+        (settings.selection, "selection_accuracy"),
+        (settings.gate, "gate_"),
+        *((each, "") for each in settings.report),
+    ):
+        try:
+            benchmark = resolve_benchmark(given)
+        except EvaluationError:
+            continue
+        by_metric[metric or f"report_accuracy/{benchmark.name}"] = Dataset(benchmark.name, benchmark.digest)
+    return by_metric
 
 
 def metrics(decision: Decision) -> dict[str, float]:
@@ -75,6 +141,15 @@ def curves(decision: Decision) -> dict[str, dict[int, float]]:
             method = score.model.method
             name = f"{method} from step {decision.window}" if method else OBSERVED
             accuracies.setdefault(name, {})[score.model.step] = score.accuracy
+    return accuracies
+
+
+def chosen_by(decision: Decision) -> dict[str, dict[int, float]]:
+    """Return the same of the selection problems: the observed point, and what was scored on all of them."""
+    accuracies: dict[str, dict[int, float]] = {}
+    for score in decision.selection:
+        name = f"{score.model.method} from step {decision.window}" if score.model.method else OBSERVED
+        accuracies.setdefault(f"{name} on selection", {})[score.model.step] = score.accuracy
     return accuracies
 
 

@@ -58,7 +58,7 @@ compare_task = task(name="compare", retries=2, retry_delay_seconds=5, cache_poli
 log_task = task(name="log", retries=3, retry_delay_seconds=5, cache_policy=NO_CACHE)(log_compared)
 
 
-@flow(name="drift", flow_run_name=flow_run_name(lambda run, given: f"drift of {run} at step {given['step']}"))
+@flow(name="drift", flow_run_name=flow_run_name(lambda run, given: f"drift of {run} at step {given.get('step', 0)}"))
 def drift(config: str, tracking_uri: str, step: int = 0) -> State[Any]:
     """Compare old predictions of the training run described in the file `config` with what it has reached."""
     settings = load_settings(Path(config))

@@ -114,6 +114,7 @@ class Decision:
     registered: str = ""
     registered_url: str = ""
     record_url: str = ""
+    page_url: str = ""
 
     @property
     def trusted_step(self) -> int | None:
