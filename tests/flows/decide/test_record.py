@@ -77,12 +77,14 @@ def test_a_run_says_what_it_is_and_its_numbers_say_on_what_they_were_measured(
     human = {"step": "240", "method": "relex", "accuracy": "0.7000", "verdict": "registered"}
     assert human.items() <= run.data.tags.items()
     assert run.data.tags["beat"] == "last observed @ 48 by +30.00 points"
+    assert run.inputs is not None
     used = {each.dataset.name: each.dataset.digest for each in run.inputs.dataset_inputs}
     assert used == {name: resolve_benchmark(getattr(settings, name)).digest[:36] for name in ("selection", "gate")}
     # The candidate's own run has those of its own numbers.
     (below,) = connect(uri).search_runs(
         [run.info.experiment_id], filter_string=f"tags.`mlflow.parentRunId` = '{run.info.run_id}'"
     )
+    assert below.inputs is not None
     assert {each.dataset.name for each in below.inputs.dataset_inputs} == {"selection", "report"}
     assert "went to the gate" in below.data.tags["mlflow.note.content"]
     # A later call changes nothing, and fails at nothing.
