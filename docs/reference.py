@@ -1,9 +1,10 @@
-"""Write what these pages take from the code: settings.md, from the fields of the pydantic models, and the table of
-methods.md, from METHODS.
+"""Write what these pages take from the code: settings.md and the JSON schemas beside it, from the fields of the
+pydantic models, and the table of methods.md, from METHODS.
 
 python docs/reference.py
 """
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import NoneType, UnionType
@@ -24,7 +25,11 @@ _HEAD = """# Settings
 
 <!-- Written by docs/reference.py from the fields of the models: change a description there. -->
 
-Paths are relative to the file they stand in. Unknown keys are refused, and every wrong key is named in one line.
+Paths are relative to the file they stand in. Unknown keys are refused, and every wrong key is named with its line;
+`relex check` says what else is wrong. Where a list is asked for, one value is a list of one.
+
+For editors, [relex.schema.json](relex.schema.json) and [reground.schema.json](reground.schema.json) are the same as
+JSON schemas: `# yaml-language-server: $schema=FILE` in the first line of a config names one.
 """
 _FILES: tuple[tuple[str, str, type[BaseModel]], ...] = (
     ("relex.yaml", "One training run to watch: [Run it](run.md), [Decide and stop](decide.md).", Settings),
@@ -43,6 +48,22 @@ def settings() -> str:
     """Return the whole page of settings."""
     sections = (f"## {name}\n\n{about}\n\n{_tables(model)}" for name, about, model in _FILES)
     return "\n".join((_HEAD, *sections))
+
+
+def schemas() -> dict[Path, str]:
+    """Return the JSON schema of each file that users write, for editors, by where it lies."""
+    return {SETTINGS.with_name(f"{Path(name).stem}.schema.json"): _schema(name, model) for name, _, model in _FILES}
+
+
+def _schema(name: str, model: type[BaseModel]) -> str:
+    content = model.model_json_schema()
+    for key, value in content["properties"].items():
+        # One value is a list of one, and a word is a method as well as auto: more than one branch may hold.
+        value.update({"anyOf": value.pop("oneOf")} if "oneOf" in value else {})
+        if key in _COMPUTED:
+            value.pop("default", None)
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", **content, "title": name}
+    return json.dumps(head, indent=1) + "\n"
 
 
 def methods() -> str:
@@ -158,3 +179,5 @@ def _cell(text: str | None) -> str:
 if __name__ == "__main__":
     SETTINGS.write_text(settings(), encoding="utf-8")
     METHODS_PAGE.write_text(methods(), encoding="utf-8")
+    for path, text in schemas().items():
+        path.write_text(text, encoding="utf-8")

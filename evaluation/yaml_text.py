@@ -4,6 +4,7 @@ Aliases make a small text a large value: of twelve levels of ten aliases each no
 much a text is when it is written out, before anything is made of it.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,25 @@ def read_bounded_yaml(path: Path, *, loader: type[yaml.SafeLoader] = yaml.SafeLo
     # What constructors make of a date that is none, a number of no digits, a key that is a list.
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         raise yaml.YAMLError(str(error)) from error
+
+
+def key_line(path: Path, place: Sequence[str | int]) -> int | None:
+    """Return the line, from 1, at which a YAML file that was read before has the key or item at `place`.
+
+    Of a place that it does not have, that of the last part it has; None where it has none of them.
+    """
+    node = yaml.compose(path.read_bytes(), yaml.SafeLoader)
+    line = None
+    for part in place:
+        found = None
+        if isinstance(node, yaml.MappingNode):
+            found = next((pair for pair in node.value if pair[0].value == part), None)
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            found = (node.value[part], node.value[part])
+        if found is None:
+            break
+        line, node = found[0].start_mark.line + 1, found[1]
+    return line
 
 
 def _written_out(node: yaml.Node, seen: dict[int, tuple[int, int]], level: int) -> tuple[int, int]:

@@ -2,15 +2,17 @@
 
 import os
 import reprlib
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, TypeVar
 
 import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import ErrorDetails
 
 from evaluation.answers.backend import BATCH_SIZES, parse_backend
 from evaluation.errors import EvaluationError
-from evaluation.yaml_text import read_bounded_yaml
+from evaluation.yaml_text import key_line, read_bounded_yaml
 from flows.errors import ConfigError
 
 # The branch of a value that is given where auto could be; no reader needs it in an error.
@@ -79,12 +81,31 @@ def read_config(path: Path, model: type[Read]) -> Read:
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        wrong = "; ".join(
-            f"{'.'.join(str(part) for part in problem['loc'] if part != GIVEN) or 'file'}: {problem['msg']}"
-            f" (given {reprlib.repr(problem['input'])})"
-            for problem in error.errors()
+        # What follows from another key that is wrong is right with that one.
+        problems = [problem for problem in error.errors() if problem["type"] != "default_factory_not_called"]
+        wrong = [_told(problem, path, model) for problem in problems]
+        raise ConfigError(f"config {path}: {' '.join(wrong)}", wrong) from error
+
+
+def _told(problem: ErrorDetails, path: Path, model: type[Config]) -> str:
+    """Return what is wrong with one key: its name, its line in the file, what is asked for, and what was given."""
+    place = [part for part in problem["loc"] if part != GIVEN]
+    name, line = ".".join(map(str, place)) or "file", key_line(path, place)
+    where = name if line is None else f"{name} (line {line})"
+    if problem["type"] == "missing":
+        return f"{name} is missing: {_description(model, name)}."
+    if problem["type"] == "extra_forbidden":
+        near = get_close_matches(name, model.model_fields, n=1)
+        return f"{where} is no key. " + (
+            f"Did you mean {near[0]}?" if near else f"The keys are {', '.join(model.model_fields)}."
         )
-        raise ConfigError(f"config {path}: {wrong}. The keys are {', '.join(model.model_fields)}.") from error
+    said = problem["msg"].removeprefix("Value error, ").rstrip(".")
+    return f"{where}: {said} (given {reprlib.repr(problem['input'])})."
+
+
+def _description(model: type[Config], name: str) -> str:
+    field = model.model_fields.get(name)
+    return "give it" if field is None or field.description is None else field.description.rstrip(".")
 
 
 def location(text: str, root: Path) -> str:

@@ -14,13 +14,19 @@ FlowError
 └── DemoError        see flows.demo.errors
 """
 
+from collections.abc import Sequence
+
 
 class FlowError(Exception):
     """Anything the flows refuse; the message is one line: the fact, both values, the way out."""
 
 
 class ConfigError(FlowError):
-    """relex.yaml is missing, is not YAML, or has a wrong key or value."""
+    """relex.yaml is missing, is not YAML, or has a wrong key or value; `faults` are what is wrong, one by one."""
+
+    def __init__(self, message: str, faults: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.faults = tuple(faults) or (message,)
 
 
 class WatchError(FlowError):

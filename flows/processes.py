@@ -21,10 +21,15 @@ def spawn_watcher(running: Stack, training_run: str, config: Path) -> Daemon:
 def revive_watchers(running: Stack) -> list[Daemon]:
     """Start the watchers again that died, and return them; those that were stopped stay stopped."""
     return [
-        spawn_watcher(running, process.name.removeprefix(_WATCHER), Path(process.argv[_CONFIG]))
+        spawn_watcher(running, process.name.removeprefix(_WATCHER), config)
         for process in status(running.home)
-        if process.state == "dead" and process.name.startswith(_WATCHER)
+        if process.state == "dead" and (config := watched(process)) is not None
     ]
+
+
+def watched(process: Daemon) -> Path | None:
+    """Return the config that a process watches, or re-grounds; None where it does something else."""
+    return Path(process.argv[_CONFIG]) if process.name.startswith(_WATCHER) else None
 
 
 def spawn_promoter(running: Stack) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import (
+    BeforeValidator,
     ByteSize,
     Discriminator,
     Field,
@@ -25,8 +26,17 @@ Step = Annotated[int, Field(gt=0)]
 _ONE = Discriminator(lambda value: "auto" if value == "auto" else GIVEN)
 Auto = Annotated[Literal["auto"], Tag("auto")]
 StepOrAuto = Annotated[Annotated[Step, Tag(GIVEN)] | Auto, _ONE]
-StepsOrAuto = Annotated[Annotated[list[Step], Field(min_length=1), Tag(GIVEN)] | Auto, _ONE]
-SpecsOrAuto = Annotated[Annotated[list[str], Field(min_length=1), Tag(GIVEN)] | Auto, _ONE]
+
+
+def _listed(value: object) -> object:
+    return [value] if isinstance(value, int | str) else value
+
+
+_Steps = Annotated[list[Step], Field(min_length=1)]
+Steps = Annotated[_Steps, BeforeValidator(_listed, json_schema_input_type=Step | _Steps)]
+Texts = Annotated[list[str], BeforeValidator(_listed, json_schema_input_type=str | list[str])]
+StepsOrAuto = Annotated[Annotated[Steps, Tag(GIVEN)] | Auto, _ONE]
+SpecsOrAuto = Annotated[Annotated[Texts, Field(min_length=1), Tag(GIVEN)] | Auto, _ONE]
 
 
 class Settings(Compute):
@@ -58,7 +68,7 @@ class Settings(Compute):
     )
     selection: str = Field(description="Benchmark that chooses among the candidates: a name or a YAML file.")
     gate: str = Field(description="Benchmark that decides on the chosen one: a name or a YAML file.")
-    report: list[str] = Field(default=[], description="Benchmarks that are scored for the reader and decide nothing.")
+    report: Texts = Field(default=[], description="Benchmarks that are scored for the reader and decide nothing.")
     margin: float = Field(
         default=0.0,
         ge=0.0,

@@ -15,6 +15,7 @@ import torch
 from relex import sanity, spectrum
 from relex.files.block_cache import BlockCache
 from relex.gram import cached
+from relex.layouts.named_base import foreign_base
 from relex.layouts.weights import Weights
 from relex.sanity import Finding
 from relex.store import State, observed, open_base, scan
@@ -97,6 +98,9 @@ def inspect(
         norms_K = (gram.products.diagonal(dim1=-2, dim2=-1).sum(0) / gram.base_norms.sum()).sqrt()
         findings = tuple(sanity.findings(gram))
         deltas = dict(zip(trajectory.steps, norms_K.tolist(), strict=True))
+    doubt = foreign_base([checkpoint.weights for checkpoint in ready if checkpoint.weights is not None])
+    if doubt:
+        findings = (*findings, Finding("base", ready[-1].step, "", doubt))
     steps = tuple(
         Step(
             checkpoint.step,

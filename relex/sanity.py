@@ -39,7 +39,7 @@ _MAD = 0.6744897501960817
 class Finding:
     """One thing that looks wrong: at which step, in which tensor (empty: in all of them), and in one line what."""
 
-    kind: Literal["duplicate", "jump", "hole", "far", "foreign"]
+    kind: Literal["duplicate", "jump", "hole", "far", "foreign", "base"]
     step: int
     tensor: str
     text: str

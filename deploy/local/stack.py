@@ -167,6 +167,8 @@ def environment(stack: Stack) -> dict[str, str]:
         "PREFECT_API_URL": stack.prefect_api_url,
         # From event to user code about 3 s instead of 6.
         "PREFECT_RUNNER_POLL_FREQUENCY": "2",
+        # What these log is shown beside the flow run too.
+        "PREFECT_LOGGING_EXTRA_LOGGERS": "flows,relex,evaluation,deploy",
         "MLFLOW_TRACKING_URI": stack.mlflow_url,
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
         "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",

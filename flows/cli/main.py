@@ -2,14 +2,15 @@
 
 import logging
 import sys
-from typing import Any
+from importlib.metadata import version
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from deploy.errors import DeployError
 from evaluation.errors import EvaluationError
-from flows.cli import evaluate, look, models, operate, predict
+from flows.cli import configs, evaluate, look, models, operate, predict
 from flows.cli.options import err
 from flows.console import PlainRecord, print_line
 from flows.errors import FlowError
@@ -41,14 +42,27 @@ class Headed(TyperGroup):
 app = typer.Typer(
     name="relex",
     cls=Headed,
-    help="Predict later checkpoints of an RLVR training run, test them, and register the one worth having.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for part in (look, predict, evaluate, operate, models):
+for part in (look, predict, evaluate, configs, operate, models):
     app.add_typer(part.commands)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"relex {version('relex')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    shown: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Predict later checkpoints of an RLVR training run, test them, and register the one worth having."""
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from flows.cli.options import HOME, Config, Home, Json, err, out, print_json, print_sentence
-from flows.console import Bars, JsonLines, plain_table, print_line
+from flows.console import Bars, JsonLines, plain_table, print_line, print_warnings
 from flows.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -59,13 +59,16 @@ def up(
     """Start the local stack: Prefect server, MLflow server, and for each CONFIG its watcher, or its re-grounding.
 
     What runs is left alone, what died is started again. The first time, a password is made for both servers and shown.
+    It ends when every watcher has looked once: a training that starts then loses no step.
     Example: relex up relex.yaml
     """
     from deploy.local import stack
-    from evaluation.benchmarks.benchmark import resolve_benchmark
+    from flows.check import clashes
+    from flows.cli.configs import check_config
     from flows.processes import revive_promoter, revive_watchers, spawn_watcher
     from flows.reground.settings import is_reground, load_reground_settings
-    from flows.settings import Settings, load_settings
+    from flows.settings import load_settings
+    from flows.watch.runs import wait_for_looks, watched_settings
 
     configs: dict[str, Path] = {}
     for path in config or []:
@@ -74,17 +77,25 @@ def up(
             raise ConfigError(
                 f"{other} and {path} both describe training run {settings.training_run}. Give one of them another name."
             )
-        judges = (settings.gate, *settings.report) if isinstance(settings, Settings) else ()
-        for benchmark in (settings.selection, *judges):
-            resolve_benchmark(benchmark)
         configs[settings.training_run] = path
+    warnings = []
+    with err.status("checking"):
+        for path in configs.values():
+            faults = check_config(path)
+            if refused := [fault.text for fault in faults if fault.kind == "refused"]:
+                raise ConfigError(f"config {path}: {' '.join(refused)}", refused)
+            # What is waited for is said by the watcher.
+            warnings += [fault.text for fault in faults if fault.kind == "warning"]
+    given = {path.absolute(): load_settings(path) for path in configs.values() if not is_reground(path)}
+    print_warnings(err, [*warnings, *clashes(watched_settings(stack.status(home)) | given)])
     known = stack.has_access(home)
     with err.status("starting the servers"):
         started = stack.up(home)
-        for name, path in configs.items():
-            spawn_watcher(started, name, path)
-        revive_watchers(started)
+        watchers = [spawn_watcher(started, name, path) for name, path in configs.items()]
+        watchers += revive_watchers(started)
         revive_promoter(started)
+    with err.status("looking for the first time"):
+        wait_for_looks(started.home, watchers)
     _show_stack(home, as_json=as_json)
     if not as_json:
         _show_entry(home, known=known)
@@ -180,12 +191,17 @@ def _show_record(config: Path, *, as_json: bool) -> None:
 
 def _show_stack(home: Path, *, as_json: bool) -> None:
     from deploy.local import stack
+    from flows.watch.runs import run_of
 
     services = stack.status(home)
+    runs = {service.name: run for service in services if (run := run_of(service)) is not None}
     if as_json:
-        print_json([asdict(service) for service in services])
-    else:
-        show_services(out, services)
+        told = {name: {"run": asdict(run)} for name, run in runs.items()}
+        print_json([asdict(service) | told.get(service.name, {}) for service in services])
+        return
+    show_services(out, services)
+    for run in runs.values():
+        print_sentence(run.text)
 
 
 def show_services(console: Console, services: Sequence["Daemon"]) -> None:

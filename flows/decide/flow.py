@@ -34,6 +34,7 @@ from flows.decide.procedure import Stages
 from flows.decide.record import datasets, describe, metrics, record, tags
 from flows.decide.score import reports
 from flows.decide.workers import spreading
+from flows.log import show_own_lines
 from flows.progress import ProgressArtifact, log_result
 from flows.run_names import benchmark_name, flow_run_name, task_run_name
 from flows.search.ladder import Answered, answered, score
@@ -253,6 +254,7 @@ def decide(config: str, steps: list[int], key: str, tracking_uri: str) -> State[
 
     The file is read once: what is edited in it meanwhile is for the next window.
     """
+    show_own_lines()
     settings = load_settings(Path(config))
     with claim(settings, key) as mine:
         if not mine:

@@ -13,6 +13,7 @@ from relex.extrapolation import Request, extrapolate
 from relex.files.block_cache import BlockCache
 from relex.forecast import check_target
 from relex.gram import cached
+from relex.layouts.named_base import foreign_base
 from relex.layouts.weights import Weights
 from relex.output.shards import Spread
 from relex.predictors import parse_method
@@ -69,10 +70,11 @@ def predict(
     directory = window_directory(settings, key) / "models"
     observed_model = Request(parse_method("hold"), last, directory / "observed" / f"step-{last}")
     written, warnings = _write(settings, key, trajectory, at_once, [observed_model], spread=spread, tell=tell)
+    doubt = foreign_base([checkpoint.weights for checkpoint in inside if checkpoint.weights is not None])
     return Predicted(
         Model("observed", last, str(observed_model.directory)),
         written,
-        warnings,
+        (*warnings, *filter(None, [doubt])),
         _backtested(converged),
         tuple(run.known[str(checkpoint.step)].written for checkpoint in inside),
         () if at_once else proposed,

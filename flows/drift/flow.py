@@ -20,6 +20,7 @@ from flows.drift.due import look
 from flows.drift.measure import compare
 from flows.drift.page import page, summary, warnings
 from flows.drift.record import Compared, comparing, mark_shown, read_compared, was_shown
+from flows.log import show_own_lines
 from flows.progress import ProgressArtifact
 from flows.run_names import flow_run_name
 from flows.settings import Settings, load_settings
@@ -61,6 +62,7 @@ log_task = task(name="log", retries=3, retry_delay_seconds=5, cache_policy=NO_CA
 @flow(name="drift", flow_run_name=flow_run_name(lambda run, given: f"drift of {run} at step {given.get('step', 0)}"))
 def drift(config: str, tracking_uri: str, step: int = 0) -> State[Any]:
     """Compare old predictions of the training run described in the file `config` with what it has reached."""
+    show_own_lines()
     settings = load_settings(Path(config))
     with comparing(settings) as mine:
         if not mine:

@@ -10,6 +10,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
 from flows.errors import AtWorkError
+from flows.log import show_own_lines
 from flows.progress import ProgressArtifact
 from flows.reground.cycle import jump, train
 from flows.reground.judge import judge
@@ -36,6 +37,7 @@ record_task = task(name="record", retries=3, retry_delay_seconds=5, cache_policy
 @flow(name="reground", flow_run_name=flow_run_name(lambda run, _: f"reground {run}"))
 def reground(config: str, tracking_uri: str) -> State[Any]:
     """Run the re-grounding described in the file `config` to its end, or go on with it; one at work is left alone."""
+    show_own_lines()
     settings = load_reground_settings(Path(config))
     key = f"reground-{settings.training_run}"
 

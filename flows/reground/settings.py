@@ -66,7 +66,7 @@ class RegroundSettings(Compute):
     )
     state: Path = Field(default=Path(".relex"), description="Directory for everything relex keeps, made when missing.")
 
-    @field_validator("command", mode="before")
+    @field_validator("command", mode="before", json_schema_input_type=str | list[str])
     @classmethod
     def _words(cls, command: object) -> object:
         return shlex.split(command) if isinstance(command, str) else command

@@ -50,3 +50,13 @@ def look_at(settings: Settings, store: str | Directory, *, blocks: BlockCache | 
     """
     base, ledger, now = open_base(settings.base, blocks=blocks), read_ledger(settings), time.time()
     return Snapshot(base, ledger, scan(store, base, now=now, blocks=blocks), now)
+
+
+def absences(settings: Settings, base: Directory, run: Directory) -> list[str]:
+    """Return a line for each of base and checkpoints that is not there: where it should be, and what is missing."""
+    lines = []
+    if not base.exists():
+        lines.append(f"{settings.base}: not there")
+    elif "config.json" not in base.files():
+        lines.append(f"{settings.base}: it has no config.json")
+    return lines if run.exists() else [*lines, f"{settings.checkpoints}: not there"]

@@ -15,6 +15,7 @@ from prefect.states import Completed, Failed
 
 from flows.approval import ask, page_url, start
 from flows.errors import StopError
+from flows.log import show_own_lines
 from flows.run_names import flow_run_name
 from flows.settings import Settings, load_settings
 from flows.state.decision import Decision
@@ -89,6 +90,7 @@ def _offer(config: str, settings: Settings, decision: Decision, *, tracking_uri:
 )
 def stop_flow(config: str, key: str, tracking_uri: str) -> State[Any]:
     """Ask whether the training run described in the file `config` is to be stopped, wait, and do as is answered."""
+    show_own_lines()
     settings = load_settings(Path(config))
     content = json.loads((window_directory(settings, key) / "offer.json").read_bytes())
     decision = Decision.from_json(content["decision"])

@@ -8,7 +8,7 @@ between two.
 import logging
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 
 from prefect.events import emit_event
@@ -19,14 +19,16 @@ from flows.settings import Settings
 from flows.state.events import CHECKPOINT_READY
 from flows.state.ledger import Ledger, Seen, left_behind, read_ledger, segment, write_ledger
 from flows.state.lock import held
-from flows.state.snapshot import Snapshot
+from flows.state.snapshot import Snapshot, absences
 from flows.state.windows import decided, key_of
 from flows.watch import outbox
 from flows.watch.announce import full_window, lost, tick
 from flows.watch.due import DueWindow, arm
 from flows.watch.pins import Pins
+from flows.watch.standing import Standing, write_standing
 from relex.errors import RelexError
 from relex.files.location import open_directory
+from relex.files.whole import FULL
 from relex.layouts.pruning import setting_of, warning
 from relex.layouts.weights import Weights
 from relex.sanity import holes
@@ -46,48 +48,89 @@ def watch_store(settings: Settings, *, seconds: float, on_look: Look | None = No
 
     Raises WatchError when another watcher of this training run is still at work after `patience` seconds, PinError when
     no checkpoint can be pinned where it is to be. A store or base that is not there yet, does not answer or cannot be
-    read is waited for, and so is one checkpoint, without the others.
+    read is waited for, and so are one checkpoint, without the others, and room for the state.
     """
-    settings.home.mkdir(parents=True, exist_ok=True)
-    path = settings.home / "watcher.lock"
     end = time.monotonic() + seconds
-    with held(path, seconds=min(patience, seconds)) as mine:
-        if not mine:
-            raise WatchError(
-                f"training run {settings.training_run} is watched by another process (it holds {path})."
-                " Stop that one first."
-            )
-        pins = None if settings.pin == "none" else Pins(settings, released=bool(read_ledger(settings).released))
-        warned: list[str] = []
-        with nullcontext() if pins is None else pins.kept_fresh():
-            while True:
-                pause = settings.poll_seconds
-                try:
-                    lines = _look(settings, pins, on_look)
-                except (RelexError, OSError) as error:
-                    # The network comes back, a repository may be made later, who starts anew moves the run away, and
-                    # what is wrong with the base or the file system somebody may put right.
-                    lines = [f"waiting: {error}"]
-                    pause = min(pause, _AGAIN_SECONDS)
-                    if on_look is not None:
-                        on_look(0.0, f"{settings.training_run}: {lines[0]}")
-                for line in lines:
-                    if line not in warned:
-                        logger.warning("%s", line)
-                # What comes back after it was gone is said again.
-                warned = lines
-                if time.monotonic() + pause > end:
-                    return
-                time.sleep(pause)
+    said = _Said(settings, on_look)
+    path = settings.home / "watcher.lock"
+    while True:
+        try:
+            settings.home.mkdir(parents=True, exist_ok=True)
+            with held(path, seconds=min(patience, seconds)) as mine:
+                if not mine:
+                    raise WatchError(
+                        f"training run {settings.training_run} is watched by another process (it holds {path})."
+                        " Stop that one first."
+                    )
+                return _watch(settings, said, end)
+        except OSError as error:
+            # There is no room for the state directory, or for its lock.
+            said.waits(error)
+        if time.monotonic() + _AGAIN_SECONDS > end:
+            return
+        time.sleep(_AGAIN_SECONDS)
 
 
-def _look(settings: Settings, pins: Pins | None, on_look: Look | None) -> list[str]:
+class _Said:
+    """Where the watcher says what it sees: to whoever called it, in the state directory, and once in the log."""
+
+    def __init__(self, settings: Settings, on_look: Look | None) -> None:
+        self._settings = settings
+        self._on_look = on_look
+        self._warned: list[str] = []
+
+    def __call__(self, progress: float, text: str) -> None:
+        """Say what was seen."""
+        with suppress(OSError):
+            # Where there is no room for it, that is what is waited for, and the log says so.
+            write_standing(self._settings, Standing(time.time(), progress, text))
+        if self._on_look is not None:
+            self._on_look(progress, text)
+
+    def warn(self, lines: list[str]) -> None:
+        """Log the lines that were not among those of the look before: what comes back is said again."""
+        for line in lines:
+            if line not in self._warned:
+                logger.warning("%s", line)
+        self._warned = lines
+
+    def waits(self, error: RelexError | OSError) -> None:
+        """Say that a look has failed and is tried again."""
+        cause = error if isinstance(error, OSError) else error.__cause__
+        line = f"waiting: {error}"
+        if isinstance(cause, OSError) and cause.errno in FULL:
+            # How many bytes were missing for which file is another line each time.
+            line = f"waiting for room in {self._settings.state}: {cause.strerror}"
+        self.warn([line])
+        self(0.0, f"{self._settings.training_run}: {line}")
+
+
+def _watch(settings: Settings, said: _Said, end: float) -> None:
+    """Look until `end` (monotonic seconds)."""
+    pins = None if settings.pin == "none" else Pins(settings, released=bool(read_ledger(settings).released))
+    with nullcontext() if pins is None else pins.kept_fresh():
+        while True:
+            pause = settings.poll_seconds
+            try:
+                said.warn(_look(settings, pins, said))
+            except (RelexError, OSError) as error:
+                # The network comes back, a repository may be made later, who starts anew moves the run away, and what
+                # is wrong with the base or the file system somebody may put right.
+                said.waits(error)
+                pause = min(pause, _AGAIN_SECONDS)
+            if time.monotonic() + pause > end:
+                return
+            time.sleep(pause)
+
+
+def _look(settings: Settings, pins: Pins | None, on_look: Look) -> list[str]:
     """Look once; return the lines that the user should be warned with."""
     base_directory, run = open_directory(settings.base), open_directory(settings.checkpoints)
-    there = base_directory.exists() and "config.json" in base_directory.files()
-    if not there or not run.exists():
-        logger.info("waiting for %s and %s", settings.base, settings.checkpoints)
-        return []
+    absent = absences(settings, base_directory, run)
+    if absent:
+        lines = [f"waiting for {line}" for line in absent]
+        on_look(0.0, f"{settings.training_run}: {'; '.join(lines)}")
+        return lines
     now = time.time()
     base = open_base(base_directory)
     before = ledger = read_ledger(settings)
@@ -101,8 +144,7 @@ def _look(settings: Settings, pins: Pins | None, on_look: Look | None) -> list[s
     ours = {step: seen for step, seen in snapshot.ever.items() if int(step) not in snapshot.left_behind}
 
     def tell(what: str, done: int, total: int) -> None:
-        if on_look is not None:
-            on_look(0.0, f"{settings.training_run}: backtest, {what} {100 * done // max(total, 1)} %")
+        on_look(0.0, f"{settings.training_run}: backtest, {what} {100 * done // max(total, 1)} %")
 
     due = arm(settings, base, snapshot.newest, ours, tell=tell)
     events, ledger = tick(settings, snapshot, end=due.end)
@@ -111,22 +153,22 @@ def _look(settings: Settings, pins: Pins | None, on_look: Look | None) -> list[s
     outbox.keep(settings, [event for event in events if event.name == CHECKPOINT_READY], now=now)
     for event in (*events, *drifted, *outbox.due(settings, now=now)):
         emit_event(event.name, {"prefect.resource.id": event.resource}, payload=event.payload, id=event.id)
-        logger.info("%s %s", event.name, event.payload)
     if pins is not None:
         ledger = _with_release(due, snapshot.newest, ledger)
     # After sending: what a crash in between repeats has the same id, and is claimed once.
     if ledger != before:
         write_ledger(settings, ledger)
     write_sent(settings, sent)
+    for event in (*events, *drifted):
+        logger.info("%s %s", event.name, event.payload)
     broken = {checkpoint.directory.name: checkpoint for checkpoint in stored if checkpoint.state is State.BROKEN}
     troubles = {} if pins is None else pins.troubles
     lines = [line for name, line in troubles.items() if name not in broken]
     lines += filter(None, [warning(run, window=settings.end)] if pins is None else [])
     warned = "; ".join(lines)
-    if on_look is not None:
-        gone = pins.vanished(stored) if pins is not None else ()
-        progress, text = describe(settings, stored, ledger, due, vanished=gone)
-        on_look(progress, f"{text}; {warned}" if warned else text)
+    gone = pins.vanished(stored) if pins is not None else ()
+    progress, text = describe(settings, stored, ledger, due, vanished=gone)
+    on_look(progress, f"{text}; {warned}" if warned else text)
     if pins is not None:
         pins.drop(left_behind(stored, ledger.checkpoints))
     return [*lines, *(f"step {checkpoint.step} is broken: {checkpoint.reason}" for checkpoint in broken.values())]

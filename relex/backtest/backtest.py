@@ -35,7 +35,7 @@ _BLOCKS = 16
 # Half of what the answer may be wrong on a random walk: the runs are a sample, and so is every check of them.
 _CHANCE = 0.025
 # Of fewer increments too few signs can be drawn to exclude chance.
-_FEWEST = 7
+FEWEST = 7
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def share_as_far(gram_KK: Tensor, *, seed: int) -> float | None:
     The run itself is one of those that were drawn.
     """
     count = len(gram_KK)
-    if count < _FEWEST:
+    if count < FEWEST:
         return None
     size = -(-count // _BLOCKS)
     generator = torch.Generator().manual_seed(seed)

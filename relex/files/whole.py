@@ -19,7 +19,8 @@ from relex.errors import OutputError
 _SUFFIX = ".tmp"
 # Between making a file and locking it.
 _YOUNG_SECONDS = 60.0
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What a full disk, or a quota that is used up, says.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_whole(content: bytes, path: Path) -> None:
@@ -50,7 +51,7 @@ def room_for(needed: int, path: Path, *, partial: Path | None = None) -> Iterato
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL:
+        if error.errno not in FULL:
             raise
         place = next(parent for parent in path.absolute().parents if parent.is_dir())
         held = sum(file.stat().st_blocks for file in partial.iterdir()) * 512 if partial is not None else 0

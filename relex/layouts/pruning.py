@@ -28,6 +28,7 @@ _MOST_ALIASES = 12
 _ARGUMENTS = "training_args.bin"
 _CONFIG = "config.yaml"
 _HYDRA = ".hydra"
+_UNREADABLE = (CheckpointError, OSError, ValueError, TypeError, LookupError, RecursionError, yaml.YAMLError)
 
 # By the first letters of a step directory's name: what its trainer calls the number of checkpoints it keeps.
 _SETTINGS = {
@@ -58,20 +59,32 @@ def setting_of(name: str) -> str:
 
 def find_limit(run: Directory) -> Limit | None:
     """Return the limit that the files of a training run show, None when they show none."""
+    file, content = trainer_settings(run)
+    if file.endswith(_ARGUMENTS):
+        return _limit(file, "save_total_limit", content.get("save_total_limit"), content.get("save_steps"))
+    nemo, verl = _section(content, "checkpointing"), _section(content, "trainer")
+    kept = 1 if verl.get("remove_previous_ckpt_in_save") is True else verl.get("max_actor_ckpt_to_keep")
+    return _limit(file, "checkpointing.keep_top_k", nemo.get("keep_top_k"), nemo.get("save_period")) or _limit(
+        file, "trainer.max_actor_ckpt_to_keep", kept, verl.get("save_freq")
+    )
+
+
+def trainer_settings(run: Directory) -> tuple[str, Mapping[str, Any]]:
+    """Return the newest file with the trainer's own settings, and what it says; "" and nothing where there is none."""
     steps = list(step_directories(run).values())
     for directory in reversed(steps):
         # What cannot be read says nothing, and whoever opens the checkpoint is told.
         with contextlib.suppress(OSError, UnreachableError):
             present = directory.files()
-            if _ARGUMENTS in present:
-                return _read(directory, present[_ARGUMENTS])
-            if _CONFIG in present:
-                return _read(directory, present[_CONFIG])
+            for name in (_ARGUMENTS, _CONFIG):
+                if name in present:
+                    return _read(directory, present[name])
     with contextlib.suppress(OSError, UnreachableError):
         hydra = descend(run, _HYDRA)
         present = hydra.files() if hydra is not None else {}
-        return _read(hydra, present[_CONFIG]) if hydra is not None and _CONFIG in present else None
-    return None
+        if hydra is not None and _CONFIG in present:
+            return _read(hydra, present[_CONFIG])
+    return "", {}
 
 
 def warning(run: Directory, *, window: int) -> str:
@@ -93,34 +106,25 @@ def warning(run: Directory, *, window: int) -> str:
 
 
 @lru_cache(maxsize=1024)  # a watcher asks every few seconds
-def _read(directory: Directory, file: FileIdentity) -> Limit | None:
+def _read(directory: Directory, file: FileIdentity) -> tuple[str, Mapping[str, Any]]:
     where = f"{directory}/{file.name}"
-    if file.size > _MOST_BYTES:
+    content: Any = None
+    # It is being written, or somebody else's file of that name: what it would have said is a hint.
+    with contextlib.suppress(*_UNREADABLE):
+        if file.size <= _MOST_BYTES:
+            content = _arguments(directory, file) if file.name == _ARGUMENTS else _config(directory.read(file.name))
+    return where, content if isinstance(content, dict) else {}
+
+
+def _arguments(directory: Directory, file: FileIdentity) -> Any:
+    made = read_torch_file(directory, file, unknown="stub")
+    return made.state if isinstance(made, Made) else None
+
+
+def _config(text: bytes) -> Any:
+    if sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)) > _MOST_ALIASES:
         return None
-    try:
-        if file.name == _ARGUMENTS:
-            made = read_torch_file(directory, file, unknown="stub")
-            arguments = made.state if isinstance(made, Made) else None
-            return _trainer(arguments, where) if isinstance(arguments, dict) else None
-        text = directory.read(file.name)
-        if sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)) > _MOST_ALIASES:
-            return None
-        return _configured(yaml.safe_load(text), where)
-    except (CheckpointError, OSError, ValueError, TypeError, LookupError, RecursionError, yaml.YAMLError):
-        # It is being written, or somebody else's file of that name: what it would have said is a hint.
-        return None
-
-
-def _trainer(arguments: Mapping[str, Any], where: str) -> Limit | None:
-    return _limit(where, "save_total_limit", arguments.get("save_total_limit"), arguments.get("save_steps"))
-
-
-def _configured(config: Any, where: str) -> Limit | None:
-    nemo, verl = _section(config, "checkpointing"), _section(config, "trainer")
-    kept = 1 if verl.get("remove_previous_ckpt_in_save") is True else verl.get("max_actor_ckpt_to_keep")
-    return _limit(where, "checkpointing.keep_top_k", nemo.get("keep_top_k"), nemo.get("save_period")) or _limit(
-        where, "trainer.max_actor_ckpt_to_keep", kept, verl.get("save_freq")
-    )
+    return yaml.safe_load(text)
 
 
 def _section(config: Any, name: str) -> Mapping[str, Any]:

@@ -21,16 +21,20 @@ def test_relative_paths_are_relative_to_the_file(config: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"windw": 3}, "windw: Extra inputs are not permitted"),
-        ({"window": 0}, "window: Input should be greater than 0"),
+        ({"windw": 3}, r"windw \(line 11\) is no key\. Did you mean window\?$"),
+        ({"colour": 3}, r"colour \(line 3\) is no key\. The keys are "),
+        ({"window": 0}, r"window \(line 10\): Input should be greater than 0 \(given 0\)\.$"),
+        ({"targets": [100, "x"]}, r"targets\.1 \(line 8\): Input should be a valid integer"),
+        ({"gate": {"file": "gate.yaml"}}, r"gate \(line 3\): Input should be a valid string \(given {'file': "),
+        ({"training_run": None}, r"training_run \(line 9\): Input should be a valid string"),
         ({"targets": [30]}, "target 30 is not beyond the window 40"),
         ({"gate": "selection.yaml"}, "selection and gate are both selection.yaml"),
         ({"targets": [100, 100]}, "a target is named twice"),
         ({"methods": ["relx"]}, "method 'relx' is not known; known are relex"),
-        ({"training_run": "Tiny Run"}, "training_run: String should match pattern"),
+        ({"training_run": "Tiny Run"}, r"training_run \(line 9\): String should match pattern"),
         ({"backend": "tgi"}, "backend is tgi and must be one of hf, vllm"),
         ({"backend": "vllm:seed=1"}, "backend vllm has no parameter seed: it has tensor_parallel_size"),
-        ({"memory": "lots"}, "memory: could not parse value and unit"),
+        ({"memory": "lots"}, r"memory \(line 4\): could not parse value and unit"),
     ],
 )
 def test_a_wrong_key_or_value_is_named_in_one_line(config: Path, change: dict[str, object], message: str) -> None:
@@ -39,6 +43,24 @@ def test_a_wrong_key_or_value_is_named_in_one_line(config: Path, change: dict[st
         load_settings(config)
     assert "\n" not in str(caught.value)
     assert str(config) in str(caught.value)
+
+
+def test_a_key_that_is_missing_is_named_with_its_meaning_and_nothing_else(config: Path) -> None:
+    content = yaml.safe_load(config.read_text())
+    del content["base"]
+    config.write_text(yaml.safe_dump(content))
+    with pytest.raises(ConfigError) as caught:
+        load_settings(config)
+    meaning = "Directory or URL of the model the training run started from"
+    assert str(caught.value) == f"config {config}: base is missing: {meaning}."
+
+
+def test_one_value_is_a_list_of_one(config: Path) -> None:
+    one = {"targets": 200, "methods": "secant", "report": "more.yaml"}
+    config.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | one))
+    settings = load_settings(config)
+    assert (settings.targets, settings.methods) == ([200], ["secant"])
+    assert settings.report == [str(config.parent / "more.yaml")]
 
 
 def test_as_many_problems_at_once_as_suit_the_backend_unless_it_is_said(config: Path) -> None:

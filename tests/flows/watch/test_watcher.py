@@ -17,6 +17,8 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.settings import Settings
 from flows.state.ledger import read_ledger
+from flows.watch import watcher
+from flows.watch.standing import read_standing
 from flows.watch.watcher import watch_store
 from relex.store import State, open_base, scan
 from tests.helpers.straight_run import WriteCheckpoint, make_old
@@ -218,3 +220,66 @@ def test_a_base_that_is_half_written_is_waited_for(settings: Settings, write_che
 
 def live(settings: Settings, step: int) -> Path:
     return Path(settings.checkpoints) / f"checkpoint-{step}"
+
+
+def watched(settings: Settings, *, seconds: float = 0.3) -> list[str]:
+    """Watch a while and return what was seen, each text once."""
+    said: list[str] = []
+    watch_store(
+        settings.model_copy(update={"poll_seconds": 0.05}), seconds=seconds, on_look=lambda _, x: said.append(x)
+    )
+    return list(dict.fromkeys(said))
+
+
+def test_a_base_and_a_store_that_are_not_there_are_said_once_in_the_log_and_in_the_state(
+    settings: Settings, write_checkpoint: WriteCheckpoint, caplog: pytest.LogCaptureFixture
+) -> None:
+    base, run = (f"waiting for {place}: not there" for place in (settings.base, settings.checkpoints))
+    with caplog.at_level(logging.WARNING, logger="flows.watch"):
+        assert watched(settings) == [f"tiny: {base}; {run}"]
+        assert [record.getMessage() for record in caplog.records] == [base, run]
+    standing = read_standing(settings)
+    assert standing is not None
+    assert (standing.text, standing.progress) == (f"tiny: {base}; {run}", 0.0)
+    write_checkpoint(0)
+    assert watched(settings)[-1] == f"tiny: {run}"
+    write_checkpoint(10)
+    assert "waiting" not in watched(settings)[-1]
+
+
+def test_a_full_disk_is_waited_for_with_one_line_and_what_came_meanwhile_is_announced(
+    settings: Settings,
+    write_checkpoint: WriteCheckpoint,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for step in (0, 10):
+        write_checkpoint(step)
+    watch_store(settings, seconds=0.1)
+    write_checkpoint(20)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, logger="flows.watch"):
+        patch.setattr(os, "fsync", full)
+        line = f"waiting for room in {settings.state}: No space left on device"
+        assert watched(settings)[-1] == f"tiny: {line}"
+        assert [record.getMessage() for record in caplog.records] == [line]
+    standing = read_standing(settings)
+    assert standing is not None
+    assert standing.text == f"tiny: {line}"
+    watch_store(settings, seconds=0.1)
+    assert sorted(map(int, read_ledger(settings).checkpoints)) == [10, 20]
+
+
+def test_a_disk_without_room_for_the_state_directory_is_waited_for(
+    settings: Settings, write_checkpoint: WriteCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (0, 10):
+        write_checkpoint(step)
+    monkeypatch.setattr(watcher, "_AGAIN_SECONDS", 0.01)
+    failing(monkeypatch, "mkdir", ".relex/", number=errno.ENOSPC, times=2)
+    said = watched(settings)
+    assert said[0] == f"tiny: waiting for room in {settings.state}: No space left on device"
+    assert list(read_ledger(settings).checkpoints) == ["10"]

@@ -1,0 +1,142 @@
+"""A relex.yaml for a training run, drafted from what the run's files say and what lies around."""
+
+import math
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from evaluation.benchmarks.catalog import catalog
+from evaluation.yaml_text import read_bounded_yaml
+from flows.errors import ConfigError
+from relex.backtest.backtest import FEWEST
+from relex.files.location import is_remote, open_directory
+from relex.layouts.planned import Planned, planned
+from relex.layouts.pruning import find_limit
+
+# The share of its planned steps at which a run is decided on at the latest.
+_WINDOW_SHARE = 0.2
+_MOST_NAME = 60
+_PLACEHOLDERS = ("benchmarks/select.yaml", "benchmarks/gate.yaml")
+
+
+def draft(run: str, config: Path, *, base: str | None, selection: str | None, gate: str | None) -> str:
+    """Return the text of a relex.yaml that is to be written as `config`.
+
+    Raises ConfigError where that is there, where there is no such run, and where nothing says what it started from.
+    """
+    if config.exists():
+        raise ConfigError(f"{config} is there and is not written over. Give another name with --out, or delete it.")
+    directory = open_directory(run)
+    if not directory.exists():
+        raise ConfigError(f"{run} is not there. Give the directory that the trainer writes its checkpoints to.")
+    plan = planned(directory)
+    base = base or _model(plan.base)
+    if base is None:
+        raise ConfigError(f"nothing in {run} says which model it started from. Give it with --base.")
+    root = config.absolute().parent
+    name = _name(directory.name)
+    chosen = _benchmarks(root, selection, gate)
+    rows = [
+        ("training_run", name, "lower-case letters, digits, dashes"),
+        ("checkpoints", _place(run, root), "where the trainer writes its checkpoints"),
+        ("base", _place(base, root), "what it started from"),
+        *_window(plan),
+        ("methods", "auto", "relex, secant and the one that the backtest trusts"),
+        ("selection", chosen[0], "chooses among the candidates"),
+        ("gate", chosen[1], "decides on the chosen one; shares no problem with selection"),
+        ("registered_model", name, f"predictions go to {name}-candidates"),
+    ]
+    limit = find_limit(directory)
+    if limit is not None and not is_remote(run):
+        rows.append(("pin", "link", f"{limit.setting} is {limit.kept}: the trainer deletes the window's checkpoints"))
+    if shutil.which("nvidia-smi"):
+        rows.append(("device", "cuda", "or several: cuda:0,cuda:1"))
+    return "".join(f"{_line(key, value):<44} # {meaning}\n" for key, value, meaning in rows)
+
+
+def _window(plan: Planned) -> list[tuple[str, object, str]]:
+    latest = plan.steps[-1] if plan.steps else None
+    spacing = plan.spacing or 1
+    if plan.max_steps is not None:
+        share = math.ceil(_WINDOW_SHARE * plan.max_steps / spacing) * spacing
+        # Before that many checkpoints there is no backtest.
+        last = min(max(share, FEWEST * spacing), plan.max_steps - 1)
+        told = f"{100 * _WINDOW_SHARE:.0f} % of the {plan.max_steps} steps that the trainer's files name"
+        return [
+            ("window", "auto", "decide as soon as the backtest has converged"),
+            ("max_window", last, f"and at this step at the latest: {told}"),
+            ("targets", "auto", "a ladder up to total_steps, climbed while scores last"),
+            ("total_steps", plan.max_steps, "what the run is planned for"),
+        ]
+    last = latest or 100
+    told = "the latest that is there" if latest else "nothing says how long the run is: give 20 % of its steps"
+    return [
+        ("window", "auto", "decide as soon as the backtest has converged"),
+        ("max_window", last, f"and at this step at the latest: {told}"),
+        ("targets", "auto", "a ladder, climbed while scores last"),
+    ]
+
+
+def _line(key: str, value: object) -> str:
+    return yaml.safe_dump({key: value}, width=math.inf).strip()
+
+
+def _name(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower())[:_MOST_NAME].strip("-") or "run"
+
+
+def _model(told: str) -> str | None:
+    """Return the directory or the URL of what a trainer calls its model."""
+    if not told or is_remote(told):
+        return told or None
+    if Path(told).exists() or told.startswith(("/", ".", "~")) or told.count("/") != 1:
+        return told
+    return f"hf://{told}"
+
+
+def _place(text: str, root: Path) -> str:
+    """Return a path as it is written in a config in `root`: relative where it lies below."""
+    if is_remote(text):
+        return text
+    path = Path(text).expanduser().absolute()
+    return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
+
+
+def _benchmarks(root: Path, selection: str | None, gate: str | None) -> tuple[str, str]:
+    """Return what chooses and what decides: as given, else by name from the tasks here and those that were fetched.
+
+    Of two that no name tells apart the larger decides.
+    """
+    given = [_place(each, root) if each is not None and Path(each).is_file() else each for each in (selection, gate)]
+    found = [name for name in (*_tasks(root), *_fetched()) if name not in given]
+    first = given[0] or _pick(found, ("sel", "val", "dev"), last=False) or _PLACEHOLDERS[0]
+    left = [name for name in found if name != first]
+    return first, given[1] or _pick(left, ("gate", "test"), last=True) or _PLACEHOLDERS[1]
+
+
+def _pick(names: Sequence[str], words: Sequence[str], *, last: bool) -> str | None:
+    called = [name for name in names if any(word in Path(name).stem.lower() for word in words)]
+    candidates = called or list(names)
+    return None if not candidates else candidates[-1 if last else 0]
+
+
+def _tasks(root: Path) -> list[str]:
+    """Return the task files in a directory and in its `benchmarks`, relative to it."""
+    found = []
+    for path in sorted((*root.glob("*.yaml"), *(root / "benchmarks").glob("*.yaml"))):
+        try:
+            content = read_bounded_yaml(path)
+        except (OSError, yaml.YAMLError):
+            continue
+        if isinstance(content, dict) and isinstance(content.get("task"), str):
+            found.append(str(path.relative_to(root)))
+    return found
+
+
+def _fetched() -> list[str]:
+    """Return the names of the benchmarks that were fetched, from the smallest."""
+    fetched = [entry for entry in catalog() if entry.commit]
+    return [entry.name for entry in sorted(fetched, key=lambda entry: entry.problems or 0)]

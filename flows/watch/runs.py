@@ -1,0 +1,92 @@
+"""The training runs that a stack watches, one by one: what each is at, and what it waits for."""
+
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from deploy.local.daemon import Daemon, find
+from flows.errors import ConfigError
+from flows.processes import watched
+from flows.reground.settings import is_reground
+from flows.settings import Settings, load_settings
+from flows.watch.standing import read_standing, wait_for_look
+
+# Servers of a busy machine take as long to start a flow run.
+FIRST_LOOK_SECONDS = 180.0
+# A watcher looks every few seconds; this long ago is said.
+_LATELY_SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run by its config, and in one line what it is at; `progress` is how full its window is, in per cent.
+
+    `seen` is when that was seen (seconds since the epoch), None where its watcher has not looked.
+    """
+
+    config: str
+    text: str
+    progress: float = 0.0
+    seen: float | None = None
+
+
+def run_of(process: Daemon) -> Run | None:
+    """Return what the training run of a process is at; None where it watches none."""
+    config = watched(process)
+    if config is None or is_reground(config):
+        return None
+    name = process.name.partition("-")[2]
+    try:
+        settings = load_settings(config)
+    except ConfigError as error:
+        return Run(str(config), f"{name}: {error}")
+    standing = read_standing(settings)
+    if standing is None:
+        return Run(str(config), f"{name}: its watcher has not looked yet ({process.log})")
+    age = time.time() - standing.at
+    text = standing.text
+    if process.state != "running":
+        text += f" (its watcher is {process.state})"
+    elif age > _LATELY_SECONDS:
+        text += f" (seen {age / 60:.0f} minutes ago; {process.log} may say why)"
+    return Run(str(config), text, standing.progress, standing.at)
+
+
+def watched_settings(processes: Sequence[Daemon]) -> dict[Path, Settings]:
+    """Return the settings of the training runs whose watchers are running, by their configs."""
+    found = {}
+    for process in processes:
+        config = watched(process)
+        if config is None or process.state != "running" or is_reground(config):
+            continue
+        # Of one that was moved or is being edited its own line says so.
+        with suppress(ConfigError):
+            found[config] = load_settings(config)
+    return found
+
+
+def wait_for_looks(home: Path, watchers: Sequence[Daemon], *, seconds: float = FIRST_LOOK_SECONDS) -> None:
+    """Wait until every one of the processes has looked since it was started, has ended, or `seconds` have passed."""
+    end = time.monotonic() + seconds
+    for process in watchers:
+        config = watched(process)
+        if config is None or process.pid is None or is_reground(config):
+            continue
+        _wait(home, process, load_settings(config), seconds=end - time.monotonic())
+
+
+def _wait(home: Path, process: Daemon, settings: Settings, *, seconds: float) -> None:
+    try:
+        since = psutil.Process(process.pid).create_time()
+    except psutil.NoSuchProcess:
+        since = time.time()
+
+    def lives() -> bool:
+        found = find(home, process.name)
+        return found is not None and found.state == "running"
+
+    wait_for_look(settings, since, seconds=seconds, lives=lives)
