@@ -25,6 +25,7 @@ from deploy.versions import (
     ensure_registered_model,
     known_version,
     row,
+    unknown,
     versions,
 )
 
@@ -53,6 +54,7 @@ def promote(name: str, version: int | None, *, tracking_uri: str, by: str, judge
     rolled back and was not named. Remote weights are read through `downloads`.
     """
     client = connect(tracking_uri)
+    _refuse_unknown(client, name)
     with locked_experiment(client, name) as experiment:
         reap(client, name, experiment)
         candidate = find_candidate(client, name, version)
@@ -100,6 +102,7 @@ def rollback(name: str, *, tracking_uri: str, by: str, downloads: Path) -> Entry
     NoSuchVersionError where there is none; CandidateError where it is damaged, and the champion stays.
     """
     client = connect(tracking_uri)
+    _refuse_unknown(client, name)
     with locked_experiment(client, name) as experiment:
         reap(client, name, experiment)
         champion = _champion(client, name)
@@ -154,11 +157,19 @@ def find_candidate(client: "MlflowClient", name: str, version: int | None) -> Re
     wanted = version if version is not None else max(candidates, default=None)
     if wanted is None or wanted not in candidates:
         known = ", ".join(map(str, sorted(candidates)))
-        there = f"its versions are {known}" if candidates else "nothing is registered under that name"
         raise NoSuchVersionError(
-            f"{name}{CANDIDATES} has no version {'' if wanted is None else wanted}: {there}. See relex models."
+            f"{name}{CANDIDATES} has no version {wanted}: its versions are {known}. See relex models {name}."
+            if candidates
+            else unknown(client, name) or f"{name}{CANDIDATES} has no version. See relex models."
         )
     return row(client, candidates[wanted], champion=False)
+
+
+def _refuse_unknown(client: "MlflowClient", name: str) -> None:
+    """Raise NoSuchVersionError for a name without candidates; before a lock is taken, which makes what it locks."""
+    with refusals(client):
+        if line := unknown(client, name):
+            raise NoSuchVersionError(line)
 
 
 def _champion(client: "MlflowClient", name: str) -> RegisteredModelVersion | None:

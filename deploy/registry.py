@@ -31,7 +31,9 @@ from deploy.versions import (
     champion_version,
     ensure_registered_model,
     known_version,
+    registered_names,
     row,
+    unknown,
     versions,
 )
 
@@ -49,6 +51,7 @@ __all__ = [
     "models",
     "names",
     "register",
+    "unknown_name",
     "verified",
 ]
 
@@ -125,14 +128,15 @@ def register(
 def names(*, tracking_uri: str) -> list[str]:
     """Return the names under which anything is registered, in alphabetical order."""
     client = connect(tracking_uri)
-    registered, token = [], None
     with refusals(client):
-        while True:
-            listed = client.search_registered_models(f"name LIKE '%{CANDIDATES}'", page_token=token)
-            registered += [model.name.removesuffix(CANDIDATES) for model in listed]
-            token = listed.token
-            if not token:
-                return sorted(registered)
+        return registered_names(client)
+
+
+def unknown_name(name: str, *, tracking_uri: str) -> str:
+    """Return in one line that nothing is registered under a name, and what is; "" for one under which something is."""
+    client = connect(tracking_uri)
+    with refusals(client):
+        return unknown(client, name)
 
 
 def models(name: str, *, tracking_uri: str) -> list[RegisteredModelVersion]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from deploy import artifact
@@ -62,6 +63,32 @@ def versions(client: "MlflowClient", filter_string: str) -> Iterator["ModelVersi
         token = page.token
         if not token:
             return
+
+
+def registered_names(client: "MlflowClient") -> list[str]:
+    """Return the names under which anything is registered, in alphabetical order."""
+    registered, token = [], None
+    while True:
+        listed = client.search_registered_models(f"name LIKE '%{CANDIDATES}'", page_token=token)
+        registered += [model.name.removesuffix(CANDIDATES) for model in listed]
+        token = listed.token
+        if not token:
+            return sorted(registered)
+
+
+def unknown(client: "MlflowClient", name: str) -> str:
+    """Return in one line that nothing is registered under a name, and under which there is; "" for a known one."""
+    there = registered_names(client)
+    if name in there:
+        return ""
+    meant = name.removesuffix(CANDIDATES)
+    if meant in there:
+        return f"{name} holds the candidates of {meant}: name {meant}."
+    if not there:
+        return f"nothing is registered under that name ({name}), nor under any other."
+    near = get_close_matches(name, there, n=1)
+    asked = f" Did you mean {near[0]}?" if near else ""
+    return f"nothing is registered under that name ({name}). Registered are {', '.join(there)}.{asked}"
 
 
 def champion_version(client: "MlflowClient", name: str) -> "ModelVersion | None":

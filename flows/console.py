@@ -25,6 +25,8 @@ _UNPRINTABLE = (*range(9), *range(11, 32), *range(127, 160), 0x61C, 0x200E, 0x20
 _ESCAPED = {
     code: rf"\x{code:02x}" if code < 256 else rf"\u{code:04x}" for code in (*_UNPRINTABLE, *range(0x2066, 0x206A))
 }
+# Wider than any terminal.
+_WIDEST = 10_000
 _LINE_ENDS = {ord("\n"): r"\n", 0x2028: r"\u2028", 0x2029: r"\u2029"}
 
 
@@ -123,6 +125,24 @@ def plain_table(*headings: str, rows: Iterable[Sequence[str]] = (), title: str |
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def print_fitting(
+    console: Console, headings: Sequence[str], rows: Sequence[Sequence[str]], *parts: Sequence[int]
+) -> None:
+    """Print one table where it fits the width, else one for each of the parts, which are columns by their number."""
+
+    def table(columns: Sequence[int]) -> Table:
+        cells = ([row[column] for column in columns] for row in rows)
+        return plain_table(*(headings[column] for column in columns), rows=cells)
+
+    whole = table(range(len(headings)))
+    if console.measure(whole, options=console.options.update(max_width=_WIDEST)).maximum <= console.width:
+        console.print(whole)
+        return
+    # Numbers folded into their columns cannot be read.
+    for columns in parts:
+        console.print(table(columns))
 
 
 def print_warnings(console: Console, warnings: Sequence[str]) -> None:

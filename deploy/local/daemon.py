@@ -115,12 +115,13 @@ def stop(home: Path, names: Iterable[str]) -> None:
         _write(home, name, {**record, "pid": None, "create_time": None})
 
 
-def last_log_line(log: Path, *, start: int = 0) -> str:
-    """Return the last line that a process wrote to its log, from the byte `start` on."""
+def last_log_line(log: Path, *, start: int = 0, but: re.Pattern[str] | None = None) -> str:
+    """Return the last line that a process wrote to its log, from the byte `start` on, leaving out those that match."""
     with log.open("rb") as file:
         file.seek(start)
         lines = file.read().decode(errors="replace").strip().splitlines()
-    return lines[-1].strip() if lines else "it wrote nothing"
+    said = [line for line in lines if but is None or not but.search(line)]
+    return said[-1].strip() if said else "it wrote nothing"
 
 
 def _end(group: Sequence[psutil.Process], number: signal.Signals, *, seconds: float) -> None:

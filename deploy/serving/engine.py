@@ -5,9 +5,12 @@ vLLM where it is installed, `transformers serve` where not, or any command that 
 
 import asyncio
 import importlib.util
+import json
 import os
+import re
 import shlex
 import shutil
+import signal
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -26,6 +29,11 @@ from deploy.local.server import NO_TELEMETRY
 _START_SECONDS = 1800.0
 _LOOK_SECONDS = 0.2
 
+# How servers log a request: '"POST /v1/completions HTTP/1.1" 200'.
+_ACCESS = re.compile(r'"[A-Z]+ \S+ HTTP/[0-9.]+"')
+# What a model brings for chats.
+_TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates", "tekken.json")
+
 
 @dataclass(frozen=True)
 class Command:
@@ -42,11 +50,20 @@ class Engine:
     url: str
     process: asyncio.subprocess.Process
     log: Path
+    # Where its part of the log begins: one engine after another writes to it.
+    start: int = 0
 
     @property
     def last_log_line(self) -> str:
-        """The last line it wrote."""
-        return f"{last_log_line(self.log)} Its log is {self.log}."
+        """The last line it wrote that is not about a request."""
+        return f"{last_log_line(self.log, start=self.start, but=_ACCESS)} Its log is {self.log}."
+
+    @property
+    def ending(self) -> str:
+        """How it ended, by the status that its guard hands on."""
+        code = self.process.returncode or 0
+        number = -code if code < 0 else code - 128
+        return next((f"by {known.name}" for known in signal.Signals if known == number), f"with status {code}")
 
 
 def command(model: Path, *, name: str, port: int, given: str | None, options: Sequence[str], scratch: Path) -> Command:
@@ -85,11 +102,24 @@ def command(model: Path, *, name: str, port: int, given: str | None, options: Se
     return Command(argv, scratch)
 
 
+def chats(model: Path, *, given: str | None, options: Sequence[str]) -> bool:
+    """Return whether an engine has a template for chats: the model's, one of its options, or maybe one of its own."""
+    if given is not None or any(option.startswith("--chat-template") for option in options):
+        return True
+    config = model / "tokenizer_config.json"
+    try:
+        told = json.loads(config.read_bytes()) if config.is_file() else {}
+    except ValueError:
+        told = {}
+    return any((model / name).exists() for name in _TEMPLATES) or bool(told.get("chat_template"))
+
+
 @asynccontextmanager
 async def running(program: Command, *, port: int, log: Path) -> AsyncIterator[Engine]:
     """Start an engine, yield it once it answers, and end it; ServingError where it ends before or never answers."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as written:
+        start = written.tell()
         process = await asyncio.create_subprocess_exec(
             # -P: a package `flows` of the directory one happens to be in is not ours.
             *(sys.executable, "-P", "-m", "deploy.serving.guard", str(program.directory), *program.argv),
@@ -101,7 +131,7 @@ async def running(program: Command, *, port: int, log: Path) -> AsyncIterator[En
             # An interrupt at the terminal reaches us, and we let running requests end first.
             start_new_session=True,
         )
-    engine = Engine(f"http://{HOST}:{port}", process, log)
+    engine = Engine(f"http://{HOST}:{port}", process, log, start)
     try:
         try:
             async with asyncio.timeout(_START_SECONDS):
@@ -129,7 +159,7 @@ async def _until_it_answers(engine: Engine, port: int) -> None:
                 if answer.status_code < 500 and _answers(engine.process.pid, port):
                     return
             await asyncio.sleep(_LOOK_SECONDS)
-    raise ServingError(f"the engine ended with status {engine.process.returncode}: {engine.last_log_line}")
+    raise ServingError(f"the engine ended {engine.ending}: {engine.last_log_line}")
 
 
 def _answers(guard: int, port: int) -> bool:

@@ -18,6 +18,8 @@ from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from deploy.serving.naming import NamedEvents, named
+
 # Of one connection, not of the message (RFC 9110, 7.6.1).
 _HOP_BY_HOP = {
     *(b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection"),
@@ -26,7 +28,8 @@ _HOP_BY_HOP = {
 # Engines have more: transformers serve loads and drops models at /load_model and /reset, and takes the path of any at
 # /v1/audio/transcriptions; vLLM loads adapters.
 _MODELS = "/v1/models"
-_ASKED = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
+_CHAT = "/v1/chat/completions"
+_ASKED = (_CHAT, "/v1/completions", "/v1/embeddings", "/v1/responses")
 _ROUTES = {
     "/health": ("GET", "HEAD"),
     _MODELS: ("GET", "HEAD"),
@@ -55,11 +58,15 @@ class Served:
 
 
 class Upstream:
-    """An engine's address, with the number of requests that it is answering."""
+    """An engine's address, with the number of requests that it is answering.
 
-    def __init__(self, url: str, served: Served) -> None:
+    `chats` is whether its model has a template for chats, or the engine brings one.
+    """
+
+    def __init__(self, url: str, served: Served, *, chats: bool = True) -> None:
         self.url = url
         self.served = served
+        self.chats = chats
         self.requests = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -159,6 +166,13 @@ class Proxy:
         elif path == _MODELS:
             # An engine's own list may be of all it could load.
             await _models(upstream.served)(scope, receive, send)
+        elif path == _CHAT and scope["method"] == "POST" and not upstream.chats:
+            # An engine of transformers would answer 500.
+            message = (
+                f"{upstream.served.name} version {upstream.served.version} has no chat template: ask /v1/completions,"
+                " or give relex serve one of yours: -- --chat-template FILE"
+            )
+            await _refusal(400, message)(scope, receive, send)
         else:
             with upstream.request():
                 await _unless_disconnected(receive, self._relay(upstream, scope, body, receive, send))
@@ -188,23 +202,38 @@ class Proxy:
         except httpx.TransportError as error:
             await _refusal(502, f"the engine gave no answer ({type(error).__name__})")(scope, receive, send)
             return
+        version = (_VERSION_HEADER, str(upstream.served.version).encode())
+        name = upstream.served.name
+        kind = _kind(answer) if scope["method"] == "POST" else ""
+        events = NamedEvents(name) if kind == "text/event-stream" else None
         try:
-            version = (_VERSION_HEADER, str(upstream.served.version).encode())
-            await send(
-                {
-                    "type": "http.response.start",
-                    "status": answer.status_code,
-                    "headers": [*_passed_on(answer.headers.raw), version],
-                }
-            )
+            head = [*_passed_on(answer.headers.raw, but=(b"content-length",) if kind else ()), version]
+            whole = b""
+            if kind == "application/json":
+                whole = named(b"".join([chunk async for chunk in answer.aiter_raw()]), name)
+                head.append((b"content-length", str(len(whole)).encode()))
+            await send({"type": "http.response.start", "status": answer.status_code, "headers": head})
+            if kind == "application/json":
+                await send({"type": "http.response.body", "body": whole, "more_body": False})
+                return
             async for chunk in answer.aiter_raw():
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+                passed = chunk if events is None else events.feed(chunk)
+                if passed:
+                    await send({"type": "http.response.body", "body": passed, "more_body": True})
+            last = b"" if events is None else events.end()
+            await send({"type": "http.response.body", "body": last, "more_body": False})
         except httpx.TransportError:
             # The status is out: the client is told by the connection, which is closed in the middle of the answer.
             return
         finally:
             await answer.aclose()
+
+
+def _kind(answer: httpx.Response) -> str:
+    """Return what an answer is in which the model is named, "" where it is nothing of the kind or is compressed."""
+    kind = str(answer.headers.get("content-type", "")).partition(";")[0].strip().lower()
+    plain = answer.headers.get("content-encoding", "identity") == "identity"
+    return kind if plain and kind in ("application/json", "text/event-stream") else ""
 
 
 def _route(scope: Scope) -> str:

@@ -167,7 +167,9 @@ class _Follower:
         if ended and self._proxy.upstream is not None:
             self._proxy.upstream = None
             self._trouble(
-                now.row, f"the engine of {_title(now.row)} ended and is started again: {now.engine.last_log_line}"
+                now.row,
+                f"the engine of {_title(now.row)} ended and is started again (it ended {now.engine.ending}):"
+                f" {now.engine.last_log_line}",
             )
         try:
             wanted = await _champion(self._service, self._tracking_uri)
@@ -213,7 +215,9 @@ async def _champion(service: Service, tracking_uri: Callable[[], str]) -> Regist
     champion = await asyncio.to_thread(lambda: registry.champion(service.name, tracking_uri=tracking_uri()))
     if champion is None:
         name = service.name
-        raise NoSuchVersionError(f"{name} has no champion to serve. Promote a prediction: relex promote {name}.")
+        unknown = await asyncio.to_thread(lambda: registry.unknown_name(name, tracking_uri=tracking_uri()))
+        way = unknown or f"Promote a prediction: relex promote {name}."
+        raise NoSuchVersionError(f"{name} has no champion to serve. {way[0].upper()}{way[1:]}")
     return champion
 
 
@@ -234,7 +238,8 @@ async def _start(service: Service, tracking_uri: Callable[[], str], row: Registe
     ending = AsyncExitStack()
     started = await ending.enter_async_context(engine.running(program, port=port, log=log))
     served = Served(row.name, row.version, row.digest, row.target_step, row.created_ms)
-    return _Running(row, started, Upstream(started.url, served), ending)
+    chats = engine.chats(directory, given=service.engine, options=service.options)
+    return _Running(row, started, Upstream(started.url, served, chats=chats), ending)
 
 
 async def _retire(replaced: _Running) -> None:

@@ -53,6 +53,9 @@ def models(
         return
     if not listings:
         out.print("nothing is registered")
+    if name is not None and (unknown := registry.unknown_name(name, tracking_uri=uri)):
+        print_sentence(unknown)
+        return
     for each in listings:
         show_models(out, each)
 

@@ -1,14 +1,13 @@
 """Commands that predict later checkpoints, and compare what the methods make of a run."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from flows.cli.options import (
     EVERY_METHOD,
@@ -24,7 +23,7 @@ from flows.cli.options import (
     out,
     print_json,
 )
-from flows.console import plain_table, print_line, print_warnings
+from flows.console import plain_table, print_fitting, print_line, print_warnings
 
 if TYPE_CHECKING:
     from flows.study.comparison import Comparison
@@ -32,9 +31,6 @@ if TYPE_CHECKING:
 
 commands = typer.Typer(rich_markup_mode=None)
 _command = partial(commands.command, rich_help_panel="Predict and compare")
-
-# Wider than any terminal.
-_WIDEST = 10_000
 
 
 @_command()
@@ -216,19 +212,10 @@ def show_comparison(console: Console, comparison: "Comparison", directory: Path)
 
     names, rows = headings(comparison), [cells(row) for row in comparison.rows]
 
-    def table(columns: Sequence[int]) -> Table:
-        parts = ([row[column] for column in columns] for row in rows)
-        return plain_table(*(names[column] for column in columns), rows=parts)
-
     console.print(comparison.summary)
     print_warnings(console, comparison.warnings)
     console.print("; ".join(f"{score.benchmark}: {score.n} problems" for score in comparison.scored), highlight=False)
-    whole = table(range(len(names)))
-    if console.measure(whole, options=console.options.update(max_width=_WIDEST)).maximum <= console.width:
-        console.print(whole)
-    else:
-        # Numbers folded into their columns cannot be read: accuracy first, then nearness and cost.
-        scores = 2 + 2 * len(comparison.scored)
-        console.print(table(range(scores)))
-        console.print(table([0, 1, *range(scores, len(names))]))
+    # Accuracy first, then nearness and cost.
+    scores = 2 + 2 * len(comparison.scored)
+    print_fitting(console, names, rows, range(scores), [0, 1, *range(scores, len(names))])
     print_line(console, f"more, and a figure: {directory / 'compare.md'}")

@@ -6,17 +6,18 @@ from typing import Any
 
 from rich.console import Console
 
-from flows.console import markdown_table, plain_table, print_warnings
+from flows.console import markdown_table, print_fitting, print_warnings
 from flows.drift.due import Waiting
 from flows.drift.record import Compared
 
-HEADINGS = ("prediction", "from", "real step", "skill", "expected", "cosine", "norm / real", "real norm", "verdict")
+HEADINGS = ("prediction", "from", "real step", "skill", "expected", "cosine", "norm/real", "real norm", "verdict")
 
 
 def show(console: Console, rows: Sequence[Compared], waiting: Sequence[Waiting]) -> None:
     """Print it on a terminal."""
     if rows:
-        console.print(plain_table(*HEADINGS, rows=map(cells, rows)))
+        # What came of each first, then the numbers.
+        print_fitting(console, HEADINGS, [cells(row) for row in rows], [0, 2, 7, 8], [0, 1, 3, 4, 5, 6])
     for line in (*_accuracies(rows), *_waiting(waiting)):
         console.print(line, soft_wrap=True, highlight=False)
     print_warnings(console, list(warnings(rows)))

@@ -76,6 +76,7 @@ def ask(client: httpx.Client) -> str:
         json={"model": "digits", "max_tokens": 4, "messages": [{"role": "user", "content": "12"}]},
     )
     assert answer.status_code == 200, answer.text
+    assert answer.json()["model"] == "digits"
     return str(answer.json()["choices"][0]["message"]["content"])[-4:]
 
 

@@ -23,6 +23,13 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"])).decode()
         query = parse_qs(urlsplit(self.path).query)
+        if "named" in query:
+            # As transformers serve does, for the directory that it answers from.
+            content = json.dumps({"model": "directory@main", "text": "é"}).encode()
+            events = b"".join(b"data: %s\r\n\r\n" % part for part in (content, b"[DONE]"))
+            streams = query["named"] == ["events"]
+            self.answer(events if streams else content, kind="text/event-stream" if streams else "application/json")
+            return
         if "stream" in query:
             self.stream(count=int(query["stream"][0]), waits="wait" in query)
             return
@@ -31,8 +38,9 @@ class Handler(BaseHTTPRequestHandler):
         request = {"weights": WEIGHTS, "path": self.path, "headers": dict(self.headers.items()), "body": body}
         self.answer(json.dumps(request).encode(), status=int(query.get("status", ["200"])[0]))
 
-    def answer(self, content: bytes, *, status: int = 200) -> None:
+    def answer(self, content: bytes, *, status: int = 200, kind: str = "text/plain") -> None:
         self.send_response(status)
+        self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(content)))
         self.send_header("X-Engine", WEIGHTS)
         self.end_headers()
@@ -72,4 +80,4 @@ worker = subprocess.Popen(
 )
 server = ThreadingHTTPServer((sys.argv[2], int(sys.argv[3])), Handler)
 threading.Thread(target=server.serve_forever).start()
-os.write(1, b"serving\n")
+os.write(1, b'serving\nINFO: 127.0.0.1 - "POST /v1/chat/completions HTTP/1.1" 200 OK\n')

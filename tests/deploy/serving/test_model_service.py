@@ -24,6 +24,7 @@ from deploy import champions, registry
 from deploy.champions import Clearance
 from deploy.errors import CandidateError, NoSuchVersionError, ServingError
 from deploy.serving import engine, proxy
+from deploy.serving.naming import NamedEvents
 from deploy.serving.service import Notice, Service, server_of, serving
 from deploy.tracking import prepare
 from tests.helpers.predictions import write_prediction
@@ -90,10 +91,10 @@ def home(template: Path, tmp_path: Path) -> Home:
 
 
 @asynccontextmanager
-async def alone(names: Iterable[str] = ()) -> AsyncIterator[Home]:
+async def alone(names: Iterable[str] = (), *, chats: bool = True) -> AsyncIterator[Home]:
     """Serve a model behind which there is no engine, and say where."""
     front = proxy.Proxy(names=names)
-    front.upstream = proxy.Upstream("http://127.0.0.1:1", proxy.Served("digits", 1, "d", 240, 0))
+    front.upstream = proxy.Upstream("http://127.0.0.1:1", proxy.Served("digits", 1, "d", 240, 0), chats=chats)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = server_of(front)
         task = asyncio.create_task(server.serve(sockets=[listener]))
@@ -152,6 +153,49 @@ def test_requests_and_answers_pass_unchanged(home: Home) -> None:
             assert (await client.post("/load_model", json={"model": "/another"})).status_code == 404
 
     asyncio.run(scenario())
+
+
+def test_an_answer_has_the_name_that_was_asked_for(home: Home) -> None:
+    home.promote(1)
+
+    async def scenario() -> None:
+        async with home.serve() as client:
+            answer = await client.post(f"{CHAT}?named=json", content=b"{}")
+            assert answer.json() == {"model": "digits", "text": "é"}
+            assert answer.headers["content-length"] == str(len(answer.content))
+            events = await client.post(f"{CHAT}?named=events", content=b"{}")
+            first, done = events.text.split("\r\n\r\n")[:2]
+            assert json.loads(first.removeprefix("data: ")) == {"model": "digits", "text": "é"}
+            assert done == "data: [DONE]"
+
+    asyncio.run(scenario())
+
+
+def test_events_are_passed_on_line_by_line_however_they_arrive() -> None:
+    whole = b'event: x\ndata: {"response": {"model": "a@main"}}\n\ndata: {"model": "b"}\n: ping\n\ndata: {"model"'
+    for size in (1, 7, len(whole)):
+        events = NamedEvents("b")
+        passed = b"".join(events.feed(whole[start : start + size]) for start in range(0, len(whole), size))
+        assert passed + events.end() == whole.replace(b"a@main", b"b")
+
+
+def test_a_chat_with_a_model_that_has_no_template_is_refused_in_words(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": null}')
+    assert not engine.chats(tmp_path, given=None, options=())
+    assert engine.chats(tmp_path, given=None, options=("--chat-template", "mine.jinja"))
+    assert engine.chats(tmp_path, given=ANSWERING, options=())
+
+    async def scenario() -> None:
+        async with alone(chats=False) as home, httpx.AsyncClient(base_url=home.url, trust_env=False) as client:
+            answer = await client.post(CHAT, content=b"{}")
+            assert answer.status_code == 400
+            assert answer.json()["error"]["message"].startswith("digits version 1 has no chat template: ask /v1/compl")
+            # Others are asked: here there is no engine to answer.
+            assert (await client.post("/v1/completions", content=b"{}")).status_code == 502
+
+    asyncio.run(scenario())
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    assert engine.chats(tmp_path, given=None, options=())
 
 
 # Of what loads another model, drops this one, or takes the path of any: servers decode, merge and resolve some of them.
@@ -458,7 +502,11 @@ def test_an_engine_that_dies_is_started_again_from_whole_files(home: Home) -> No
 
     asyncio.run(scenario())
     _, ended, damaged, served = home.notices
-    assert "the engine of digits version 1 (step 240) ended and is started again" in ended.text
+    # Why, and no line about a request.
+    why = (
+        "the engine of digits version 1 (step 240) ended and is started again (it ended by SIGKILL): serving Its log is"
+    )
+    assert ended.text.startswith(why), ended.text
     assert "cannot be served, nothing answers" in damaged.text
     assert served.text == "digits version 1 (step 240) answers now"
 

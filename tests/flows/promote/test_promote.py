@@ -103,6 +103,27 @@ def test_results_that_cannot_be_paired_with_the_champions_are_refused_with_the_w
     assert store.promote().entry.to_version == 2
 
 
+def test_a_name_that_is_not_registered_is_told_with_those_that_are(
+    store: Registry, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store.add(1, GOOD)
+
+    def told(*arguments: str) -> str:
+        status, out, error = cli.relex(capsys, *arguments, "--home", store.home)
+        return f"{status} {out}{error}".strip()
+
+    for command in ("promote", "rollback"):
+        other = (
+            "NoSuchVersionError: nothing is registered under that name (tine). Registered are tiny. Did you mean tiny?"
+        )
+        assert told(command, "tine") == f"1 relex: {other}"
+        meant = "NoSuchVersionError: tiny-candidates holds the candidates of tiny: name tiny."
+        assert told(command, "tiny-candidates") == f"1 relex: {meant}"
+    assert told("models", "nosuch") == "0 nothing is registered under that name (nosuch). Registered are tiny."
+    # Nothing was made of the name.
+    assert connect(store.uri).get_experiment_by_name("tine") is None
+
+
 def test_a_version_without_gate_results_is_refused(store: Registry) -> None:
     registry.register(write_prediction(store.home / "bare"), name="tiny", tracking_uri=store.uri)
     with pytest.raises(PromotionError, match="was registered without its gate results"):
@@ -111,7 +132,7 @@ def test_a_version_without_gate_results_is_refused(store: Registry) -> None:
 
 
 def test_a_version_that_does_not_exist_is_refused_with_those_that_do(store: Registry) -> None:
-    with pytest.raises(NoSuchVersionError, match="nothing is registered under that name"):
+    with pytest.raises(NoSuchVersionError, match=r"nothing is registered under that name \(tiny\), nor"):
         store.promote()
     store.add(1, GOOD)
     with pytest.raises(NoSuchVersionError, match="has no version 7: its versions are 1"):
