@@ -5,6 +5,7 @@ independent trainings of one model on MATH do. Candidates differ from each other
 """
 
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -122,5 +123,11 @@ class World:
         ]
 
     def _report(self, model: Model) -> Report:
-        scores = tuple((str(number), float(right)) for number, right in enumerate(self._right[_GATE, model]))
+        right = self._right[_GATE, model].astype(float).tolist()
+        scores = tuple(zip(_problems(len(right)), right, strict=True))
         return Report(model.title, "", _GATE, "", "exact_match", scores, {}, {}, 0.0)
+
+
+@cache
+def _problems(count: int) -> tuple[str, ...]:
+    return tuple(map(str, range(count)))
