@@ -25,6 +25,7 @@ import torch
 import yaml
 
 from benchmarks.runs import RUNS, Run, held_out, keep_gram, train
+from evaluation.child import kept_children
 from evaluation.verdict.gate import gate
 from evaluation.verdict.report import Report
 from flows.decide.flow import count_problems, gate_model
@@ -200,6 +201,7 @@ def decision(settings: Settings, number: int) -> Decision:
     return made
 
 
+@kept_children()
 def measure(run: Run, root: Path, out: Path) -> tuple[dict[int, float], list[Row]]:
     """Return the accuracy of the run's real checkpoints by step, and a row for each window."""
 

@@ -10,12 +10,16 @@ nothing in its cache. The harness is given the YAML, so it builds no index of it
 environment, both of which its command line spends seconds on. The benchmark has a stop sequence that never comes, since
 the harness looks for one at every token even where there is none, and `evaluate` does not.
 
-    .venv/bin/python benchmarks/evaluation_overhead.py [--problems 512] [--tokens 96] [--batch-size 32] [--rounds 2]
+Last, what a decision takes, as a process of its own without servers: base, last observed checkpoint and five candidates
+on up to three benchmarks, all of them so small that most of it is what a model costs before its first answer.
+
+    .venv/bin/python -m benchmarks.evaluation_overhead [--problems 512] [--tokens 96] [--batch-size 32] [--rounds 2]
 """
 
 import argparse
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,10 +27,13 @@ import time
 from pathlib import Path
 
 import torch
+import yaml
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from evaluation.benchmarks.benchmark import write_benchmark
+from tests.helpers.larger_digit import larger, write_models
 
 BARE = """
 import sys
@@ -45,6 +52,17 @@ from evaluation.answers.harness import evaluate
 model, benchmark, batch_size, limit, cache = sys.argv[1:]
 evaluate(Path(model), [benchmark], cache=Path(cache), batch_size=int(batch_size), limit=int(limit))
 """
+
+DECISION = """
+import sys
+from pathlib import Path
+from benchmarks.decisions import decision
+from flows.settings import load_settings
+made = decision(load_settings(Path(sys.argv[1])), 1)
+assert made.gates and len({each.model for each in (*made.report, *made.dropped)}) == 7, made
+"""
+# Steps of the line from the untrained base to the teacher.
+END, WINDOW = 40, 20
 
 
 def build(directory: Path, *, hidden: int, layers: int) -> Path:
@@ -74,6 +92,40 @@ def build(directory: Path, *, hidden: int, layers: int) -> Path:
     )
     tokenizer.save_pretrained(directory)
     return directory
+
+
+def write_run(root: Path) -> None:
+    """Write the checkpoints of a straight run from an untrained base to a teacher, and the benchmarks of a decision."""
+    write_models(root)
+    base, teacher = (load_file(root / name / "model.safetensors") for name in ("base", "teacher"))
+    for step in range(4, WINDOW + 4, 4):
+        checkpoint = shutil.copytree(root / "base", root / "run" / f"checkpoint-{step}")
+        weights = {name: torch.lerp(start, teacher[name], step / END) for name, start in base.items()}
+        save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+        (checkpoint / "trainer_state.json").write_text("{}")
+    for number, name in enumerate(("selection", "gate", "report")):
+        write_benchmark(root, name, larger()[number::3], max_new_tokens=2)
+
+
+def write_config(root: Path, turn: int) -> Path:
+    """Write the config of a decision about five candidates, with a state of its own."""
+    content = {
+        "training_run": "straight",
+        "checkpoints": "run",
+        "base": "base",
+        "window": WINDOW,
+        "targets": [24, 28, 32, 36, END],
+        "methods": ["relex"],
+        "selection": "selection.yaml",
+        "gate": "gate.yaml",
+        "report": ["report.yaml"],
+        "registered_model": "straight",
+        "state": f"state-{turn}",
+        "batch_size": 25,
+    }
+    config = root / f"decision-{turn}.yaml"
+    config.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return config
 
 
 def spend(script: str, *arguments: object) -> tuple[float, float]:
@@ -112,6 +164,8 @@ def main() -> None:
                 shared = (model, benchmark, options.batch_size, limit)
                 spent.setdefault(("bare", limit), []).append(spend(BARE, *shared))
                 spent.setdefault(("evaluate", limit), []).append(spend(OURS, *shared, root / f"cache-{turn}-{limit}"))
+        write_run(root)
+        decided = [spend(DECISION, write_config(root, turn)) for turn in range(options.rounds)]
     print(f"{options.problems} problems of {options.tokens} tokens, the best of {options.rounds} rounds")
     for number, what in enumerate(("wall", "processor")):
         best = {key: min(each[number] for each in values) for key, values in spent.items()}
@@ -125,6 +179,8 @@ def main() -> None:
             f"overhead {100 * (ours / bare - 1):+.1f} % of all; start {our_start - bare_start:+.2f} s, a problem"
             f" {100 * ((ours - our_start) / (bare - bare_start) - 1):+.1f} %"
         )
+    wall, processor = (min(each) for each in zip(*decided, strict=True))
+    print(f"a decision about seven models: {wall:.1f} s, {processor:.1f} s of processor time")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Child: a process of its own for what loads models or data sets, and the pipe between it and its parent.
 
-The parent writes one line and reads events, one JSON object a line. Neither side outlives the other.
+The parent writes a line a job and reads events, one JSON object a line. Neither side outlives the other. A child does
+one job and ends, unless children are kept: then it waits for the next one.
 """
 
 import ctypes
@@ -11,11 +12,15 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from selectors import EVENT_READ, DefaultSelector
-from typing import Any, TypeAlias
+from typing import IO, Any, TypeAlias
 
 from evaluation import errors
 from evaluation.errors import EvaluationError
@@ -31,88 +36,205 @@ ENVIRONMENT = {
     "TQDM_DISABLE": "1",
 }
 
+# What no child reads, and a decision sets on its way.
+UNREAD = ("MLFLOW_", "PREFECT_")
+
 
 @dataclass(frozen=True)
 class ChildJob:
-    """What one child reads, one line, and where its output goes."""
+    """What one child reads, one line, and where its output goes.
+
+    A kept child does another job only on the same `device`: what it has once made of a GPU is not undone.
+    """
 
     line: bytes
     log_path: Path
+    device: str = ""
+
+    def message(self, *, more: bool) -> bytes:
+        """Return what the child's input is given; with `more` it does not end after this job."""
+        return json.dumps({"job": self.line.decode(), "log": str(self.log_path), "more": more}).encode() + b"\n"
 
 
 def run_child(module: str, line: bytes, *, log_path: Path, on_event: Callable[[Mapping[str, Any]], None]) -> int:
     """Run `python -m module` on one line, its output going to `log_path`, and return its exit status.
 
-    Raises what the child refused, an EvaluationError.
+    It is never kept. Raises what the child refused, an EvaluationError.
     """
-    return run_children(module, [ChildJob(line, log_path)], on_event=lambda _, event: on_event(event))[0]
+    return run_children(module, [ChildJob(line, log_path)], on_event=lambda _, event: on_event(event), keep=False)[0]
 
 
 def run_children(
-    module: str, jobs: Sequence[ChildJob], *, on_event: Callable[[int, Mapping[str, Any]], None]
+    module: str, jobs: Sequence[ChildJob], *, on_event: Callable[[int, Mapping[str, Any]], None], keep: bool = True
 ) -> list[int]:
-    """Run one `python -m module` a job, all at once, and return their exit statuses.
+    """Run one `python -m module` a job, all at once, and return their exit statuses, 0 of one that is kept.
 
+    Without `keep` none is, whatever the block.
     `on_event` gets the number of the job with each event. One that dies lets the others finish; one that refuses
     ends them all, and what it refused is raised, an EvaluationError.
     """
-    with ExitStack() as stack, DefaultSelector() as events:
-        children = [stack.enter_context(_start(module, job)) for job in jobs]
-        for number, (child, job) in enumerate(zip(children, jobs, strict=True)):
-            assert child.stdin is not None
-            assert child.stdout is not None
-            events.register(child.stdout.fileno(), EVENT_READ, (number, bytearray()))
-            # It is already dead, which its status says.
-            with suppress(BrokenPipeError):
-                child.stdin.write(job.line)
-                child.stdin.flush()
-        while events.get_map():
-            for key, _ in events.select():
-                number, unread = key.data
-                data = os.read(key.fd, 1 << 16)
-                if not data:
-                    events.unregister(key.fd)
-                unread += data
-                *lines, unread[:] = unread.split(b"\n")
-                for line in lines:
-                    event = json.loads(line)
-                    if event["event"] == "refused":
-                        raise getattr(errors, event["kind"])(event["message"])
-                    on_event(number, event)
-        return [child.wait() for child in children]
+    return _run(module, jobs, on_event=on_event, kept=_kept.get() if keep else None)
 
 
 @contextmanager
-def _start(module: str, job: ChildJob) -> Iterator[subprocess.Popen[bytes]]:
-    with (
-        job.log_path.open("wb") as log,
-        # A session of its own: an interrupt at the terminal reaches the parent, which ends the child in its own time.
-        subprocess.Popen(
-            # -P: a package `evaluation` of the directory one happens to be in is not ours.
-            [sys.executable, "-P", "-m", module],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            env={**os.environ, **ENVIRONMENT},
-            start_new_session=True,
-        ) as child,
-    ):
-        try:
-            yield child
-        finally:
-            child.kill()
+def kept_children() -> Iterator[None]:
+    """Have `run_children` keep its children in the block, and give them the next jobs instead of starting others.
+
+    One goes on with the jobs of the same module, number, device, environment and working directory, one job at a time;
+    calls at once have a child each. Calls end inside the block, which ends the children; a block inside another is part
+    of it.
+    """
+    if _kept.get() is not None:
+        yield
+        return
+    kept = _Kept()
+    token = _kept.set(kept)
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+        kept.close()
+
+
+class _Child:
+    """A process and what it was started for; `done` says that it has ended its job and lives."""
+
+    def __init__(self, key: tuple[object, ...], process: "subprocess.Popen[bytes]") -> None:
+        self.key = key
+        self.process = process
+        self.done = False
+
+    def end(self) -> None:
+        self.process.kill()
+        # Leaving the block waits for it and closes the pipes, into which something may still have to go.
+        with suppress(BrokenPipeError), self.process:
+            pass
+
+
+class _Kept:
+    """Living children without a job."""
+
+    def __init__(self) -> None:
+        self._idle: list[_Child] = []
+        self._lock = threading.Lock()
+        # The kernel ends a child with the thread that started it: this one stays until all of them are ended.
+        self.starter = ThreadPoolExecutor(1, "children")
+
+    def take(self, key: tuple[object, ...]) -> _Child | None:
+        """Return a living child that was started for the same, which is then the caller's alone."""
+        with self._lock:
+            for child in [each for each in self._idle if each.key == key]:
+                self._idle.remove(child)
+                if child.process.poll() is None:
+                    child.done = False
+                    return child
+                child.end()
+        return None
+
+    def give(self, child: _Child) -> None:
+        """Keep a child that has done its job."""
+        with self._lock:
+            self._idle.append(child)
+
+    def close(self) -> None:
+        """End every child."""
+        with self._lock:
+            for child in self._idle:
+                child.end()
+        self.starter.shutdown()
+
+
+_kept: ContextVar[_Kept | None] = ContextVar("kept", default=None)
+
+
+def _run(
+    module: str,
+    jobs: Sequence[ChildJob],
+    *,
+    on_event: Callable[[int, Mapping[str, Any]], None],
+    kept: _Kept | None,
+) -> list[int]:
+    with ExitStack() as stack, DefaultSelector() as events:
+        children = [stack.enter_context(_child(module, number, job, kept)) for number, job in enumerate(jobs)]
+        for number, (child, job) in enumerate(zip(children, jobs, strict=True)):
+            assert child.process.stdin is not None
+            assert child.process.stdout is not None
+            events.register(child.process.stdout.fileno(), EVENT_READ, (number, child, bytearray()))
+            # It is already dead, which its status says.
+            with suppress(BrokenPipeError):
+                child.process.stdin.write(job.message(more=kept is not None))
+                child.process.stdin.flush()
+        while events.get_map():
+            for key, _ in events.select():
+                number, child, unread = key.data
+                data = os.read(key.fd, 1 << 16)
+                unread += data
+                *lines, unread[:] = unread.split(b"\n")
+                for event in map(json.loads, lines):
+                    child.done = kept is not None and event["event"] in ("done", "refused")
+                    if event["event"] == "refused":
+                        raise getattr(errors, event["kind"])(event["message"])
+                    if event["event"] != "done":
+                        on_event(number, event)
+                if child.done or not data:
+                    events.unregister(key.fd)
+        return [0 if child.done else child.process.wait() for child in children]
+
+
+@contextmanager
+def _child(module: str, number: int, job: ChildJob, kept: _Kept | None) -> Iterator[_Child]:
+    environment = frozenset(item for item in os.environ.items() if not item[0].startswith(UNREAD))
+    key = (module, number, job.device, Path.cwd(), environment)
+    with job.log_path.open("wb") as log:
+        child = None if kept is None else kept.take(key)
+        if child is None:
+            start = partial(_start, module, log)
+            child = _Child(key, start() if kept is None else kept.starter.submit(start).result())
+    try:
+        yield child
+    finally:
+        if kept is not None and child.done:
+            kept.give(child)
+        else:
+            child.end()
+
+
+def _start(module: str, log: IO[bytes]) -> "subprocess.Popen[bytes]":
+    # A session of its own: an interrupt at the terminal reaches the parent, which ends the child in its own time.
+    return subprocess.Popen(
+        # -P: a package `evaluation` of the directory one happens to be in is not ours.
+        [sys.executable, "-P", "-m", module],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=log,
+        env={**os.environ, **ENVIRONMENT},
+        start_new_session=True,
+    )
 
 
 def run_as_child(work: Callable[[bytes, Send], None]) -> None:
-    """Do the work of a child on the line its parent wrote; exit 1 after naming the reason for what it refuses."""
+    """Do the work of a child on each line its parent writes, until one is the last; name the reason for a refusal.
+
+    A refusal of the last exits 1.
+    """
     send = _channel()
     die_with_parent()
-    line = _first_line()
-    threading.Thread(target=_exit_at_end_of_input, daemon=True).start()
-    try:
-        work(line, send)
-    except EvaluationError as error:
-        send({"event": "refused", "kind": type(error).__name__, "message": str(error)})
+    lines: SimpleQueue[bytes] = SimpleQueue()
+    threading.Thread(target=_read_lines, args=(lines,), daemon=True).start()
+    more = True
+    while more:
+        asked = json.loads(lines.get())
+        more = asked["more"]
+        _log_to(asked["log"])
+        ended = {"event": "done"}
+        try:
+            work(asked["job"].encode(), send)
+        except EvaluationError as error:
+            ended = {"event": "refused", "kind": type(error).__name__, "message": str(error)}
+        sys.stdout.flush()
+        sys.stderr.flush()
+        send(ended)
+    if ended["event"] == "refused":
         sys.exit(1)
 
 
@@ -140,19 +262,20 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _first_line() -> bytes:
-    # Unbuffered: what follows the line belongs to the thread that waits for the end of the input.
-    line = bytearray()
-    while not line.endswith(b"\n"):
-        byte = os.read(sys.stdin.fileno(), 1)
-        if not byte:
-            os._exit(1)
-        line += byte
-    return bytes(line)
+def _log_to(path: str) -> None:
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(log, stream.fileno())
+    os.close(log)
 
 
-def _exit_at_end_of_input() -> None:
+def _read_lines(lines: "SimpleQueue[bytes]") -> None:
+    # Unbuffered: a buffer's lock would be missed when the process ends while this thread waits.
+    unread = bytearray()
+    while data := os.read(sys.stdin.fileno(), 1 << 16):
+        unread += data
+        *whole, unread[:] = unread.split(b"\n")
+        for line in whole:
+            lines.put(bytes(line))
     # The parent never closes its end: end of input means that it is gone, on any platform.
-    while os.read(sys.stdin.fileno(), 1):
-        pass
     os._exit(1)

@@ -194,10 +194,15 @@ def _run_workers(job: Job, on_progress: Callable[[Progress], None] | None) -> No
 def _run(jobs: Sequence[Job], on_event: Callable[[int, Mapping[str, Any]], None]) -> None:
     directory = jobs[0].assignments[0].directory
     children = [
-        ChildJob(job.to_line(), directory / (f"worker-{job.part.index}.log" if job.part.index else "worker.log"))
+        ChildJob(
+            job.to_line(),
+            directory / (f"worker-{job.part.index}.log" if job.part.index else "worker.log"),
+            device=job.device,
+        )
         for job in jobs
     ]
-    codes = run_children("evaluation.answers.worker", children, on_event=on_event)
+    # What an engine has of a GPU ends with its process.
+    codes = run_children("evaluation.answers.worker", children, on_event=on_event, keep=jobs[0].backend.name == "hf")
     for job, child, code in zip(jobs, children, codes, strict=True):
         if code != 0:
             raise WorkerError(_failure(job, code, child.log_path))

@@ -1,16 +1,18 @@
 """Worker: the child process that scores one model, `python -m evaluation.answers.worker`.
 
-It reads one job from its standard input, reports progress as JSON lines on its standard output, and leaves a report a
-benchmark. It holds a lock on each evaluation, so two workers never write one journal, and a place on its devices, and
-it does not outlive its parent. Of several workers each answers its part of the chunks; one more, without weights, then
-scores what they left in their journals.
+It reads jobs from its standard input, reports progress as JSON lines on its standard output, and leaves a report a
+benchmark. During a job it holds a lock on each evaluation, so two workers never write one journal, and a place on its
+devices; after it nothing of the model is left. It does not outlive its parent. Of several workers each answers its part
+of the chunks; one more, without weights, then scores what they left in their journals.
 """
 
 import gc
 import os
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cache, partial
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
@@ -22,7 +24,7 @@ from evaluation.answers.job import AnsweredPart, Assignment, Job
 from evaluation.answers.journal import Journal
 from evaluation.benchmarks.lm_eval_task import load_any_task
 from evaluation.child import Send, run_as_child
-from evaluation.errors import BenchmarkError, DeviceError, ModelError
+from evaluation.errors import BenchmarkError, DeviceError, EvaluationError, ModelError
 from evaluation.problems import problem_id
 from evaluation.verdict.report import Report
 
@@ -30,10 +32,14 @@ if TYPE_CHECKING:
     from evaluation.answers.lm import JournalledLM
 
 FEWSHOT_SEED = 1234
+# Before a job hides devices from this process: places are those of the whole machine.
+ENVIRONMENT = dict(os.environ)
+# Heavy ones that stay, other than what a job makes with them.
+MODULES = ("lm_eval.evaluator", "evaluation.answers.lm")
 
 
 def main() -> None:
-    """Do the job on standard input."""
+    """Do the jobs on standard input."""
     run_as_child(lambda line, send: run(Job.from_line(line), send))
 
 
@@ -47,28 +53,51 @@ def run(job: Job, send: Send) -> None:
         if not pending:
             return
         if device_kind(job.device) == "cuda":
-            _refuse_absent_device(job.device)
+            _see_only(job.device)
         # After those of the evaluation: who has a place waits for nobody.
         locks.enter_context(_place(job, send))
-        # Collecting garbage among the modules that torch and transformers leave behind costs a fifth of the start.
-        gc.disable()
-        # Tasks first: a broken one is refused before minutes go into a large model.
-        tasks = [load_task(assignment) for assignment in pending]
-        lm = _load_lm(job)
-        gc.freeze()
-        gc.enable()
-        for assignment, task in zip(pending, tasks, strict=True):
-            with Journal(assignment.journal_path(job.part), assignment.other_journals(job.part)) as journal:
-                lm.keep(journal, partial(_report_progress, send, lm, assignment.benchmark), job.part)
-                try:
-                    report, results = score(
-                        lm, task, assignment=assignment, model=str(job.model), limit=job.limit, journal=journal
-                    )
-                except AnsweredPart:
-                    continue
-            # Last the report, which says that the evaluation is done.
-            write_details(results, report=report, lm=lm, assignment=assignment)
-            report.write(assignment.report_path)
+        refusal = None
+        try:
+            _score_all(job, pending, send)
+        except EvaluationError as error:
+            # Without its frames, which hold the model.
+            refusal = type(error)(str(error))
+        # As long as the place is held.
+        _free_memory()
+        if refusal is not None:
+            raise refusal
+
+
+def _score_all(job: Job, pending: Sequence[Assignment], send: Send) -> None:
+    # Collecting garbage among the modules that torch and transformers leave behind costs a fifth of the start.
+    gc.disable()
+    for module in MODULES:
+        import_module(module)
+    gc.freeze()
+    # Tasks first: a broken one is refused before minutes go into a large model.
+    tasks = [load_task(assignment) for assignment in pending]
+    lm = _load_lm(job)
+    gc.enable()
+    for assignment, task in zip(pending, tasks, strict=True):
+        with Journal(assignment.journal_path(job.part), assignment.other_journals(job.part)) as journal:
+            lm.keep(journal, partial(_report_progress, send, lm, assignment.benchmark), job.part)
+            try:
+                report, results = score(
+                    lm, task, assignment=assignment, model=str(job.model), limit=job.limit, journal=journal
+                )
+            except AnsweredPart:
+                continue
+        # Last the report, which says that the evaluation is done.
+        write_details(results, report=report, lm=lm, assignment=assignment)
+        report.write(assignment.report_path)
+
+
+def _free_memory() -> None:
+    # Two models in lock-step know each other.
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def score(
@@ -145,7 +174,12 @@ def _load_lm(job: Job) -> "JournalledLM":
     return JournalledLM(job.model, **settings)
 
 
-def _refuse_absent_device(device: str) -> None:
+@cache
+def _see_only(device: str) -> None:
+    """Have this process and those of vLLM see no other GPU; DeviceError for one that is not there.
+
+    Once, while nothing has touched a GPU yet.
+    """
     import torch
 
     count = torch.cuda.device_count()
@@ -154,6 +188,7 @@ def _refuse_absent_device(device: str) -> None:
             raise DeviceError(
                 f"device {name} was asked for and this machine has {count} CUDA devices: pass device cpu."
             )
+    os.environ[MASK] = mask(device, ENVIRONMENT)
 
 
 @contextmanager
@@ -163,10 +198,7 @@ def _place(job: Job, send: Send) -> Iterator[None]:
 
     with ExitStack() as places:
         if not job.backend.share_device:
-            places.enter_context(occupied(job.device, os.environ, evaluations=job.evaluations, on_wait=on_wait))
-        if device_kind(job.device) == "cuda":
-            # Nothing has touched a GPU yet, so that this process and those of vLLM never see another.
-            os.environ[MASK] = mask(job.device, os.environ)
+            places.enter_context(occupied(job.device, ENVIRONMENT, evaluations=job.evaluations, on_wait=on_wait))
         yield
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from evaluation.child import kept_children
 from evaluation.verdict.gate import Gate
 from flows.decide.choose import choose
 from flows.decide.predict import Predicted
@@ -44,6 +45,7 @@ class Stages:
     gate: Callable[[Settings, Model, list[Model], int], list[Gate]]
 
 
+@kept_children()
 def decide(settings: Settings, steps: Sequence[int], key: str, stages: Stages, *, attempt: tuple[int, int]) -> Decision:
     """Decide the window of `steps`; `attempt` is (n, of): it is the n-th of `of` windows that share the gate's error.
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from rich.text import Text
 
 from deploy.local import stack
 from evaluation.benchmarks.benchmark import write_benchmark
+from evaluation.child import kept_children
 from flows.console import plain_table
 from flows.decide.page import draw, rungs
 from flows.decide.record import OBSERVED
@@ -217,7 +219,10 @@ def score_later(settings: Settings, pool: ThreadPoolExecutor, progress: Progress
         progress.advance(bar)
         return measured
 
-    return list(pool.map(score_step, LATER))
+    with kept_children():
+        # Each thread is part of the block.
+        scoring = [pool.submit(copy_context().run, score_step, step) for step in LATER]
+        return [each.result() for each in scoring]
 
 
 def log_curve(tracking_uri: str, settings: Settings, later: list[Score]) -> None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from evaluation.answers.harness import Progress
+from evaluation.child import kept_children
 from flows.decide.score import reports
 from flows.drift.due import Reached, Waiting, look
 from flows.drift.finish import finish
@@ -58,6 +59,7 @@ def catch_up(
     return read_compared(settings), waiting
 
 
+@kept_children()
 def compare(settings: Settings, base: Weights, due: Sequence[Reached], *, tell: Tell | None = None) -> list[Compared]:
     """Compare what was reached, keep it, and return it; what is removed by the trainer meanwhile is left out.
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from evaluation.child import kept_children
 from flows.errors import AtWorkError, RegroundError
 from flows.reground.cycle import Cycle, Jumped, Plan, Trained, jump, score, tidy, train
 from flows.reground.judge import judge
@@ -125,8 +126,10 @@ def reground(
                 return regrounding
             plan = Plan(len(cycles) + 1, regrounding.model, regrounding.step)
             trained = phases.train(settings, plan, tell=tell)
-            jumped = phases.jump(settings, plan, trained, tell=tell)
-            cycles.append(phases.judge(settings, plan, trained, jumped, tell=tell))
+            # Not while the trainer runs, which may need all memory.
+            with kept_children():
+                jumped = phases.jump(settings, plan, trained, tell=tell)
+                cycles.append(phases.judge(settings, plan, trained, jumped, tell=tell))
             tidy(settings, cycles[-1])
             regrounding = _summary(settings, start, cycles)
             if on_cycle is not None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from evaluation.answers.fingerprint import LogitsExtrapolation
 from evaluation.answers.harness import evaluate
+from evaluation.child import kept_children
 from evaluation.verdict.gate import gate
 from evaluation.verdict.report import Report
 from flows.study.comparison import Accuracy, Comparison, Role, Row, draw, page
@@ -242,6 +243,7 @@ def _reconstructions(methods: Sequence[Method], steps: Sequence[int]) -> list[_P
     ]
 
 
+@kept_children()
 def _score(models: _Models, scoring: Scoring, resources: Resources) -> list[Row]:
     tell = resources.tell
     reports: list[list[Report]] = []

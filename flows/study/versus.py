@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from evaluation.child import kept_children
 from evaluation.verdict.differences import Difference, find_differences
 from evaluation.verdict.gate import Gate, gate
 from evaluation.verdict.looks import Look, spend
@@ -33,6 +34,7 @@ class Versus:
         }
 
 
+@kept_children()
 def compare_pair(
     models: Sequence[Path],
     evaluate: Callable[[Path], list[Evaluated]],

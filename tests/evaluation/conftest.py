@@ -1,9 +1,11 @@
 """A tiny random model with a character tokenizer, and what it answers when asked plainly."""
 
 import contextlib
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -120,3 +122,12 @@ def workers(parent: psutil.Process) -> list[psutil.Process]:
             if "evaluation.answers.worker" in child.cmdline():
                 alive.append(child)
     return alive
+
+
+def written(directory: Path) -> dict[str, Any]:
+    """Return what an evaluation left, but for the times that it took and was at."""
+    report, results = (json.loads((directory / f"{name}.json").read_text()) for name in ("report", "results"))
+    del report["seconds"]
+    for name in [name for name in results if "time" in name or name == "date"]:
+        del results[name]
+    return {"report": report, "results": results, "samples": (directory / "samples.jsonl").read_bytes()}

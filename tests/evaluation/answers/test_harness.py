@@ -24,9 +24,10 @@ from evaluation.answers import worker
 from evaluation.answers.harness import Progress, evaluate
 from evaluation.answers.job import Assignment, Job
 from evaluation.benchmarks.benchmark import write_benchmark
+from evaluation.child import ChildJob, kept_children
 from evaluation.errors import BenchmarkError, DeviceError, ModelError, WorkerError
 from evaluation.verdict.report import Report
-from tests.evaluation.conftest import workers
+from tests.evaluation.conftest import workers, written
 
 
 @pytest.fixture(scope="session")
@@ -82,6 +83,29 @@ def test_what_the_cache_holds_is_returned_without_a_child(
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()} == before
 
 
+def test_a_kept_child_scores_model_after_model_to_the_same_bytes(
+    reports: list[Report], model: Path, other_model: Path, benchmark: Path, shout: Path, *, cache: Path, tmp_path: Path
+) -> None:
+    seen: set[int] = set()
+
+    def note(_: Progress) -> None:
+        seen.update(worker.pid for worker in workers(psutil.Process()))
+
+    with kept_children():
+        evaluate(other_model, [shout], cache=tmp_path / "other", batch_size=5, on_progress=note)
+        # What a benchmark or a model is refused for leaves nothing behind either.
+        long = write_benchmark(tmp_path, "plus", [{"prompt": "1" * 70, "answer": "no"}], max_new_tokens=8)
+        with pytest.raises(BenchmarkError, match="problem 0 of plus has 71 tokens"):
+            evaluate(other_model, [long], cache=tmp_path / "other")
+        again = evaluate(model, [benchmark, shout], cache=tmp_path / "kept", batch_size=1, on_progress=note)
+    assert len(seen) == 1
+    assert [each.report for each in again] == reports
+    for ours in again:
+        (theirs,) = cache.glob(f"{ours.report.benchmark}-*")
+        assert written(ours.results.parent) == written(theirs)
+
+
+@kept_children()
 def test_a_killed_child_resumes_without_paying_twice_whatever_the_limit(
     reports: list[Report], model: Path, benchmark: Path, tmp_path: Path
 ) -> None:
@@ -187,7 +211,7 @@ def test_a_worker_whose_input_ends_exits_without_the_help_of_the_kernel(long_job
         try:
             assert worker.stdin is not None
             assert worker.stdout is not None
-            worker.stdin.write(long_job.to_line())
+            worker.stdin.write(message(long_job))
             worker.stdin.flush()
             assert json.loads(worker.stdout.readline())["done"] == 1
             worker.stdin.close()
@@ -206,7 +230,7 @@ def test_a_worker_dies_with_its_parent_even_if_its_input_stays_open(long_job: Jo
     ):
         try:
             assert parent.stdin is not None
-            parent.stdin.write(long_job.to_line())
+            parent.stdin.write(message(long_job))
             parent.stdin.flush()
             while not (alive := workers(psutil.Process(parent.pid))):
                 time.sleep(0.01)
@@ -216,6 +240,10 @@ def test_a_worker_dies_with_its_parent_even_if_its_input_stays_open(long_job: Jo
         finally:
             parent.kill()
         assert gone(alive[0])
+
+
+def message(job: Job) -> bytes:
+    return ChildJob(job.to_line(), job.assignments[0].directory / "worker.log").message(more=False)
 
 
 def unread(pipe: int) -> int:
