@@ -28,10 +28,10 @@ from benchmarks.runs import RUNS, Run, held_out, keep_gram, train
 from evaluation.child import kept_children
 from evaluation.verdict.gate import gate
 from evaluation.verdict.report import Report
-from flows.decide.flow import count_problems, gate_model
 from flows.decide.predict import predict, write_rungs
 from flows.decide.procedure import Stages, decide
 from flows.decide.score import reports
+from flows.decide.stages import count_problems, gate_model
 from flows.search.ladder import Answered, answered, score
 from flows.settings import Settings, load_settings
 from flows.state.decision import Decision, Model, Score

@@ -7,7 +7,6 @@ any moment and started again, it takes up what is there and ends in the same dec
 """
 
 import shutil
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,181 +19,32 @@ from prefect.runtime import flow_run
 from prefect.states import Completed
 from prefect.utilities.urls import url_for
 
-from deploy import registry
-from evaluation.answers.harness import Progress
-from evaluation.benchmarks.overlap import refuse_overlap
-from evaluation.verdict.gate import Gate, gate
-from evaluation.verdict.looks import spend
-from evaluation.verdict.report import Report
 from flows.decide import procedure
-from flows.decide.gate_results import gate_results_path, write_gate_results
 from flows.decide.page import draw, page, show
-from flows.decide.predict import Predicted, predict, write_rungs
 from flows.decide.procedure import Stages
-from flows.decide.record import datasets, describe, metrics, record, tags
-from flows.decide.score import reports
-from flows.decide.workers import spreading
+from flows.decide.stages import (
+    answer_model,
+    count_problems,
+    fetch_base,
+    find_champion,
+    gate_model,
+    predict_models,
+    register_decision,
+    score_model,
+    write_models,
+)
 from flows.log import show_own_lines
-from flows.progress import ProgressArtifact, log_result
+from flows.progress import log_result
 from flows.run_names import benchmark_name, flow_run_name, task_run_name
-from flows.search.ladder import Answered, answered, score
 from flows.settings import Settings, load_settings
-from flows.state.decision import Decision, Model, Score
+from flows.state.decision import Decision
 from flows.state.ledger import read_ledger
 from flows.state.records import write_json
 from flows.state.windows import attempt, claim, decided, decision_path, read_decisions, window_directory
 from flows.stop.flow import offer
 from flows.stop.outlook import room
-from relex.backtest.convergence import Proposal
 from relex.errors import CheckpointDamagedError, DuplicateError, NonFiniteError, TargetError
-from relex.files.block_cache import BlockCache
-from relex.output.download import local_model
 from relex.store import open_base
-
-
-def count_problems(settings: Settings) -> int:
-    """Return the number of selection problems; raises OverlapError when the gate has one of them too."""
-    count = refuse_overlap(settings.selection, settings.gate, cache=settings.home / "evaluations").first_n
-    log_result(f"{count} problems of {benchmark_name(settings.selection)}, none of them in the gate")
-    return count
-
-
-def predict_models(settings: Settings, steps: list[int], key: str) -> Predicted:
-    """Backtest one window, and write its candidates and the last observed checkpoint."""
-    progress = ProgressArtifact(f"predict-{settings.training_run}", "predict")
-    with BlockCache(settings.home, size=int(settings.cache)) as blocks:
-        predicted = predict(settings, steps, key, blocks=blocks, spread=spreading(settings), tell=progress)
-    log_result(f"backtest: {predicted.backtested.state}: {predicted.backtested.reason}")
-    log_result(f"predicted {_titles(predicted.candidates) or 'nothing yet'}")
-    return predicted
-
-
-def write_models(settings: Settings, steps: list[int], key: str, proposals: list[Proposal]) -> list[Model]:
-    """Write some rungs of the window's ladder."""
-    progress = ProgressArtifact(f"predict-{settings.training_run}", "predict")
-    with BlockCache(settings.home, size=int(settings.cache)) as blocks:
-        spread = spreading(settings)
-        models = list(write_rungs(settings, steps, key, proposals, blocks=blocks, spread=spread, tell=progress))
-    log_result(f"predicted {_titles(models)}")
-    return models
-
-
-def _titles(models: Sequence[Model]) -> str:
-    return ", ".join(model.title for model in models)
-
-
-def fetch_base(settings: Settings) -> Model:
-    """Return the base as a directory of this machine; one in a store is copied once."""
-    base = Model("base", 0, str(local_model(settings.base, settings.home / "base")))
-    log_result(f"base: {base.directory}")
-    return base
-
-
-def score_model(settings: Settings, model: Model, benchmarks: list[str], limit: int | None) -> list[Score]:
-    """Score one model on the benchmarks, or their first problems; answers already given are not asked for again."""
-    return [score(model, report) for report in _reports(settings, model, benchmarks, limit)]
-
-
-def answer_model(settings: Settings, model: Model, limit: int | None) -> Answered:
-    """Score one model on the first selection problems, one by one."""
-    (report,) = _reports(settings, model, [settings.selection], limit)
-    return answered(model, report)
-
-
-def _reports(settings: Settings, model: Model, benchmarks: list[str], limit: int | None) -> list[Report]:
-    progress = ProgressArtifact(f"score-{settings.training_run}", f"score {model.title}")
-
-    def tell(step: Progress) -> None:
-        progress(f"{step.benchmark} {step.done}/{step.total}", step.done, step.total)
-
-    scored = reports(settings, model, benchmarks, limit=limit, on_progress=tell)
-    for report in scored:
-        log_result(f"score {model.title} on {benchmark_name(report.benchmark)}: {report.sentence}")
-    return scored
-
-
-def gate_model(settings: Settings, winner: Model, references: list[Model], comparisons: int) -> list[Gate]:
-    """Compare the chosen candidate with each reference on the gate benchmark, problem by problem.
-
-    `comparisons` windows of the run share the error with what looks there were at this gate before.
-    """
-    scored = [(model, reports(settings, model, [settings.gate])[0]) for model in (winner, *references)]
-    gates = gate_scored(settings, scored, comparisons)
-    for each in gates:
-        log_result(f"gate: {each.sentence}")
-    return gates
-
-
-def gate_scored(settings: Settings, scored: list[tuple[Model, Report]], comparisons: int) -> list[Gate]:
-    """Compare the first of the scored models with each of the others, and keep what was compared.
-
-    It is one look of this training run at the gate, however often it is done.
-    """
-    winner, ours = scored[0]
-    confidence = settings.confidence
-    look = spend(
-        settings.home / "looks.json",
-        [report for _, report in scored],
-        confidence=confidence,
-        planned=comparisons,
-    )
-    # A promotion judges again by them, without a model.
-    write_gate_results(
-        gate_results_path(settings, winner),
-        scored[0],
-        scored[1:],
-        margin=settings.margin,
-        confidence=confidence,
-        comparisons=comparisons,
-        look=look,
-    )
-    return [
-        replace(
-            gate(
-                ours,
-                report,
-                # Non-inferior to what was observed, but better than what people already use.
-                margin=settings.margin if reference.role == "observed" else 0.0,
-                confidence=confidence,
-                comparisons=comparisons,
-                look=look,
-            ),
-            candidate=winner.title,
-            reference=reference.title,
-        )
-        for reference, report in scored[1:]
-    ]
-
-
-def register_decision(settings: Settings, decision: Decision, tracking_uri: str) -> Decision:
-    """Record the decision in MLflow and, if the gate was passed, register the winner; return it with the addresses."""
-    recorded = record(settings, decision, tracking_uri=tracking_uri)
-    decision = replace(decision, record_url=recorded.url or "")
-    if decision.verdict != "registered" or decision.winner is None:
-        return decision
-    done = registry.register(
-        Path(decision.winner.directory),
-        name=settings.registered_model,
-        tracking_uri=tracking_uri,
-        run_id=recorded.run_id,
-        metrics=metrics(decision),
-        datasets=datasets(settings),
-        tags=tags(decision),
-        description=describe(settings, decision),
-        gate_reports=[gate_results_path(settings, decision.winner)],
-    )
-    log_result(f"{'registered' if done.created else 'was registered already'}: {done.name} version {done.version}")
-    return replace(decision, registered=f"{done.name} version {done.version}", registered_url=done.url or "")
-
-
-def find_champion(settings: Settings, tracking_uri: str) -> list[Model]:
-    """Return the champion of this registered model, if there is one."""
-    champion = registry.champion(settings.registered_model, tracking_uri=tracking_uri)
-    log_result(f"champion of {settings.registered_model}: {'none' if champion is None else champion.title}")
-    if champion is None:
-        return []
-    weights = registry.verified(champion, tracking_uri=tracking_uri, downloads=settings.home / "champion")
-    return [Model("champion", champion.target_step, str(weights), digest=champion.digest)]
 
 
 def name_of_score(parameters: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ import pytest
 
 from evaluation.verdict.report import Report
 from flows import run_names
-from flows.decide import flow
+from flows.decide import flow, stages
 from flows.progress import log_result
 from flows.state.decision import Model
 from relex.backtest.convergence import Proposal
@@ -59,11 +59,11 @@ def test_the_log_of_a_task_says_what_was_scored(
 ) -> None:
     listed = tuple((str(number), value) for number, value in enumerate(scores))
     report = Report("m", "d", "rev-select", "d", "exact_match", listed, {}, {}, 7.2)
-    monkeypatch.setattr(flow, "reports", lambda *_, **__: [report])
-    monkeypatch.setattr(flow, "ProgressArtifact", lambda *_: None)
+    monkeypatch.setattr(stages, "reports", lambda *_, **__: [report])
+    monkeypatch.setattr(stages, "ProgressArtifact", lambda *_: None)
     settings: Any = SimpleNamespace(training_run="rev")
     with caplog.at_level(logging.INFO):
-        flow.score_model(settings, Model("candidate", 200, "directory", "relex"), ["rev-select"], None)
+        stages.score_model(settings, Model("candidate", 200, "directory", "relex"), ["rev-select"], None)
     assert f"score relex @ 200 on rev-select: {expected}" in caplog.messages
 
 

@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 
 from evaluation.answers.harness import Progress
-from flows.decide.flow import count_problems, gate_model
 from flows.decide.predict import predict, write_rungs
 from flows.decide.procedure import Stages, decide
 from flows.decide.score import reports
+from flows.decide.stages import count_problems, gate_model
 from flows.search.ladder import Answered, answered, score
 from flows.settings import Settings, load_settings
 from flows.state.decision import Model, Score

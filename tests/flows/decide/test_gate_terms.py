@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from evaluation.verdict.gate import Gate
-from flows.decide.flow import gate_scored
 from flows.decide.gate_results import GateResults, gate_results_path
+from flows.decide.stages import gate_scored
 from flows.settings import Settings
 from flows.state.decision import Model
 from tests.helpers.registry import report

@@ -12,8 +12,8 @@ from prefect.events.clients import NullEventsClient
 from prefect.events.worker import EventsWorker
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows.decide.flow import fetch_base
 from flows.decide.predict import predict
+from flows.decide.stages import fetch_base
 from flows.settings import load_settings
 from flows.state.ledger import read_ledger
 from flows.watch.watcher import watch_store
