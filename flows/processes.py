@@ -3,8 +3,9 @@
 import sys
 from pathlib import Path
 
-from deploy.local.daemon import Daemon
-from deploy.local.stack import Stack, environment, spawn, status
+from deploy.local.daemon import Daemon, find
+from deploy.local.stack import Stack, environment, halt, spawn, status
+from flows.errors import WatchError
 
 PROMOTER = "promoter"
 _WATCHER = "watcher-"
@@ -13,23 +14,52 @@ _CONFIG = 3
 
 
 def spawn_watcher(running: Stack, training_run: str, config: Path) -> Daemon:
-    """Start the process that serves one training run's watcher and extrapolation; a live one is left alone."""
+    """Start the process that serves one training run's watcher and extrapolation; a live one is left alone.
+
+    One whose config was moved away is stopped first.
+    """
+    live = find(running.home, f"{_WATCHER}{training_run}")
+    if live is not None and live.state == "running" and not _config(live).exists():
+        halt(running.home, live.name)
     argv = [sys.executable, "-m", "flows.deployments", str(config.absolute()), "--tracking-uri", running.mlflow_url]
     return spawn(running.home, f"{_WATCHER}{training_run}", argv, environment=environment(running))
 
 
+def watcher(home: Path, training_run: str) -> Daemon:
+    """Return the process of one training run, running or not; WatchError where there never was one."""
+    found = find(home, f"{_WATCHER}{training_run}")
+    if found is None:
+        known = [process.name.removeprefix(_WATCHER) for process in status(home) if watched(process) is not None]
+        there = f"There are {', '.join(known)}" if known else "Nothing is watched"
+        raise WatchError(f"no training run {training_run} is watched in {home}. {there}.")
+    return found
+
+
+def stop_watcher(home: Path, training_run: str) -> Daemon:
+    """Stop the process of one training run, and return it stopped; WatchError where there never was one."""
+    halt(home, watcher(home, training_run).name)
+    return watcher(home, training_run)
+
+
 def revive_watchers(running: Stack) -> list[Daemon]:
-    """Start the watchers again that died, and return them; those that were stopped stay stopped."""
+    """Start the watchers again that died or that were stopped with the stack, and return them.
+
+    Those that were stopped by themselves stay stopped.
+    """
     return [
         spawn_watcher(running, process.name.removeprefix(_WATCHER), config)
         for process in status(running.home)
-        if process.state == "dead" and (config := watched(process)) is not None
+        if (process.state == "dead" or process.resumes) and (config := watched(process)) is not None
     ]
 
 
 def watched(process: Daemon) -> Path | None:
     """Return the config that a process watches, or re-grounds; None where it does something else."""
-    return Path(process.argv[_CONFIG]) if process.name.startswith(_WATCHER) else None
+    return _config(process) if process.name.startswith(_WATCHER) else None
+
+
+def _config(watcher: Daemon) -> Path:
+    return Path(watcher.argv[_CONFIG])
 
 
 def spawn_promoter(running: Stack) -> None:

@@ -28,7 +28,10 @@ _KILL_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Daemon:
-    """A background process; `pid` is None unless it is running, and "dead" one that was not stopped by `stop`."""
+    """A background process; `pid` is None unless it is running, and "dead" one that was not stopped by `stop`.
+
+    `resumes` is whether it was stopped only until the others are started again.
+    """
 
     name: str
     pid: int | None
@@ -36,6 +39,7 @@ class Daemon:
     state: Literal["running", "stopped", "dead"]
     log: Path
     argv: tuple[str, ...]
+    resumes: bool = False
 
 
 def start(
@@ -101,8 +105,11 @@ def processes(home: Path, name: str) -> list[psutil.Process]:
     return [process for process in family | set(_session(pid)) if _lives(process)]
 
 
-def stop(home: Path, names: Iterable[str]) -> None:
-    """Stop daemons together: SIGTERM to each, then to what it left behind, then SIGKILL; returns when all are gone."""
+def stop(home: Path, names: Iterable[str], *, resumes: bool = False) -> None:
+    """Stop daemons together: SIGTERM to each, then to what it left behind, then SIGKILL; returns when all are gone.
+
+    Where they resume, those that were running or had died are said to; one that was stopped before stays what it was.
+    """
     records = {name: record for name in names if (record := _read(home, name))}
     members = [process for name in records for process in processes(home, name)]
     # Asked alone, a server or a runner ends its own children in order.
@@ -112,7 +119,8 @@ def stop(home: Path, names: Iterable[str]) -> None:
         late = [process for name in records for process in processes(home, name)]
         _end([*{*members, *late}], number, seconds=_KILL_SECONDS)
     for name, record in records.items():
-        _write(home, name, {**record, "pid": None, "create_time": None})
+        again = resumes and (record["pid"] is not None or record.get("resumes", False))
+        _write(home, name, {**record, "pid": None, "create_time": None, "resumes": again})
 
 
 def last_log_line(log: Path, *, start: int = 0, but: re.Pattern[str] | None = None) -> str:
@@ -149,7 +157,7 @@ def _session(leader: int) -> Iterator[psutil.Process]:
 def _daemon(home: Path, name: str, record: Mapping[str, Any]) -> Daemon:
     pid, url, log, argv = record["pid"], record["url"], home / "logs" / f"{name}.log", tuple(record["argv"])
     if pid is None:
-        return Daemon(name, None, url, "stopped", log, argv)
+        return Daemon(name, None, url, "stopped", log, argv, bool(record.get("resumes", False)))
     if any(process.pid == pid for process in processes(home, name)):
         return Daemon(name, pid, url, "running", log, argv)
     return Daemon(name, None, url, "dead", log, argv)

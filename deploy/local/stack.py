@@ -46,6 +46,7 @@ __all__ = [
     "Stack",
     "down",
     "environment",
+    "halt",
     "has_access",
     "how_to_enter",
     "how_to_enter_first",
@@ -213,13 +214,23 @@ def status(home: Path) -> list[Daemon]:
 
 
 def down(home: Path) -> list[Daemon]:
-    """Stop the spawned processes, then the servers, and return them stopped; nothing of theirs is left running."""
+    """Stop the spawned processes, then the servers, and return them stopped; nothing of theirs is left running.
+
+    What was spawned and was not stopped by itself resumes: see `Daemon.resumes`.
+    """
     home = _home(home)
     with _locked(home):
         names = [process.name for process in daemon.find_all(home)]
-        daemon.stop(home, [name for name in names if not _is_server(name)])
+        daemon.stop(home, [name for name in names if not _is_server(name)], resumes=True)
         daemon.stop(home, [name for name in names if _is_server(name)])
     return status(home)
+
+
+def halt(home: Path, name: str) -> None:
+    """Stop one spawned process until it is spawned again by name."""
+    home = _home(home)
+    with _locked(home):
+        daemon.stop(home, [name])
 
 
 def _enter(home: Path) -> None:

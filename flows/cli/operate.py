@@ -110,15 +110,22 @@ def _show_entry(home: Path, *, known: bool) -> None:
 
 
 @_command()
-def down(home: Home = HOME, as_json: Json = False) -> None:
-    """Stop the local stack, watchers first.
+def down(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="Only the watcher of this training run (default: all).")
+    ] = None,
+    home: Home = HOME,
+    as_json: Json = False,
+) -> None:
+    """Stop the local stack, watchers first; the next `relex up` brings them back. With NAME, stop one run's watcher.
 
     Example: relex down
     """
     from deploy.local import stack
+    from flows.processes import stop_watcher
 
     with err.status("stopping"):
-        services = stack.down(home)
+        services = stack.down(home) if name is None else [stop_watcher(home.expanduser().resolve(), name)]
     if as_json:
         print_json([asdict(service) for service in services])
     else:
@@ -127,6 +134,9 @@ def down(home: Home = HOME, as_json: Json = False) -> None:
 
 @_command()
 def status(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="A training run: its newest decision in full, and its log.")
+    ] = None,
     home: Home = HOME,
     record: Annotated[
         Path | None,
@@ -134,18 +144,40 @@ def status(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show what of the local stack is running, and where.
+    """Show what is running and where, and of each training run its step, what it waits for and its last verdict.
 
-    Example: relex status --record relex.yaml
+    Example: relex status
+    One training run: relex status qwen-math
     """
     from deploy.local import stack
 
     if record is not None:
         _show_record(record, as_json=as_json)
         return
+    if name is not None:
+        _show_run(home, name, as_json=as_json)
+        return
     _show_stack(home, as_json=as_json)
     if not as_json and stack.has_access(home):
         print_sentence(stack.how_to_enter(home))
+
+
+def _show_run(home: Path, name: str, *, as_json: bool) -> None:
+    from flows.watch.runs import tell
+
+    told = tell(home.expanduser().resolve(), name)
+    if as_json:
+        decision = None if told.decision is None else told.decision.to_json()
+        print_json({"run": asdict(told.run), "decision": decision, "page": told.page, "log": told.log})
+        return
+    print_sentence(told.run.text)
+    if told.page is None:
+        print_sentence(f"nothing is decided yet; relex check {told.run.config} says what is in the way")
+    else:
+        for line in told.page.read_text(encoding="utf-8").splitlines():
+            print_sentence(line)
+        print_sentence(f"page: {told.page}")
+    print_sentence(f"log: {told.log}")
 
 
 def _show_record(config: Path, *, as_json: bool) -> None:
@@ -201,7 +233,8 @@ def _show_stack(home: Path, *, as_json: bool) -> None:
         return
     show_services(out, services)
     for run in runs.values():
-        print_sentence(run.text)
+        for line in filter(None, (run.text, run.decided)):
+            print_sentence(line)
 
 
 def show_services(console: Console, services: Sequence["Daemon"]) -> None:

@@ -9,10 +9,12 @@ from pathlib import Path
 import psutil
 
 from deploy.local.daemon import Daemon, find
-from flows.errors import ConfigError
-from flows.processes import watched
+from flows.errors import ConfigError, WatchError
+from flows.processes import watched, watcher
 from flows.reground.settings import is_reground
 from flows.settings import Settings, load_settings
+from flows.state.decision import Decision
+from flows.state.windows import read_decisions, window_directory
 from flows.watch.standing import read_standing, wait_for_look
 
 # Servers of a busy machine take as long to start a flow run.
@@ -25,13 +27,25 @@ _LATELY_SECONDS = 120.0
 class Run:
     """A training run by its config, and in one line what it is at; `progress` is how full its window is, in per cent.
 
-    `seen` is when that was seen (seconds since the epoch), None where its watcher has not looked.
+    `seen` is when that was seen (seconds since the epoch), None where its watcher has not looked. `decided` is the last
+    verdict in one line with its address, "" where there is none.
     """
 
     config: str
     text: str
     progress: float = 0.0
     seen: float | None = None
+    decided: str = ""
+
+
+@dataclass(frozen=True)
+class Told:
+    """A training run, its newest decision, the file with the page of that, and the log of the watcher."""
+
+    run: Run
+    decision: Decision | None
+    page: Path | None
+    log: Path
 
 
 def run_of(process: Daemon) -> Run | None:
@@ -44,16 +58,40 @@ def run_of(process: Daemon) -> Run | None:
         settings = load_settings(config)
     except ConfigError as error:
         return Run(str(config), f"{name}: {error}")
-    standing = read_standing(settings)
+    standing, decided = read_standing(settings), _verdict(read_decisions(settings))
     if standing is None:
-        return Run(str(config), f"{name}: its watcher has not looked yet ({process.log})")
+        return Run(str(config), f"{name}: its watcher has not looked yet ({process.log})", decided=decided)
     age = time.time() - standing.at
     text = standing.text
     if process.state != "running":
         text += f" (its watcher is {process.state})"
     elif age > _LATELY_SECONDS:
         text += f" (seen {age / 60:.0f} minutes ago; {process.log} may say why)"
-    return Run(str(config), text, standing.progress, standing.at)
+    return Run(str(config), text, standing.progress, standing.at, decided)
+
+
+def tell(home: Path, name: str) -> Told:
+    """Return all there is to say of one training run; WatchError where none of that name is watched."""
+    process = watcher(home, name)
+    config, run = watched(process), run_of(process)
+    if config is None or run is None:
+        raise WatchError(f"{name} is re-grounded: its page is reground-{name} in Prefect, its log {process.log}.")
+    settings = load_settings(config)
+    decisions = read_decisions(settings)
+    newest = decisions[-1] if decisions else None
+    page = None if newest is None else window_directory(settings, newest.key) / "decision.md"
+    return Told(run, newest, page, process.log)
+
+
+def _verdict(decisions: Sequence[Decision]) -> str:
+    if not decisions:
+        return ""
+    newest = decisions[-1]
+    # The reason is that of the gate, with its numbers, where there was one.
+    said = " ".join(gate.sentence for gate in newest.gates) or newest.reason
+    what = f"{newest.verdict}{f' as {newest.registered}' if newest.registered else ''}"
+    where = newest.registered_url or newest.record_url
+    return f"{newest.training_run}: window {newest.window} is decided, {what}: {said}{f' {where}' if where else ''}"
 
 
 def watched_settings(processes: Sequence[Daemon]) -> dict[Path, Settings]:
@@ -76,7 +114,9 @@ def wait_for_looks(home: Path, watchers: Sequence[Daemon], *, seconds: float = F
         config = watched(process)
         if config is None or process.pid is None or is_reground(config):
             continue
-        _wait(home, process, load_settings(config), seconds=end - time.monotonic())
+        # A config that is gone is said by the run's own line.
+        with suppress(ConfigError):
+            _wait(home, process, load_settings(config), seconds=end - time.monotonic())
 
 
 def _wait(home: Path, process: Daemon, settings: Settings, *, seconds: float) -> None:
