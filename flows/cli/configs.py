@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.cli.options import Json, Run, err, print_json, print_sentence
+from flows.cli.options import Config, Json, Run, err, print_json, print_sentence
 from flows.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -77,6 +77,37 @@ def check(
                 print_sentence(f"{path}: nothing is wrong")
     if any(found.values()):
         raise typer.Exit(1)
+
+
+@_command()
+def clean(
+    config: Config,
+    *,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove it; without this it is only shown.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what of a run's state may go, and how much: losing candidates, old evaluations; with --yes, remove it.
+
+    What is registered stays, and so does what drift compares the winner by.
+    Example: relex clean relex.yaml
+    """
+    from pydantic import ByteSize
+
+    from flows.clean import clutter, remove
+    from flows.settings import load_settings
+
+    settings = load_settings(config)
+    found = remove(settings) if yes else clutter(settings)
+    if as_json:
+        print_json({"removed": yes, "clutter": [asdict(each) for each in found]})
+        return
+    for each in found:
+        print_sentence(f"{ByteSize(each.size).human_readable():>8}  {each.what}: {each.directory}")
+    size = ByteSize(sum(each.size for each in found)).human_readable()
+    if not found:
+        print_sentence("nothing of it may go")
+    else:
+        print_sentence(f"removed {size}" if yes else f"{size} may go: relex clean {config} --yes removes it")
 
 
 def check_config(path: Path) -> "list[Fault]":
