@@ -22,6 +22,7 @@ from flows.errors import PinError
 from flows.settings import Settings
 from relex.errors import CheckpointError, UnreachableError
 from relex.files.local import LocalDirectory
+from relex.files.whole import FULL
 from relex.layouts.settled import TRACKER
 from relex.layouts.steps import step_names
 from relex.store import State, StoredCheckpoint
@@ -55,6 +56,8 @@ class Pins:
         self._growing: dict[Path, tuple[int, int]] = {}
         # By step directory: why it is not pinned yet.
         self._troubles: dict[str, str] = {}
+        # Why nothing more can be pinned anywhere, when it was last tried: there is no room.
+        self._no_room: OSError | None = None
         self._active = not released
 
     @contextmanager
@@ -89,6 +92,12 @@ class Pins:
         """A line for each step directory that could not be pinned when it was last tried, by its name."""
         with self._lock:
             return dict(self._troubles)
+
+    @property
+    def no_room(self) -> OSError | None:
+        """What a full disk said when there was last something to pin; None where there was room."""
+        with self._lock:
+            return self._no_room
 
     def release(self) -> None:
         """Delete all pins, and make none until the next `refresh`."""
@@ -130,6 +139,7 @@ class Pins:
         with self._lock:
             if not self._active or not self._live.is_dir():
                 return
+            self._no_room = None
             # What the tracker vouches for was there before it was read, and is pinned before it is.
             tracker = _read(self._live)
             live = _steps(self._live)
@@ -159,6 +169,7 @@ class Pins:
         except UnreachableError as error:
             self._troubles[name] = str(error)
         except OSError as error:
+            self._no_room = error if error.errno in FULL else self._no_room
             self._troubles[name] = (
                 f"{error.filename or self._live / name} cannot be pinned ({error.strerror}). It is tried again; let it"
                 " be read, or delete it."
@@ -202,17 +213,16 @@ class Pins:
                 # The trainer was quicker.
                 continue
             except OSError as error:
-                line = f"{source} cannot be pinned as {target} ({self._mode}: {error.strerror}). {self._way_out(error)}"
+                line = f"{source} cannot be pinned as {target} ({self._mode}: {error.strerror}). {self._way_out}"
                 if error.errno in _IMPOSSIBLE:
                     raise PinError(line) from error
+                self._no_room = error if error.errno in FULL else self._no_room
                 self._troubles[name] = line
                 return False
         return True
 
-    def _way_out(self, error: OSError) -> str:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(self._root).free
-            return f"{free >> 20} MB are free there: make room. It is tried again."
+    @property
+    def _way_out(self) -> str:
         if self._mode == "link":
             return f"Set pin: copy, or state: to a directory on the file system of {self._live}."
         return "Let it be read, or let the trainer keep the window's checkpoints."

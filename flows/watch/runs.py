@@ -22,6 +22,8 @@ FIRST_LOOK_SECONDS = 180.0
 # A watcher looks every few seconds; this long ago is said.
 _LATELY_SECONDS = 120.0
 
+_WAITING = "waiting for room"
+
 
 @dataclass(frozen=True)
 class Run:
@@ -60,7 +62,7 @@ def run_of(process: Daemon) -> Run | None:
         return Run(str(config), f"{name}: {error}")
     standing, decided = read_standing(settings), _verdict(read_decisions(settings))
     if standing is None:
-        return Run(str(config), f"{name}: its watcher has not looked yet ({process.log})", decided=decided)
+        return Run(str(config), f"{name}: {_waits(process)}", decided=decided)
     age = time.time() - standing.at
     text = standing.text
     if process.state != "running":
@@ -68,6 +70,13 @@ def run_of(process: Daemon) -> Run | None:
     elif age > _LATELY_SECONDS:
         text += f" (seen {age / 60:.0f} minutes ago; {process.log} may say why)"
     return Run(str(config), text, standing.progress, standing.at, decided)
+
+
+def _waits(process: Daemon) -> str:
+    """Return what a watcher without a word in the state directory waits for: where there is no room, its log has it."""
+    lines = process.log.read_text(errors="replace").splitlines() if process.log.is_file() else []
+    waits = [line[line.index(_WAITING) :] for line in lines if _WAITING in line]
+    return waits[-1] if waits else f"its watcher has not looked yet ({process.log})"
 
 
 def tell(home: Path, name: str) -> Told:

@@ -183,6 +183,9 @@ def _pinned(
     """
     if not released:
         pins.refresh()
+        if (error := pins.no_room) is not None:
+            # What is pinned in part is not broken: it waits for room, and so does everything else.
+            raise error
     end = pins.end()
     kept = scan(settings.pins, base, now=now) if settings.pins.exists() else ()
     live = scan(settings.checkpoints, base, now=now)

@@ -283,3 +283,23 @@ def test_a_disk_without_room_for_the_state_directory_is_waited_for(
     said = watched(settings)
     assert said[0] == f"tiny: waiting for room in {settings.state}: No space left on device"
     assert list(read_ledger(settings).checkpoints) == ["10"]
+
+
+@pytest.mark.parametrize("function", ["link", "mkdir"])
+def test_a_disk_without_room_for_pins_is_waited_for_with_one_line_and_breaks_no_step(
+    settings: Settings,
+    write_checkpoint: WriteCheckpoint,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    function: str,
+) -> None:
+    own = settings.model_copy(update={"pin": "link"})
+    for step in (0, 10, 20):
+        make_old(write_checkpoint(step))
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, logger="flows.watch"):
+        failing(patch, function, "run/" if function == "link" else "pins/", number=errno.ENOSPC)
+        line = f"waiting for room in {settings.state}: No space left on device"
+        assert watched(own) == [f"tiny: {line}"]
+        assert [record.getMessage() for record in caplog.records] == [line]
+    watch_store(own, seconds=0.1)
+    assert sorted(map(int, read_ledger(own).checkpoints)) == [10, 20]
