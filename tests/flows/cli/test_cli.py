@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -208,6 +209,14 @@ def test_the_help_groups_commands_and_imports_nothing_heavy() -> None:
         "Registered models",
     ]
     assert not {"torch", "mlflow", "prefect", "lm_eval", "numpy"} & set(shown.splitlines()[-1].split())
+
+
+def test_the_version_is_printed_and_a_shell_completes_commands(relex: Relex) -> None:
+    assert relex("--version") == (0, f"relex {version('relex')}\n", "")
+    asked = {"_RELEX_COMPLETE": "complete_bash", "COMP_WORDS": "relex st", "COMP_CWORD": "1"}
+    command = [sys.executable, "-m", "flows.cli"]
+    shown = subprocess.run(command, env={**os.environ, **asked}, capture_output=True, text=True, check=True).stdout
+    assert shown.split() == ["status", "stop"]
 
 
 def test_a_bar_in_a_cell_does_not_end_it() -> None:
