@@ -4,12 +4,14 @@ import math
 import re
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
 
 from evaluation.benchmarks.catalog import catalog
-from evaluation.yaml_text import read_bounded_yaml
+from evaluation.benchmarks.task_yaml import read_yaml
+from evaluation.errors import EvaluationError
 from flows.errors import ConfigError
 from relex.backtest.backtest import FEWEST
 from relex.files.location import is_remote, open_directory
@@ -19,7 +21,8 @@ from relex.layouts.pruning import find_limit
 # The share of its planned steps at which a run is decided on at the latest.
 _WINDOW_SHARE = 0.2
 _MOST_NAME = 60
-_PLACEHOLDERS = ("benchmarks/select.yaml", "benchmarks/gate.yaml")
+# Shipped, made for one another, and to be fetched.
+_SHIPPED = ("math_select", "math_gate")
 
 
 def draft(run: str, config: Path, *, base: str | None, selection: str | None, gate: str | None) -> str:
@@ -112,9 +115,9 @@ def _benchmarks(root: Path, selection: str | None, gate: str | None) -> tuple[st
     """
     given = [_place(each, root) if each is not None and Path(each).is_file() else each for each in (selection, gate)]
     found = [name for name in (*_tasks(root), *_fetched()) if name not in given]
-    first = given[0] or _pick(found, ("sel", "val", "dev"), last=False) or _PLACEHOLDERS[0]
+    first = given[0] or _pick(found, ("sel", "val", "dev"), last=False) or _SHIPPED[0]
     left = [name for name in found if name != first]
-    return first, given[1] or _pick(left, ("gate", "test"), last=True) or _PLACEHOLDERS[1]
+    return first, given[1] or _pick(left, ("gate", "test"), last=True) or _SHIPPED[1]
 
 
 def _pick(names: Sequence[str], words: Sequence[str], *, last: bool) -> str | None:
@@ -127,12 +130,10 @@ def _tasks(root: Path) -> list[str]:
     """Return the task files in a directory and in its `benchmarks`, relative to it."""
     found = []
     for path in sorted((*root.glob("*.yaml"), *(root / "benchmarks").glob("*.yaml"))):
-        try:
-            content = read_bounded_yaml(path)
-        except (OSError, yaml.YAMLError):
-            continue
-        if isinstance(content, dict) and isinstance(content.get("task"), str):
-            found.append(str(path.relative_to(root)))
+        # Other files of that kind lie there, too.
+        with suppress(EvaluationError):
+            if isinstance(read_yaml(path).get("task"), str):
+                found.append(str(path.relative_to(root)))
     return found
 
 

@@ -20,7 +20,9 @@ def place(tmp_path: Path, write_checkpoint: WriteCheckpoint, monkeypatch: pytest
     state = {"max_steps": 200, "save_steps": 10}
     (run / "checkpoint-40" / "trainer_state.json").write_text(json.dumps(state))
     for name in ("gate", "select"):
-        write_benchmark(tmp_path / "benchmarks", name, [{"prompt": f"{name} =", "answer": "1"}], max_new_tokens=1)
+        write_benchmark(
+            tmp_path / "benchmarks", f"own-{name}", [{"prompt": f"{name} =", "answer": "1"}], max_new_tokens=1
+        )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RELEX_BENCHMARKS", str(tmp_path / "fetched"))
     return tmp_path
@@ -35,8 +37,8 @@ def test_what_init_writes_is_accepted(place: Path, capsys: pytest.CaptureFixture
     # Seven checkpoints, of which there is no backtest before, are more than a fifth of 200 steps.
     assert (settings.window, settings.max_window, settings.total_steps) == ("auto", 70, 200)
     assert (settings.selection, settings.gate) == (
-        str(place / "benchmarks" / "select.yaml"),
-        str(place / "benchmarks" / "gate.yaml"),
+        str(place / "benchmarks" / "own-select.yaml"),
+        str(place / "benchmarks" / "own-gate.yaml"),
     )
     assert "checkpoints: run  " in (place / "relex.yaml").read_text()
     assert cli.relex(capsys, "check", "relex.yaml")[0] == 0
@@ -68,14 +70,19 @@ def test_init_writes_nothing_over_and_asks_for_what_no_file_says(
     assert (place / "relex.yaml").read_text() == "mine"
 
 
-def test_without_benchmarks_the_draft_names_where_they_go_and_says_that_they_are_missing(
+def test_without_benchmarks_the_draft_names_the_shipped_ones_and_says_how_they_are_fetched(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for file in (place / "benchmarks").iterdir():
         file.unlink()
     status, out, _ = cli.relex(capsys, "init", "run", "--base", "base")
-    assert status == 0
-    wrote, selection, gate = out.splitlines()
-    assert wrote == "wrote relex.yaml"
-    assert "selection: benchmark " in selection
-    assert "benchmarks/gate.yaml is no file" in gate
+    assert (status, out.splitlines()) == (
+        0,
+        [
+            "wrote relex.yaml",
+            *(
+                f"relex.yaml: {key}: {name} has not been fetched: run relex benchmarks fetch {name}"
+                for key, name in (("selection", "math_select"), ("gate", "math_gate"))
+            ),
+        ],
+    )
