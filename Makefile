@@ -1,6 +1,6 @@
 # Two commands matter: `make demo` runs the main job end to end, `make test` runs the quality gate.
 # `make test-all` runs every test once, `make soak` the long campaigns.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3.11)
 BIN := .venv/bin
 # The stamp is newer than what it was made from, or the environment is built again.
 STAMP := .venv/.installed
@@ -9,11 +9,29 @@ STAMP := .venv/.installed
 
 setup: $(STAMP)
 
-# torch goes first and alone: asked for in any other way, pip may choose the multi-gigabyte CUDA build on a machine without a GPU.
+TORCH := $(shell grep '^torch==' constraints.txt)
+# Where torch's own project keeps the CPU builds.
+CPU_BUILDS := https://download.pytorch.org/whl/cpu
+# NVIDIA's and AMD's.
+GPU := $(firstword $(wildcard /dev/nvidiactl /dev/kfd))
+
+# torch goes first and alone: what asks for it later is content with what is there. Elsewhere than on Linux the plain
+# build is the one for the CPU; on Linux it is the one for GPUs, with gigabytes of libraries: pip then says each file
+# and its size before it downloads it.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,s3,serve,dask,dev]'
+	@if [ -n "$(GPU)" ] || [ "$$(uname)" != Linux ] || $(BIN)/pip freeze | grep -q '^$(TORCH)'; then \
+	  $(BIN)/pip install --quiet $(TORCH); \
+	elif $(BIN)/pip install --quiet $(TORCH)+cpu 2>/dev/null \
+	  || $(BIN)/pip install --quiet --retries 1 --extra-index-url $(CPU_BUILDS) $(TORCH)+cpu 2>/dev/null; then :; \
+	else \
+	  echo "make setup: no GPU, and no CPU build of $(TORCH) for this Python at your package index or $(CPU_BUILDS):" \
+	    "downloading the build for GPUs, gigabytes; interrupt to put a CPU build into .venv yourself."; \
+	  $(BIN)/pip install $(TORCH); \
+	fi
+	# The name under which earlier versions were installed here.
+	@$(BIN)/pip uninstall --quiet --quiet --yes relex
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[all,dev]'
 	touch $@
 
 demo: setup

@@ -63,3 +63,7 @@ class AtWorkError(RegroundError):
 
 class TrainerError(FlowError):
     """The user's trainer failed, or left no checkpoints to predict from."""
+
+
+class InstallationError(FlowError):
+    """A library that a command needs is not installed."""

@@ -236,5 +236,5 @@ def _refuse_workers(settings: Settings, path: Path) -> None:
         )
     if settings.task_runner == "dask" and find_spec("prefect_dask") is None:
         raise ConfigError(
-            f"config {path}: task_runner is dask and prefect-dask is not installed. Run pip install 'relex[dask]'."
+            f"config {path}: task_runner is dask and prefect-dask is not installed. Run pip install 'relex-rlvr[dask]'."
         )

@@ -90,7 +90,7 @@ def command(model: Path, *, name: str, port: int, given: str | None, options: Se
     if importlib.util.find_spec("openai") is None:
         raise ServingError(
             "no engine is installed: vllm is not on the path, and transformers serve lacks openai."
-            " Install vllm or 'relex[serve]', or name another with --engine."
+            " Install vllm or 'relex-rlvr[serve]', or name another with --engine."
         )
     # It is asked under the name it was started with and knows no other: a link gives the directory that name.
     scratch.mkdir(parents=True, exist_ok=True)

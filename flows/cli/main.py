@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 from deploy.errors import DeployError
 from evaluation.errors import EvaluationError
 from flows.cli import configs, evaluate, look, models, operate, predict
+from flows.cli.light import WAY_OUT, check, lacking
 from flows.cli.options import err
 from flows.console import PlainRecord, print_line
 from flows.errors import FlowError
@@ -22,6 +23,13 @@ _INTERRUPTED = 130
 
 class Headed(TyperGroup):
     """Commands below headings that say what one wants, each in the order it was added."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Return the command that is meant; one that is not installed shows its help and does nothing else."""
+        name, command, rest = super().resolve_command(ctx, args)
+        if name is not None and "--help" not in rest:
+            check(name)
+        return name, command, rest
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Write a section for each heading."""
@@ -37,6 +45,11 @@ class Headed(TyperGroup):
             ]
             with formatter.section(heading):
                 formatter.write_dl(rows)
+        if libraries := lacking():
+            formatter.write_paragraph()
+            formatter.write_text(f"Without {', '.join(libraries)} most commands only say what they need.")
+            # A line of its own, which is not broken inside the name.
+            formatter.write_text(WAY_OUT)
 
 
 app = typer.Typer(

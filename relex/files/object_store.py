@@ -100,7 +100,7 @@ class ObjectStore:
             return fsspec.filesystem(protocol, use_listings_cache=False)
         except ImportError as error:
             extra = _EXTRAS.get(protocol)
-            way = f"pip install 'relex[{extra}]'" if extra else f"install what fsspec needs for it ({error})"
+            way = f"pip install 'relex-rlvr[{extra}]'" if extra else f"install what fsspec needs for it ({error})"
             raise StoreError(f"{self.location}: {protocol}:// needs a library that is not installed: {way}.") from error
         except ValueError as error:
             raise StoreError(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
-from relex import rank_one
+from relex import __version__, rank_one
 from relex.errors import CheckpointError, OutputError
 from relex.files.location import open_directory
 from relex.forecast import FORMAT, Forecast
@@ -93,8 +93,10 @@ def make(
     shard_size: int | None = None,
 ) -> Manifest:
     """Put the manifest of a finished output together."""
-    versions = {name: version(name) for name in ("relex", "torch", "safetensors")} | {
-        "python": platform.python_version()
+    versions = {
+        "relex": __version__,
+        **{name: version(name) for name in ("torch", "safetensors")},
+        "python": platform.python_version(),
     }
     checkpoints = tuple(str(checkpoint.weights.directory) for checkpoint in trajectory.checkpoints)
     return Manifest(

@@ -142,7 +142,7 @@ def test_the_image_gets_every_package_and_extra_that_there_is_and_the_pinned_tor
     extras = re.search(r"\.\[([a-z0-9,]+)\]", second)
     assert extras is not None
     assert set(extras[1].split(",")) <= project["project"]["optional-dependencies"].keys()
-    assert {"dask", "postgres"} <= set(extras[1].split(","))
+    assert {"all", "postgres"} <= set(extras[1].split(","))
 
 
 def test_the_deployments_are_those_that_relex_up_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,9 +63,10 @@ def check_python(words: list[str]) -> None:
 
 def check_pip(words: list[str]) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = re.findall(r"relex\[([\w,]+)\]", " ".join(words))
-    assert extras, "only extras of relex are installed by hand"
-    assert set(extras[0].split(",")) <= project["optional-dependencies"].keys()
+    assert words[:2] == ["pip", "install"]
+    installed = re.fullmatch(rf"{project['name']}(?:\[([\w,]+)\])?", " ".join(words[2:]))
+    assert installed, "only relex is installed by hand"
+    assert set((installed[1] or "all").split(",")) <= project["optional-dependencies"].keys()
 
 
 @pytest.mark.parametrize("words", SHOWN)

@@ -581,7 +581,7 @@ def test_vllm_is_taken_where_it_is_installed_and_transformers_elsewhere(
 def test_without_an_engine_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ServingError, match=r"Install vllm or 'relex\[serve\]'"):
+    with pytest.raises(ServingError, match=r"Install vllm or 'relex-rlvr\[serve\]'"):
         engine.command(tmp_path, name="digits", port=1, given=None, options=(), scratch=tmp_path)
 
 

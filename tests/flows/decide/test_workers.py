@@ -52,7 +52,7 @@ def test_workers_that_are_not_installed_are_asked_for_when_the_config_is_read(
 ) -> None:
     """Not days later, when the window is full."""
     monkeypatch.setattr(settings_module, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"prefect-dask is not installed. Run pip install 'relex\[dask\]'"):
+    with pytest.raises(ConfigError, match=r"prefect-dask is not installed. Run pip install 'relex-rlvr\[dask\]'"):
         changed(config, task_runner="dask")
 
 

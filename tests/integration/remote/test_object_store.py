@@ -178,7 +178,9 @@ def test_no_bucket_no_password_and_no_such_protocol(buckets: Buckets) -> None:
 def test_a_missing_library_is_named_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
-    with pytest.raises(StoreError, match=r"s3:// needs a library that is not installed: pip install 'relex\[s3\]'"):
+    with pytest.raises(
+        StoreError, match=r"s3:// needs a library that is not installed: pip install 'relex-rlvr\[s3\]'"
+    ):
         open_directory("s3://bucket/x").exists()
 
 
