@@ -67,3 +67,7 @@ class TrainerError(FlowError):
 
 class InstallationError(FlowError):
     """A library that a command needs is not installed."""
+
+
+class ExportError(FlowError):
+    """The champion cannot be exported: there is none, or there is no place for it."""

@@ -5,6 +5,7 @@ import os
 from dataclasses import asdict
 from datetime import datetime
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -149,6 +150,27 @@ def rollback(name: Registered, home: Home = HOME, as_json: Json = False) -> None
     _show_promotion(
         move(name, tracking_uri=stack.tracking_uri(home), by=by, downloads=home / "models"), as_json=as_json
     )
+
+
+@_command()
+def export(
+    name: Registered,
+    out_directory: Annotated[Path, typer.Option("--out", help="New directory for the model and its card.")],
+    home: Home = HOME,
+    as_json: Json = False,
+) -> None:
+    """Write the champion with a model card, ready to be uploaded: base, method, window, numbers, how it was decided.
+
+    Example: relex export qwen --out qwen-500
+    """
+    from deploy.local import stack
+    from flows.promote.export import export as write
+
+    card = write(name, out_directory, tracking_uri=stack.tracking_uri(home), downloads=home / "models")
+    if as_json:
+        print_json({"directory": str(out_directory), "card": str(card)})
+    else:
+        print_line(out, f"wrote {out_directory}, its card is {card}; hf upload ORG/NAME {out_directory} publishes it")
 
 
 def _show_promotion(done: "Promotion", *, as_json: bool) -> None:
