@@ -1,13 +1,14 @@
 """What is decided on real tiny runs when 5, 10 and 20 % of their steps are observed, and when the backtest has
-converged (window auto, at 20 % at the latest), against what came later.
+converged (window auto, at 20 % at the latest), against what came later, and what each rule of stopping would have cost.
 
 Trains what the cache lacks of the runs of benchmarks/runs.py, makes each decision as the watcher would, with targets
 and methods left to the backtest, and scores on the report problems, which decide nothing: the real checkpoints, plain
-RELEX at 2, 4 and 8 times the window and at the run's end, and what was registered. Writes decisions.json and
-decisions.md to --out; a second call trains and scores only what is missing. --keep writes the Grams of the runs that
-the tests read.
+RELEX at the run's end, and what was registered. A decision is one small file in --results, so a call after a kill, or
+for other runs and windows, goes on with what is missing; decisions.md there is the table of all that is finished. Every
+run is kept as finished runs are: `relex status --record` of a relex.yaml with `state: OUT/finished` lists them. --keep
+writes the Grams of the runs that the tests read.
 
-    python -m benchmarks.decisions --cache ablation-runs --out decisions [--keep tests/relex/backtest/runs]
+    python -m benchmarks.decisions --cache runs --out decisions --results benchmarks/results/decisions --shares 5 20
 """
 
 import argparse
@@ -16,7 +17,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 # Before anything imports torch: the threads of a model this small only fight each other.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -24,7 +24,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 import yaml
 
-from benchmarks.runs import RUNS, Run, held_out, keep_gram, train
+from benchmarks.runs import FRESH, RUNS, Run, held_out, keep_gram, train
 from evaluation.child import kept_children
 from evaluation.verdict.gate import gate
 from evaluation.verdict.report import Report
@@ -35,93 +35,86 @@ from flows.decide.stages import count_problems, gate_model
 from flows.search.ladder import Answered, answered, score
 from flows.settings import Settings, load_settings
 from flows.state.decision import Decision, Model, Score
-from flows.state.records import write_json
+from flows.state.finished import RISK, Finished, keep_finished, vote
+from flows.state.records import read_json, write_json
 from flows.state.windows import decided, decision_path, read_decisions, window_key
+from flows.stop.outlook import EVIDENCE, outlook
 from flows.stop.status import unmet
-from relex.backtest.backtest import Recommendation, backtest
 from relex.backtest.convergence import converge
+from relex.drift import write_as_predicted
 from relex.extrapolation import extrapolate_run
 from relex.gram import cached
 from relex.predictors import parse_method
-from relex.store import open_base, scan
+from relex.store import Checkpoint, State, open_base, scan
 from relex.trajectory import open_run
 
-SHARES = (5, 10, 20)
+SHARES = ("5", "10", "20", "auto")
 # So many windows share the gate's error: those of the shares, and what is due by itself.
-LOOKS = len(SHARES) + 1
-MULTIPLES = (2, 4, 8)
-# Forms that are read at the run's end, beside plain RELEX and the last observed checkpoint.
-FORMS = ("relex-pinned:damping=0.3", "saturating", "secant", "travel")
-# Per cent of the run; every window that is a share is among them.
-CURVE = (0, 5, 10, 20, 40, 60, 80, 100)
+LOOKS = len(SHARES)
+# Relex's own default, in points.
+PRICE = 2.0
 
 
 @dataclass(frozen=True)
 class Point:
-    """Plain RELEX at one step, and the real run there: accuracies on the report problems.
+    """Plain RELEX at one step: accuracy on the report problems.
 
     `observed_is_better` says whether the last observed checkpoint is shown to be better (paired, one-sided 95 %).
     """
 
     step: int
     accuracy: float
-    real: float
     observed_is_better: bool
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """A decision and what came of it: accuracies on the report problems.
-
-    `chosen` is of what one is left with, registered or else last observed, `real` of the run itself at that step,
-    `best` of the best that was scored. `trusted` says that the training would have been stopped. `wrong` is a wrong
-    yes: the last observed checkpoint is shown to be better than what was registered (paired, one-sided 95 %).
-    `costly` says that the run's real end is, so that stopping for it loses accuracy.
-    """
-
-    verdict: str
-    model: str
-    chosen: float
-    real: float
-    best: float
-    trusted: bool
-    wrong: bool
-    costly: bool
-    reason: str
-
-
-@dataclass(frozen=True)
 class Row:
-    """One window of one run: what was observed, what plain RELEX makes of it, what the backtest says, the decision.
+    """One window of one run of `steps` steps: what was observed, what was decided, and what came of it.
 
-    `forms` are the accuracies of other forms at the run's end, by method.
+    Accuracies are on `n` report problems. `chosen` is of what one is left with after `model` was registered (empty:
+    nothing was), `real` of the run itself at that step and `end` at its end, None where it was not trained so far.
+    `wrong` is a wrong yes: the last observed checkpoint is shown to be better than what was registered (paired,
+    one-sided 95 %). Choosing cost `answers`. `offered` says that a stop was, `rules` what each rule says that training
+    on may win, in points.
     """
 
     run: str
+    name: str
+    task: str
+    fresh: str
     share: str
+    key: str
     window: int
     steps: int
+    n: int
     observed: float
-    end: float
-    relex: tuple[Point, ...]
-    forms: dict[str, float]
-    recommendation: Recommendation
-    outcome: Outcome
+    plain: Point
+    verdict: str
+    reason: str
+    model: str
+    chosen: float
+    real: float | None
+    end: float | None
+    wrong: bool
+    answers: int
+    seconds: float
+    offered: bool
+    rules: dict[str, float]
 
     @property
-    def regret(self) -> float | None:
-        """The real end less what was registered; None when training goes on to it."""
-        return self.end - self.outcome.chosen if self.outcome.verdict == "registered" else None
+    def cost(self) -> float | None:
+        """The real end less what was registered, in points; None where nothing was, or the end is not known."""
+        return None if self.end is None or not self.model else 100 * (self.end - self.chosen)
 
     @property
-    def missed(self) -> float:
-        """The best that was scored less what one is left with."""
-        return self.outcome.best - self.outcome.chosen
-
-    @property
-    def saved(self) -> int:
-        """Steps that are not trained when a trusted decision stops the run."""
-        return self.steps - self.window if self.outcome.trusted else 0
+    def finished(self) -> Finished | None:
+        """The row as the record of finished runs has it."""
+        if self.end is None or not self.model:
+            return None
+        benchmark = f"{self.task}-report"
+        return Finished(
+            self.name, self.key, self.window, self.steps, benchmark, self.n, self.chosen, self.end, self.rules
+        )
 
 
 def prepare(run: Run, root: Path, out: Path, window: int) -> Path:
@@ -177,7 +170,7 @@ STAGES = Stages(
 
 def due(run: Run, root: Path, grams: Path) -> int:
     """Return the window that is due by itself: three looks that agree, or 20 %."""
-    last = run.steps * SHARES[-1] // 100
+    last = run.steps * 20 // 100
     for window in range(2 * run.save_steps, last, run.save_steps):
         trajectory = open_run(root / "run", root / "base", window=window)
         if converge(trajectory, cached(trajectory, grams, memory=1 << 30, threads=1)).converged:
@@ -202,202 +195,213 @@ def decision(settings: Settings, number: int) -> Decision:
 
 
 @kept_children()
-def measure(run: Run, root: Path, out: Path) -> tuple[dict[int, float], list[Row]]:
-    """Return the accuracy of the run's real checkpoints by step, and a row for each window."""
+def measure(run: Run, root: Path, out: Path, share: str) -> Row:
+    """Decide one window of a run, and return what came of it."""
+    window = due(run, root, out / "state" / run.name / "grams") if share == "auto" else run.steps * int(share) // 100
+    config = prepare(run, root, out, window)
+    settings = load_settings(config)
+    made = decision(settings, SHARES.index(share) + 1)
 
-    def report(settings: Settings, directory: Path) -> Report:
+    def report(directory: Path) -> Report:
         return reports(settings, Model("observed", 0, str(directory)), settings.report)[0]
 
-    def real(settings: Settings, step: int) -> Report:
-        return report(settings, root / "run" / f"checkpoint-{step}" if step else root / "base")
+    def real(step: int) -> Report | None:
+        copy = written_as_predicted(settings, step, out / "real" / run.name)
+        return None if copy is None else report(copy)
 
-    rows: list[Row] = []
-    curve: dict[int, float] = {}
-    windows = {f"{share} %": run.steps * share // 100 for share in SHARES}
-    windows["auto"] = due(run, root, out / "state" / run.name / "grams")
-    for number, (share, window) in enumerate(windows.items(), start=1):
-        config = prepare(run, root, out, window)
-        settings = load_settings(config)
-        curve = curve or {step: real(settings, step).accuracy for step in [run.steps * share // 100 for share in CURVE]}
-        observed = real(settings, window)
-        points = tuple(
-            Point(target, predicted.accuracy, real(settings, target).accuracy, _is_better(observed, predicted))
-            for target, predicted in (
-                (step, report(settings, path)) for step, path in plain(settings, run, out).items()
-            )
-        )
-        forms = {
-            method: report(settings, directory).accuracy
-            for method in FORMS
-            for directory in predicted_at(settings, out / "forms", method, [run.steps]).values()
-        }
-        looked = backtest(
-            cached(
-                open_run(settings.checkpoints, settings.base, window=window),
-                settings.home / "grams",
-                memory=int(settings.memory),
-                threads=1,
-            )
-        )
-        made = decision(settings, number)
-        scored = [score.accuracy for score in made.report if score.model.role == "candidate"]
-        best = max(observed.accuracy, *(point.accuracy for point in points), *scored)
-        outcome = Outcome(
-            made.verdict, "", observed.accuracy, observed.accuracy, best, False, False, False, made.reason
-        )
-        if made.verdict == "registered" and made.winner is not None:
-            winner = report(settings, Path(made.winner.directory))
-            reached = real(settings, -(-made.winner.step // run.save_steps) * run.save_steps)
-            outcome = Outcome(
-                made.verdict,
-                made.winner.title,
-                winner.accuracy,
-                reached.accuracy,
-                best,
-                not unmet(config, settings, made),
-                _is_better(observed, winner),
-                _is_better(real(settings, run.steps), winner),
-                made.reason,
-            )
-        rows.append(
-            Row(
-                run.title,
-                share,
-                window,
-                run.steps,
-                observed.accuracy,
-                curve[run.steps],
-                points,
-                forms,
-                looked.recommendation,
-                outcome,
-            )
-        )
-    return curve, rows
+    observed, end = real(window), real(run.steps)
+    assert observed is not None
+    plain = report(predicted_at(settings, run.steps, out / "plain"))
+    model, chosen, reached = "", observed, None
+    if made.verdict == "registered" and made.winner is not None:
+        model, chosen = made.winner.title, report(Path(made.winner.directory))
+        reached = real(-(-made.winner.step // run.save_steps) * run.save_steps)
+    answers, seconds = made.cost
+    return Row(
+        run=run.title,
+        name=run.name,
+        task=run.task,
+        fresh=run.fresh,
+        share=share,
+        key=made.key,
+        window=window,
+        steps=run.steps,
+        n=observed.n,
+        observed=observed.accuracy,
+        plain=Point(run.steps, plain.accuracy, _is_better(observed, plain)),
+        verdict=made.verdict,
+        reason=made.reason,
+        model=model,
+        chosen=chosen.accuracy,
+        real=None if reached is None else reached.accuracy,
+        end=None if end is None else end.accuracy,
+        wrong=bool(model) and _is_better(observed, chosen),
+        answers=answers,
+        seconds=seconds,
+        offered=bool(model) and not unmet(config, settings, made),
+        rules={str(rule): points for rule, points in outlook(settings, made).items()},
+    )
 
 
-def plain(settings: Settings, run: Run, out: Path) -> dict[int, Path]:
-    """Return the directories of plain RELEX by target step, written once."""
-    targets = [*(settings.end * multiple for multiple in MULTIPLES if settings.end * multiple < run.steps), run.steps]
-    return predicted_at(settings, out / "plain", "relex", targets)
+def written_as_predicted(settings: Settings, step: int, out: Path) -> Path | None:
+    """Return a real checkpoint as a model directory, an adapter merged, written once; None where there is none."""
+    base = open_base(settings.base)
+    for stored in scan(settings.store, base, now=time.time()):
+        if stored.step == step and stored.state is State.READY and stored.weights is not None:
+            place = out / f"step-{step}"
+            write_as_predicted(base, Checkpoint(step, stored.weights), place, memory=1 << 30, threads=1)
+            return place
+    return None
 
 
-def predicted_at(settings: Settings, out: Path, method: str, targets: Sequence[int]) -> dict[int, Path]:
-    """Return the directories of a method's predictions by target step, written once."""
-    parsed = parse_method(method)
-    place = out / settings.training_run / f"window-{settings.end}"
+def predicted_at(settings: Settings, target: int, out: Path) -> Path:
+    """Return the directory of plain RELEX at a target step, written once."""
     made = extrapolate_run(
         settings.checkpoints,
         settings.base,
-        targets=targets,
-        out=place if method == "relex" else place / parsed.directory,
+        targets=[target],
+        out=out / settings.training_run / f"window-{settings.end}",
         window=settings.end,
-        method=parsed,
+        method=parse_method("relex"),
         memory=int(settings.memory),
         threads=1,
         grams=settings.home / "grams",
         staging=out,
     )
-    return dict(zip(targets, map(Path, made), strict=True))
+    return next(map(Path, made))
 
 
 def _is_better(candidate: Report, reference: Report) -> bool:
     return gate(candidate, reference, margin=0.0).passed
 
 
-def relex_table(rows: Sequence[Row]) -> Iterator[str]:
-    """Yield the table of plain RELEX; what is worse than the last observed checkpoint for sure is marked."""
-    yield "Plain RELEX / the real run there; ↓: the last observed checkpoint is better (paired, one-sided 95 %)."
-    yield ""
-    yield "| run | window | last observed | 2 × | 4 × | 8 × | end | backtest |"
-    yield "|---|---|---|---|---|---|---|---|"
-    for row in rows:
-        by_target = {point.step: point for point in row.relex}
-        targets = [*(row.window * multiple for multiple in MULTIPLES), row.steps]
-        cells = [_cell(by_target[target]) if target in by_target else "" for target in targets]
-        advice = row.recommendation
-        said = "hold" if advice.way is None else f"`{advice.method}` from {advice.start}, to {advice.target_step}"
-        yield f"| {row.run} | {_window(row)} | {row.observed:.3f} | {' | '.join(cells)} | {said} |"
-
-
-def form_table(rows: Sequence[Row]) -> Iterator[str]:
-    """Yield the table of forms at the run's end."""
-    yield "Every form at the run's end."
-    yield ""
-    yield f"| run | window | last observed | `relex` | {' | '.join(f'`{form}`' for form in FORMS)} | real end |"
-    yield "|---" * (5 + len(FORMS)) + "|"
-    for row in rows:
-        plainly = next(point.accuracy for point in row.relex if point.step == row.steps)
-        cells = " | ".join(f"{accuracy:.3f}" for accuracy in (row.observed, plainly, *row.forms.values(), row.end))
-        yield f"| {row.run} | {_window(row)} | {cells} |"
-
-
 def decision_table(rows: Sequence[Row]) -> Iterator[str]:
-    """Yield the table of what was decided; a wrong yes is flagged."""
-    yield "What was decided, and the accuracy on report problems of what that leaves one with."
-    yield "A stop is costly when the real end is shown to be better than what was registered (paired, one-sided 95 %)."
+    """Yield the table of what was decided, and of what each rule would have done; a wrong yes is flagged."""
+    yield f"Accuracies on {rows[0].n} report problems. ↓: the last observed checkpoint is better (paired, 95 %)."
+    yield f"A rule's entry is the points that it says training on may win; bold: it stops, at a price of {PRICE:g};"
+    yield "costly: and stopping there costs more."
     yield ""
-    yield (
-        "| run | window | last observed | decision | chosen | real run there | real end | end - chosen | best - chosen"
-        " | stop offered | steps saved |"
-    )
-    yield "|---" * 11 + "|"
+    heads = ["run", "window", "plain RELEX to the end", "last observed → registered @ step", "real there", "real end"]
+    heads += ["answers", "a stop costs (points), saves (steps)", "stop offered", *EVIDENCE]
+    yield f"| {' | '.join(heads)} |"
+    yield "|---" * len(heads) + "|"
     for row in rows:
-        outcome = row.outcome
-        said = f"`{outcome.model}`" if outcome.model else outcome.verdict
-        regret = "" if row.regret is None else f"{row.regret:+.3f}"
+        registered = f"{row.chosen:.3f} (`{row.model}`)" if row.model else "keep training"
         cells = [
-            f"{row.run} | {_window(row)} | {row.observed:.3f}",
-            f"{said}{' **wrong yes**' if outcome.wrong else ''}",
-            f"{outcome.chosen:.3f} | {outcome.real:.3f} | {row.end:.3f} | {regret} | {row.missed:.3f}",
-            f"{'yes' if outcome.trusted else 'no'}{', costly' if outcome.trusted and outcome.costly else ''}",
-            f"{row.saved}",
+            row.run,
+            f"{row.window} ({row.share} %)" if row.share != "auto" else f"{row.window} (auto)",
+            f"{row.plain.accuracy:.3f}{' ↓' if row.plain.observed_is_better else ''}",
+            f"{row.observed:.3f} → {registered}{' **wrong yes**' if row.wrong else ''}",
+            "–" if row.real is None else f"{row.real:.3f}",
+            "–" if row.end is None else f"{row.end:.3f}",
+            f"{row.answers}",
+            "–" if row.cost is None else f"{row.cost:+.1f}, {row.steps - row.window}",
+            "yes" if row.offered else "no",
+            *(_rule(row, rule) for rule in EVIDENCE),
         ]
         yield f"| {' | '.join(cells)} |"
 
 
+def _rule(row: Row, rule: str) -> str:
+    if rule not in row.rules:
+        return ""
+    said = f"{row.rules[rule]:+.1f}"
+    if row.rules[rule] > PRICE:
+        return said
+    return f"**{said}**{' costly' if (row.cost or 0.0) > PRICE else ''}"
+
+
+def rule_table(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield how each rule did on these rows, and what the record of finished runs lets it do."""
+    yield f"How often each rule stops at a price of {PRICE:g} points, and what conformal voting allows it after these."
+    yield ""
+    yield "| rule | looks at which it says something | stops | costly | worst (points) | steps saved | allowed up to |"
+    yield "|---|---|---|---|---|---|---|"
+    runs = record(rows)
+    for rule in EVIDENCE:
+        known = [row for row in rows if row.cost is not None and rule in row.rules]
+        stops = [row for row in known if row.rules[rule] <= PRICE]
+        costs = [row.cost for row in stops if row.cost is not None]
+        allowed = vote(runs, rule, price=PRICE)
+        yield (
+            f"| {rule} | {len(known)} | {len(stops)} | {sum(cost > PRICE for cost in costs)}"
+            f" | {max(costs, default=0.0):+.1f} | {sum(row.steps - row.window for row in stops)}"
+            f" | {'nothing' if allowed is None else f'{allowed:.1f} points'} |"
+        )
+    yield ""
+    yield f"{len(runs)} finished runs; at most {100 * RISK:g} % of stops may be costly."
+
+
+def record(rows: Sequence[Row]) -> list[tuple[Finished, ...]]:
+    """Return the finished runs, each with its looks, the earliest first."""
+    looks: dict[str, list[Finished]] = {}
+    for row in sorted(rows, key=lambda row: row.window):
+        if row.finished is not None:
+            looks.setdefault(row.name, []).append(row.finished)
+    return [tuple(found) for found in looks.values()]
+
+
 def tables(rows: Sequence[Row]) -> str:
-    return "\n".join([*relex_table(rows), "", *form_table(rows), "", *decision_table(rows)]) + "\n"
+    """Return the tables of the fresh runs and of those that the rules were fixed on."""
+    parts = []
+    for title, part in (
+        ("Fresh runs", [row for row in rows if row.fresh]),
+        ("The runs that the constants were fixed on", [row for row in rows if not row.fresh]),
+    ):
+        if part:
+            parts += [f"## {title}", "", *decision_table(part), "", *rule_table(part), ""]
+    return "\n".join(parts)
 
 
-def _window(row: Row) -> str:
-    return f"{row.window} ({row.share})"
-
-
-def _cell(point: Point) -> str:
-    return f"{point.accuracy:.3f}{' ↓' if point.observed_is_better else ''} / {point.real:.3f}"
+def read_rows(results: Path) -> list[Row]:
+    """Return the rows that are finished, in the order of the runs."""
+    order = [run.name for run in (*FRESH, *RUNS)]
+    rows = [read_json(path, Row) for path in results.glob("*.json")]
+    return sorted(rows, key=lambda row: (order.index(row.name), SHARES.index(row.share)))
 
 
 def main() -> None:
+    """Decide what is asked for and not decided yet; write the tables of all that is."""
+    runs = {run.name: run for run in (*FRESH, *RUNS)}
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cache", type=Path, required=True, help="directory for the training runs, reused")
-    parser.add_argument("--out", type=Path, required=True, help="directory for the results, and for what was scored")
+    parser.add_argument("--out", type=Path, required=True, help="directory for what is predicted and scored")
+    parser.add_argument("--results", type=Path, required=True, help="directory for a small file a decision")
+    parser.add_argument("--shares", nargs="+", default=list(SHARES), choices=SHARES, help="windows, in per cent")
+    parser.add_argument("--runs", nargs="+", default=list(runs), choices=list(runs), metavar="NAME")
     parser.add_argument("--keep", type=Path, help="directory for the Grams of the runs that the tests read")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     out = chosen.out.absolute()
-    results: dict[str, Any] = {}
-    rows: list[Row] = []
-    for run in RUNS:
+    for name in chosen.runs:
+        run = runs[name]
         root = train(chosen.cache.absolute(), run)
-        curve, run_rows = measure(run, root, out)
-        rows += run_rows
-        content = {
-            "run": asdict(run) | {"dtype": str(run.dtype)},
-            "curve": curve,
-            "windows": list(map(asdict, run_rows)),
-        }
-        results[run.name] = content
-        print(tables(run_rows), flush=True)
+        rows = [decided_row(run, root, out, share, chosen.results) for share in chosen.shares]
+        (chosen.results / "decisions.md").write_text(tables(read_rows(chosen.results)), encoding="utf-8")
+        print("\n".join(decision_table(rows)), flush=True)
+        # Beside the state of the decisions: no run's record has a say in another's here.
+        settings = load_settings(prepare(run, root, out, rows[0].window))
+        for looks in record([row for row in read_rows(chosen.results) if row.name == name]):
+            keep_finished(settings.model_copy(update={"state": out / "finished"}), looks)
         if chosen.keep is not None and run.kept:
             whole = open_run(root / "run", root / "base", window=None)
             gram = cached(whole, out / "state" / run.name / "grams", memory=1 << 30, threads=1)
             keep_gram(gram, chosen.keep / f"{run.name}.safetensors")
+            content = {
+                "run": asdict(run) | {"dtype": str(run.dtype)},
+                "windows": [asdict(row) | {"relex": [asdict(row.plain)]} for row in rows],
+            }
             write_json(chosen.keep / f"{run.name}.json", content)
-    write_json(out / "decisions.json", results)
-    text = tables(rows)
-    (out / "decisions.md").write_text(text, encoding="utf-8")
-    print(text)
+
+
+def decided_row(run: Run, root: Path, out: Path, share: str, results: Path) -> Row:
+    """Return one window of a run, measured where its file is not there, or was before the run had come to its end."""
+    file = results / f"{run.name}-{share}.json"
+    if not file.exists() or read_json(file, Row).end is None:
+        results.mkdir(parents=True, exist_ok=True)
+        write_json(file, asdict(measure(run, root, out, share)))
+        file.chmod(0o644)
+    return read_json(file, Row)
 
 
 if __name__ == "__main__":

@@ -67,17 +67,18 @@ class Run:
 
     @property
     def title(self) -> str:
-        """What a table calls it."""
-        title = f"{self.task}, seed {self.seed}, {self.prompts} prompts, lr {self.learning_rate:.0e}, {self.stored}"
-        return ", ".join([title, *self._unusual])
+        """What a table calls it; 32 prompts, fp32 and what the old runs have in common go without saying."""
+        said = {f"{self.prompts} prompts": self.prompts != 32, "bf16": self.dtype == torch.bfloat16}
+        unusual = [words for words, is_said in said.items() if is_said]
+        return ", ".join([self.task, f"seed {self.seed}", f"{self.learning_rate:.0e}", *unusual, *self._unusual])
 
     @property
     def _unusual(self) -> list[str]:
-        """What the eight old runs have in common, where it is otherwise."""
+        """What the eight old runs have in common, where it is otherwise; short, since 60 letters name a run."""
         said = {
             f"{self.steps} steps": self.steps != STEPS,
-            f"{self.schedule} to 0": self.schedule != "constant",
-            f"rewarded by {self.reward}": self.reward != "exact",
+            self.schedule: self.schedule != "constant",
+            self.reward: self.reward != "exact",
             f"lora {self.lora}": self.lora > 0,
             f"{self.width} wide": self.width != 128,
         }
