@@ -27,6 +27,11 @@ from evaluation.errors import EvaluationError
 
 Send: TypeAlias = Callable[[Mapping[str, Any]], None]
 
+
+class HandedBack(Exception):  # nothing went wrong
+    """What this child keeps of earlier jobs does not serve this one: another child is to do it."""
+
+
 PR_SET_PDEATHSIG = 1
 # lm-eval forks a pool for the error of some metrics, which is no good with a model in memory.
 ENVIRONMENT = {
@@ -154,31 +159,41 @@ def _run(
     on_event: Callable[[int, Mapping[str, Any]], None],
     kept: _Kept | None,
 ) -> list[int]:
+    children: dict[int, _Child] = {}
     with ExitStack() as stack, DefaultSelector() as events:
-        children = [stack.enter_context(_child(module, number, job, kept)) for number, job in enumerate(jobs)]
-        for number, (child, job) in enumerate(zip(children, jobs, strict=True)):
+
+        def begin(number: int) -> None:
+            children[number] = child = stack.enter_context(_child(module, number, jobs[number], kept))
             assert child.process.stdin is not None
             assert child.process.stdout is not None
             events.register(child.process.stdout.fileno(), EVENT_READ, (number, child, bytearray()))
             # It is already dead, which its status says.
             with suppress(BrokenPipeError):
-                child.process.stdin.write(job.message(more=kept is not None))
+                child.process.stdin.write(jobs[number].message(more=kept is not None))
                 child.process.stdin.flush()
+
+        for number in range(len(jobs)):
+            begin(number)
         while events.get_map():
             for key, _ in events.select():
                 number, child, unread = key.data
                 data = os.read(key.fd, 1 << 16)
                 unread += data
                 *lines, unread[:] = unread.split(b"\n")
+                handed_back = False
                 for event in map(json.loads, lines):
+                    handed_back = event["event"] == "handed back"
                     child.done = kept is not None and event["event"] in ("done", "refused")
                     if event["event"] == "refused":
                         raise getattr(errors, event["kind"])(event["message"])
-                    if event["event"] != "done":
+                    if event["event"] not in ("done", "handed back"):
                         on_event(number, event)
-                if child.done or not data:
+                if child.done or handed_back or not data:
                     events.unregister(key.fd)
-        return [0 if child.done else child.process.wait() for child in children]
+                if handed_back:
+                    child.end()
+                    begin(number)
+        return [0 if child.done else child.process.wait() for _, child in sorted(children.items())]
 
 
 @contextmanager
@@ -212,10 +227,10 @@ def _start(module: str, log: IO[bytes]) -> "subprocess.Popen[bytes]":
     )
 
 
-def run_as_child(work: Callable[[bytes, Send], None]) -> None:
+def run_as_child(work: Callable[[bytes, Send, bool], None]) -> None:
     """Do the work of a child on each line its parent writes, until one is the last; name the reason for a refusal.
 
-    A refusal of the last exits 1.
+    The work is told whether more may come. A refusal of the last exits 1.
     """
     send = _channel()
     die_with_parent()
@@ -228,7 +243,10 @@ def run_as_child(work: Callable[[bytes, Send], None]) -> None:
         _log_to(asked["log"])
         ended = {"event": "done"}
         try:
-            work(asked["job"].encode(), send)
+            work(asked["job"].encode(), send, more)
+        except HandedBack:
+            ended = {"event": "handed back"}
+            more = False
         except EvaluationError as error:
             ended = {"event": "refused", "kind": type(error).__name__, "message": str(error)}
         sys.stdout.flush()

@@ -201,8 +201,13 @@ def _run(jobs: Sequence[Job], on_event: Callable[[int, Mapping[str, Any]], None]
         )
         for job in jobs
     ]
-    # What an engine has of a GPU ends with its process.
-    codes = run_children("evaluation.answers.worker", children, on_event=on_event, keep=jobs[0].backend.name == "hf")
+    # An engine on a CPU has no way to give up its memory.
+    codes = run_children(
+        "evaluation.answers.worker",
+        children,
+        on_event=on_event,
+        keep=jobs[0].backend.name == "hf" or device_kind(jobs[0].device) == "cuda",
+    )
     for job, child, code in zip(jobs, children, codes, strict=True):
         if code != 0:
             raise WorkerError(_failure(job, code, child.log_path))

@@ -72,6 +72,9 @@ class JournalledLM(HFLM):  # type: ignore[misc]  # lm_eval carries no types
         self._part = part
         self.spent = Spent()
 
+    def release(self) -> None:
+        """Give up what outlives this object on a device."""
+
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:  # the signature is lm-eval's

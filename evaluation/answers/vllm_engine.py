@@ -2,10 +2,16 @@
 
 Around the engine everything is as for transformers: how a prompt becomes tokens, where an answer ends, what is
 truncated and what the journal keeps.
+
+In a process that is kept for other models the engine sleeps between them: it gives up its weights and its cache, and so
+the place on its GPUs, and takes the next model's weights when it has a place again. They are its own only when a canary
+says so, the log-probabilities of one text; else, and for a model of another shape, the job goes to another process.
 """
 
 import os
+import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +22,8 @@ from lm_eval.models.utils import normalize_gen_kwargs
 
 from evaluation.answers.backend import RUNNING, Backend
 from evaluation.answers.devices import NO_WEIGHTS, device_kind
-from evaluation.answers.lm import CUT, JournalledLM
+from evaluation.answers.lm import CUT, JournalledLM, load
+from evaluation.child import HandedBack
 from evaluation.errors import BenchmarkError, DeviceError, ModelError, WorkerError
 
 ENVIRONMENT = {
@@ -24,6 +31,35 @@ ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
 }
+# What an engine has read once, and keeps whatever weights it is given.
+SHAPE = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+CANARY = "1 + 2 = 3, 12 + 34 = 46, 5 = 5"
+# How far the log-probabilities of the canary may be from those of transformers on the CPU, in nats, their mean.
+CANARY_TOLERANCE = {"float32": 0.01, "float16": 0.1, "bfloat16": 0.25}
+
+
+@dataclass
+class _Asleep:
+    """An engine without weights, what it was started with, and what it said of the canary with its last weights."""
+
+    engine: Any  # vllm.LLM
+    arguments: dict[str, Any]
+    shape: dict[str, bytes]
+    digest: str
+    canary: list[float]
+
+
+# There is one engine a process.
+_asleep: list[_Asleep] = []
 
 
 class EngineLM(JournalledLM):
@@ -33,15 +69,27 @@ class EngineLM(JournalledLM):
     """
 
     def __init__(
-        self, path: Path, *, device: str, dtype: str, batch_size: int, max_length: int | None, backend: Backend
+        self,
+        path: Path,
+        *,
+        device: str,
+        dtype: str,
+        batch_size: int,
+        max_length: int | None,
+        backend: Backend,
+        digest: str = "",
+        kept: bool = False,
     ) -> None:
-        """Read configuration and tokenizer; the weights are vLLM's to load."""
+        """Read configuration and tokenizer; the weights, which `digest` names, are vLLM's to load.
+
+        A process that is `kept` keeps the engine.
+        """
         super().__init__(path, device=NO_WEIGHTS, dtype=dtype, batch_size=batch_size, max_length=max_length)
         self._can_answer = True
         # vLLM takes one token more than it is asked for likelihoods of.
         self._likelihood_room = 1
+        self._path, self._dtype, self._digest, self._kept = path, dtype, digest, kept
         self._arguments = {
-            "model": str(path),
             "dtype": dtype,
             "load_format": "safetensors",
             "trust_remote_code": False,
@@ -51,6 +99,7 @@ class EngineLM(JournalledLM):
             "max_num_seqs": min(RUNNING, batch_size),
             "tensor_parallel_size": backend.tensor_parallel_size,
             "gpu_memory_utilization": backend.gpu_memory_utilization,
+            **({"enable_sleep_mode": True} if kept else {}),
         }
         self._kind = device_kind(device)
 
@@ -64,11 +113,67 @@ class EngineLM(JournalledLM):
             raise DeviceError(
                 f"device is {self._kind} and this vLLM runs on {current_platform.device_type}: pass that as device."
             )
+        if _asleep:
+            return self._woken(_asleep[0])
         try:
-            return LLM(**self._arguments)
+            return LLM(model=str(self._path), **self._arguments)
         except (OSError, RuntimeError, TypeError, ValueError) as error:
-            path = self._arguments["model"]
-            raise ModelError(f"vLLM cannot load {path}: {' '.join(str(error).split())}") from error
+            raise ModelError(f"vLLM cannot load {self._path}: {' '.join(str(error).split())}") from error
+
+    def _woken(self, asleep: _Asleep) -> Any:  # vllm.LLM
+        """Return the engine of an earlier model with the weights of this one; HandedBack where it cannot have them."""
+        if (asleep.arguments, asleep.shape) != (self._arguments, self._shape):
+            raise HandedBack
+        engine = asleep.engine
+        engine.wake_up(tags=["weights"])
+        try:
+            # From a path of one's choice since 0.15; before that the engine knows its first model alone.
+            engine.collective_rpc("reload_weights", kwargs={"weights_path": str(self._path)})
+        except (AttributeError, NotImplementedError, OSError, RuntimeError, TypeError, ValueError) as error:
+            raise HandedBack from error
+        engine.wake_up(tags=["kv_cache"])
+        said, expected = self._canary(engine), self._expected_canary()
+        apart = statistics.fmean(abs(ours - theirs) for ours, theirs in zip(said, expected, strict=True))
+        stale = said == asleep.canary and self._digest != asleep.digest
+        # Written so that what is no number is no agreement.
+        if stale or not apart <= CANARY_TOLERANCE[self._dtype]:
+            raise HandedBack
+        return engine
+
+    def release(self) -> None:
+        """Put the engine to sleep, if this model has one and the process is kept."""
+        engine = self.__dict__.pop("_engine", None)
+        if engine is None or not self._kept:
+            return
+        _asleep[:] = [_Asleep(engine, self._arguments, self._shape, self._digest, self._canary(engine))]
+        engine.sleep(level=2)
+
+    @property
+    def _shape(self) -> dict[str, bytes]:
+        return {name: (self._path / name).read_bytes() for name in SHAPE if (self._path / name).is_file()}
+
+    def _canary(self, engine: Any) -> list[float]:
+        """Return what the engine gives as log-probabilities of the canary's tokens, but for the first."""
+        from vllm import SamplingParams
+
+        tokens = self._canary_tokens
+        engine.reset_prefix_cache()
+        asked = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1, detokenize=False)
+        (output,) = engine.generate([{"prompt_token_ids": tokens}], [asked], use_tqdm=False)
+        engine.reset_prefix_cache()
+        return [output.prompt_logprobs[place][token].logprob for place, token in enumerate(tokens) if place]
+
+    def _expected_canary(self) -> list[float]:
+        model, _ = load(self._path, self._dtype)
+        tokens = self._canary_tokens
+        with torch.no_grad():
+            chances = model(torch.tensor([tokens])).logits[0].float().log_softmax(-1)
+        return [float(chances[place - 1, token]) for place, token in enumerate(tokens) if place]
+
+    @property
+    def _canary_tokens(self) -> list[int]:
+        # One is generated behind them.
+        return list(self.tokenizer(CANARY)["input_ids"])[: self.max_length - 1]
 
     def _generate(self, chunk: list[Instance]) -> list[tuple[str, bool]]:
         from vllm import SamplingParams

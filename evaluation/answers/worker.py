@@ -40,11 +40,14 @@ MODULES = ("lm_eval.evaluator", "evaluation.answers.lm")
 
 def main() -> None:
     """Do the jobs on standard input."""
-    run_as_child(lambda line, send: run(Job.from_line(line), send))
+    run_as_child(lambda line, send, more: run(Job.from_line(line), send, kept=more))
 
 
-def run(job: Job, send: Send) -> None:
-    """Score every assignment that has no report yet, loading the model once; `send` gets an event for each chunk."""
+def run(job: Job, send: Send, *, kept: bool = False) -> None:
+    """Score every assignment that has no report yet, loading the model once; `send` gets an event for each chunk.
+
+    A process that is `kept` for other jobs keeps an engine that another model may be loaded into.
+    """
     with ExitStack() as locks:
         # In one order for everybody: two jobs with the same benchmarks cannot wait for each other.
         for path in sorted({assignment.lock_path(job.part) for assignment in job.assignments}):
@@ -58,7 +61,7 @@ def run(job: Job, send: Send) -> None:
         locks.enter_context(_place(job, send))
         refusal = None
         try:
-            _score_all(job, pending, send)
+            _score_all(job, pending, send, kept=kept)
         except EvaluationError as error:
             # Without its frames, which hold the model.
             refusal = type(error)(str(error))
@@ -68,7 +71,7 @@ def run(job: Job, send: Send) -> None:
             raise refusal
 
 
-def _score_all(job: Job, pending: Sequence[Assignment], send: Send) -> None:
+def _score_all(job: Job, pending: Sequence[Assignment], send: Send, *, kept: bool) -> None:
     # Collecting garbage among the modules that torch and transformers leave behind costs a fifth of the start.
     gc.disable()
     for module in MODULES:
@@ -76,8 +79,15 @@ def _score_all(job: Job, pending: Sequence[Assignment], send: Send) -> None:
     gc.freeze()
     # Tasks first: a broken one is refused before minutes go into a large model.
     tasks = [load_task(assignment) for assignment in pending]
-    lm = _load_lm(job)
+    lm = _load_lm(job, kept=kept)
     gc.enable()
+    try:
+        _score_each(job, pending, tasks, lm, send)
+    finally:
+        lm.release()
+
+
+def _score_each(job: Job, pending: Sequence[Assignment], tasks: Sequence[Any], lm: "JournalledLM", send: Send) -> None:
     for assignment, task in zip(pending, tasks, strict=True):
         with Journal(assignment.journal_path(job.part), assignment.other_journals(job.part)) as journal:
             lm.keep(journal, partial(_report_progress, send, lm, assignment.benchmark), job.part)
@@ -157,7 +167,7 @@ def load_task(assignment: Assignment) -> Any:  # lm_eval's Task
     return task
 
 
-def _load_lm(job: Job) -> "JournalledLM":
+def _load_lm(job: Job, *, kept: bool) -> "JournalledLM":
     device = "cuda" if device_kind(job.device) == "cuda" else job.device
     settings: dict[str, Any] = {"device": device, "dtype": job.dtype, "batch_size": job.batch_size}
     if isinstance(job.model, LogitsExtrapolation):
@@ -168,7 +178,7 @@ def _load_lm(job: Job) -> "JournalledLM":
     if job.backend.name == "vllm" and device != NO_WEIGHTS:
         from evaluation.answers.vllm_engine import EngineLM
 
-        return EngineLM(job.model, **settings, backend=job.backend)
+        return EngineLM(job.model, **settings, backend=job.backend, digest=job.assignments[0].model_digest, kept=kept)
     from evaluation.answers.lm import JournalledLM
 
     return JournalledLM(job.model, **settings)

@@ -97,7 +97,7 @@ def _shorten(title: str) -> str:
     return title if len(title) <= LONGEST_TITLE else title[: LONGEST_TITLE - 1] + "…"
 
 
-def _describe_all(line: bytes, _: Send) -> None:
+def _describe_all(line: bytes, _: Send, __: bool) -> None:
     from evaluation.benchmarks.lm_eval_task import load_any_task
 
     wanted: list[dict[str, Any]] = json.loads(line)

@@ -6,12 +6,17 @@ import signal
 import sys
 import time
 
-from evaluation.child import Send, run_as_child
+from evaluation.child import HandedBack, Send, run_as_child
 from evaluation.errors import ModelError
 
+JOBS: list[str] = []
 
-def obey(line: bytes, send: Send) -> None:
+
+def obey(line: bytes, send: Send, more: bool) -> None:
     word = json.loads(line)
+    JOBS.append(word)
+    if word == "first" and len(JOBS) > 1:
+        raise HandedBack
     send({"event": "begun", "pid": os.getpid()})
     if word == "refuse":
         raise ModelError("it is no model")

@@ -105,6 +105,14 @@ def test_a_child_that_is_killed_fails_its_job_and_an_idle_one_none(ask: Ask) -> 
         assert (status, third != second) == (0, True)
 
 
+def test_a_job_that_a_child_hands_back_is_done_by_another(ask: Ask) -> None:
+    with kept_children():
+        _, first = ask("one")
+        status, second = ask("first")
+        assert (status, gone(first)) == (0, True)
+        assert ask("two") == (0, second)
+
+
 def test_calls_at_once_have_a_child_each(ask: Ask) -> None:
     with kept_children():
         _, first = ask("one")

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -12,7 +13,9 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from evaluation.answers import vllm_engine
 from evaluation.answers.backend import Backend, parse_backend
 from evaluation.answers.fingerprint import LogitsExtrapolation
 from evaluation.answers.harness import Progress, evaluate
@@ -21,6 +24,7 @@ from evaluation.answers.journal import Journal
 from evaluation.answers.lm import JournalledLM
 from evaluation.answers.worker import load_task, score
 from evaluation.benchmarks.benchmark import resolve_benchmark, write_benchmark
+from evaluation.child import HandedBack
 from evaluation.errors import BackendError, BenchmarkError, DeviceError, EvaluationError, ModelError, WorkerError
 from evaluation.verdict.report import Report
 from tests.evaluation.conftest import workers
@@ -39,16 +43,25 @@ def vllm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_NO_USAGE_STATS"):
         monkeypatch.setenv(name, "unset")
     yield tmp_path / "vllm.log"
+    vllm_engine._asleep.clear()
     for name in ("vllm", "vllm.platforms"):
         sys.modules.pop(name, None)
 
 
-def engine(model: Path, *, batch_size: int = 5, device: str = "cpu", max_length: int | None = None) -> JournalledLM:
+def engine(
+    model: Path, *, batch_size: int = 5, device: str = "cpu", max_length: int | None = None, kept: bool = False
+) -> JournalledLM:
     from evaluation.answers.vllm_engine import EngineLM
 
-    backend = Backend("vllm")
     return EngineLM(
-        model, device=device, dtype="float32", batch_size=batch_size, max_length=max_length, backend=backend
+        model,
+        device=device,
+        dtype="float32",
+        batch_size=batch_size,
+        max_length=max_length,
+        backend=Backend("vllm"),
+        digest=str(model),
+        kept=kept,
     )
 
 
@@ -159,6 +172,73 @@ def test_an_engine_that_does_not_start_or_gives_up_is_an_error_of_one_line(
     with pytest.raises(WorkerError, match="vLLM ended an answer by abort: evaluate again"):
         run(engine(model), benchmark, tmp_path / "journal")
     assert (tmp_path / "journal").read_bytes() == b""
+
+
+def test_a_kept_engine_sleeps_between_models_and_answers_for_each_with_its_own_weights(
+    model: Path, other_model: Path, edited: Callable[[str, str], Path], vllm: Path, tmp_path: Path
+) -> None:
+    path = edited("max_gen_toks: 40", "max_gen_toks: 4")
+    for number, each in enumerate((model, other_model, other_model, model)):
+        lm = engine(each, kept=True, batch_size=12)
+        run(lm, path, tmp_path / str(number))
+        lm.release()
+    for each, numbers in ((model, "03"), (other_model, "12")):
+        run(JournalledLM(each, device="cpu", dtype="float32", batch_size=12), path, tmp_path / each.name)
+        for name in numbers:
+            assert answers(tmp_path / name) == answers(tmp_path / each.name)
+    # What journals hold wakes nothing.
+    idle = engine(other_model, kept=True, batch_size=12)
+    run(idle, path, tmp_path / "1")
+    idle.release()
+    assert answers(tmp_path / "0") != answers(tmp_path / "1")
+    assert [event["arguments"]["enable_sleep_mode"] for event in events(vllm, "start")] == [True]
+    assert [event["level"] for event in events(vllm, "sleep")] == [2] * 4
+    assert [event["path"] for event in events(vllm, "reload")] == [str(other_model)] * 2 + [str(model)]
+
+
+@pytest.mark.parametrize("how", ["stale", "empty", "unsupported", "other shape", "other length"])
+def test_weights_that_are_not_those_of_the_model_send_it_to_another_process(
+    model: Path,
+    other_model: Path,
+    benchmark: Path,
+    vllm: Path,
+    tmp_path: Path,
+    *,
+    how: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first = engine(model, kept=True)
+    run(first, benchmark, tmp_path / "first")
+    first.release()
+    monkeypatch.setenv("STAND_IN_RELOAD", how)
+    second = Path(shutil.copytree(other_model, tmp_path / "second"))
+    if how == "other shape":
+        config = json.loads((second / "config.json").read_text())
+        (second / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    with pytest.raises(HandedBack):
+        run(
+            engine(second, kept=True, max_length=60 if how == "other length" else None), benchmark, tmp_path / "answers"
+        )
+    assert (tmp_path / "answers").read_bytes() == b""
+
+
+def test_a_stale_engine_is_told_from_a_model_that_hardly_differs(
+    model: Path, benchmark: Path, vllm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    near = Path(shutil.copytree(model, tmp_path / "near"))
+    weights = load_file(near / "model.safetensors")
+    name = next(name for name in weights if "down_proj" in name)
+    weights[name] = weights[name] * 1.0001
+    save_file(weights, near / "model.safetensors", metadata={"format": "pt"})
+    first = engine(model, kept=True)
+    run(first, benchmark, tmp_path / "first")
+    first.release()
+    second = engine(near, kept=True)
+    run(second, benchmark, tmp_path / "own")
+    second.release()
+    monkeypatch.setenv("STAND_IN_RELOAD", "stale")
+    with pytest.raises(HandedBack):
+        run(engine(model, kept=True), benchmark, tmp_path / "stale")
 
 
 @pytest.mark.slow

@@ -45,8 +45,8 @@ def test_no_model_is_left_when_its_place_is_given_up(
     left: list[bool] = []
     load = worker._load_lm
 
-    def loading(job: Job) -> Any:
-        lm = load(job)
+    def loading(job: Job, *, kept: bool) -> Any:
+        lm = load(job, kept=kept)
         loaded.extend(weakref.ref(each) for each in (lm, lm.model, next(lm.model.parameters())))
         return lm
 

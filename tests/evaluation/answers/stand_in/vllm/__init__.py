@@ -3,7 +3,8 @@
 What is passed is checked against the documented parameters, and what was asked for is written to the file that
 STAND_IN_LOG names. Like vLLM it stops at stop tokens and stop strings, ends answers where the context does, takes
 random numbers from a request's seed or else from one stream of the engine, and keeps a prefix cache until it is told to
-drop it.
+drop it. Asleep at level 2 it has no weights; STAND_IN_RELOAD makes reloading them `stale`, `empty` or `unsupported`, as
+versions of vLLM did.
 """
 
 import json
@@ -23,6 +24,7 @@ ENGINE_ARGUMENTS = {
     "load_format",
     "enable_prefix_caching",
     "data_parallel_size",
+    "enable_sleep_mode",
 }
 
 
@@ -117,6 +119,9 @@ class LLM:
             arguments={**kwargs, "dtype": dtype, "tensor_parallel_size": tensor_parallel_size},
             in_process=os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0",
         )
+        self._may_sleep = kwargs.get("enable_sleep_mode", False)
+        self._awake = {"weights", "kv_cache"}
+        self._path = model
         self._network = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
         self._tokenizer = AutoTokenizer.from_pretrained(tokenizer or model)
         self._length = kwargs["max_model_len"]
@@ -129,6 +134,39 @@ class LLM:
         self._cached = 0
         return True
 
+    def sleep(self, level: int = 1) -> None:
+        assert self._may_sleep
+        log(event="sleep", level=level)
+        self._awake.clear()
+        if level == 2:
+            for parameter in self._network.parameters():
+                parameter.data.zero_()
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        self._awake |= {*(tags or ("weights", "kv_cache"))}
+
+    def collective_rpc(
+        self,
+        method: str,
+        timeout: float | None = None,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> list[Any]:
+        assert "weights" in self._awake
+        return [getattr(self, f"_{method}")(*args, **(kwargs or {}))]
+
+    def _reload_weights(self, weights_path: str | None = None, is_checkpoint_format: bool = True) -> None:
+        how = os.environ.get("STAND_IN_RELOAD")
+        if how == "unsupported":
+            raise TypeError("reload_weights() got an unexpected keyword argument 'weights_path'")
+        if how == "empty":
+            return
+        path = self._path if how == "stale" or weights_path is None else weights_path
+        log(event="reload", path=path)
+        self._path = path
+        fresh = AutoModelForCausalLM.from_pretrained(path, dtype=self._network.dtype)
+        self._network.load_state_dict(fresh.state_dict())
+
     def generate(
         self,
         prompts: Sequence[dict[str, list[int]]],
@@ -139,6 +177,7 @@ class LLM:
         priority: list[int] | None = None,
         tokenization_kwargs: dict[str, Any] | None = None,
     ) -> list[RequestOutput]:
+        assert self._awake == {"weights", "kv_cache"}, "the engine sleeps"
         assert self._cached == 0, "prefixes of an earlier call are in the cache"
         assert isinstance(sampling_params, Sequence)
         assert len(sampling_params) == len(prompts)
