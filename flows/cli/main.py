@@ -2,7 +2,6 @@
 
 import logging
 import sys
-from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
@@ -15,6 +14,7 @@ from flows.cli.light import WAY_OUT, check, lacking
 from flows.cli.options import err
 from flows.console import PlainRecord, print_line
 from flows.errors import FlowError
+from relex import __version__
 from relex.errors import RelexError
 
 # Exit status of what a SIGINT ended, by convention of shells.
@@ -65,7 +65,7 @@ for part in (look, predict, evaluate, configs, operate, models):
 
 def _show_version(asked: bool) -> None:
     if asked:
-        typer.echo(f"relex {version('relex')}")
+        typer.echo(f"relex {__version__}")
         raise typer.Exit
 
 

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flows.console import markdown_table
-from relex import inspection
+from relex import __version__, inspection
 from relex.predictors import METHODS
 from tests.helpers import cli
 from tests.helpers.straight_run import WriteCheckpoint, make_old
@@ -212,7 +211,7 @@ def test_the_help_groups_commands_and_imports_nothing_heavy() -> None:
 
 
 def test_the_version_is_printed_and_a_shell_completes_commands(relex: Relex) -> None:
-    assert relex("--version") == (0, f"relex {version('relex')}\n", "")
+    assert relex("--version") == (0, f"relex {__version__}\n", "")
     asked = {"_RELEX_COMPLETE": "complete_bash", "COMP_WORDS": "relex st", "COMP_CWORD": "1"}
     command = [sys.executable, "-m", "flows.cli"]
     shown = subprocess.run(command, env={**os.environ, **asked}, capture_output=True, text=True, check=True).stdout
