@@ -127,6 +127,10 @@ class Settings(Compute):
         description="Accuracy on the gate that no model exceeds, such as 0.95 where 5 % of"
         " the right answers are wrong.",
     )
+    notify: Texts = Field(
+        default=[],
+        description="Whom to tell of decisions, drift and stops: a webhook that takes JSON, or any address of apprise.",
+    )
     drift: Literal["weights", "accuracy", "off"] = Field(
         default="weights", description="What is compared when the run reaches a step that was predicted."
     )

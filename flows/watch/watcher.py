@@ -24,6 +24,7 @@ from flows.state.windows import decided, key_of
 from flows.watch import outbox
 from flows.watch.announce import full_window, lost, tick
 from flows.watch.due import DueWindow, arm
+from flows.watch.notices import Notices
 from flows.watch.pins import Pins
 from flows.watch.standing import Standing, write_standing
 from relex.errors import RelexError
@@ -108,11 +109,12 @@ class _Said:
 def _watch(settings: Settings, said: _Said, end: float) -> None:
     """Look until `end` (monotonic seconds)."""
     pins = None if settings.pin == "none" else Pins(settings, released=bool(read_ledger(settings).released))
+    notices = Notices(settings)
     with nullcontext() if pins is None else pins.kept_fresh():
         while True:
             pause = settings.poll_seconds
             try:
-                said.warn(_look(settings, pins, said))
+                said.warn([*_look(settings, pins, said), *notices.look()])
             except (RelexError, OSError) as error:
                 # The network comes back, a repository may be made later, who starts anew moves the run away, and what
                 # is wrong with the base or the file system somebody may put right.
