@@ -51,14 +51,14 @@ def key_line(path: Path, place: Sequence[str | int]) -> int | None:
     node = yaml.compose(path.read_bytes(), yaml.SafeLoader)
     line = None
     for part in place:
-        found = None
+        entry = None
         if isinstance(node, yaml.MappingNode):
-            found = next((pair for pair in node.value if pair[0].value == part), None)
+            entry = next((pair for pair in node.value if pair[0].value == part), None)
         elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-            found = (node.value[part], node.value[part])
-        if found is None:
+            entry = (node.value[part], node.value[part])
+        if entry is None:
             break
-        line, node = found[0].start_mark.line + 1, found[1]
+        line, node = entry[0].start_mark.line + 1, entry[1]
     return line
 
 

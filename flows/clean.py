@@ -29,10 +29,12 @@ def clutter(settings: Settings) -> list[Clutter]:
     predictions are compared with when the run reaches them. A losing candidate that is gone is not compared any more.
     """
     decisions = read_decisions(settings)
-    found = [each for decision in decisions for each in _losers(settings, decision, newest=decision is decisions[-1])]
+    leftovers = [
+        each for decision in decisions for each in _losers(settings, decision, newest=decision is decisions[-1])
+    ]
     if decisions and not any(claimed(settings, path.name) for path in settings.home.glob("windows/*")):
-        found += _evaluations(settings, decisions[-1])
-    return sorted(found, key=lambda each: each.size, reverse=True)
+        leftovers += _evaluations(settings, decisions[-1])
+    return sorted(leftovers, key=lambda each: each.size, reverse=True)
 
 
 def remove(settings: Settings) -> list[Clutter]:

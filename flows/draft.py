@@ -114,9 +114,9 @@ def _benchmarks(root: Path, selection: str | None, gate: str | None) -> tuple[st
     Of two that no name tells apart the larger decides.
     """
     given = [_place(each, root) if each is not None and Path(each).is_file() else each for each in (selection, gate)]
-    found = [name for name in (*_tasks(root), *_fetched()) if name not in given]
-    first = given[0] or _pick(found, ("sel", "val", "dev"), last=False) or _SHIPPED[0]
-    left = [name for name in found if name != first]
+    names = [name for name in (*_tasks(root), *_fetched()) if name not in given]
+    first = given[0] or _pick(names, ("sel", "val", "dev"), last=False) or _SHIPPED[0]
+    left = [name for name in names if name != first]
     return first, given[1] or _pick(left, ("gate", "test"), last=True) or _SHIPPED[1]
 
 
@@ -128,13 +128,13 @@ def _pick(names: Sequence[str], words: Sequence[str], *, last: bool) -> str | No
 
 def _tasks(root: Path) -> list[str]:
     """Return the task files in a directory and in its `benchmarks`, relative to it."""
-    found = []
+    tasks = []
     for path in sorted((*root.glob("*.yaml"), *(root / "benchmarks").glob("*.yaml"))):
         # Other files of that kind lie there, too.
         with suppress(EvaluationError):
             if isinstance(read_yaml(path).get("task"), str):
-                found.append(str(path.relative_to(root)))
-    return found
+                tasks.append(str(path.relative_to(root)))
+    return tasks
 
 
 def _fetched() -> list[str]:

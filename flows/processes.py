@@ -27,12 +27,12 @@ def spawn_watcher(running: Stack, training_run: str, config: Path) -> Daemon:
 
 def watcher(home: Path, training_run: str) -> Daemon:
     """Return the process of one training run, running or not; WatchError where there never was one."""
-    found = find(home, f"{_WATCHER}{training_run}")
-    if found is None:
+    watcher = find(home, f"{_WATCHER}{training_run}")
+    if watcher is None:
         known = [process.name.removeprefix(_WATCHER) for process in status(home) if watched(process) is not None]
         there = f"There are {', '.join(known)}" if known else "Nothing is watched"
         raise WatchError(f"no training run {training_run} is watched in {home}. {there}.")
-    return found
+    return watcher
 
 
 def stop_watcher(home: Path, training_run: str) -> Daemon:

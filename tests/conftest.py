@@ -52,8 +52,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> _Schedu
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with what takes longest: what shares the servers, then files with slow tests."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: (not item.nodeid.startswith(STACK), item.path not in slow))
+    slow = {each.path for each in items if each.get_closest_marker("slow")}
+    items.sort(key=lambda entry: (not entry.nodeid.startswith(STACK), entry.path not in slow))
 
 
 @pytest.hookimpl(trylast=True)

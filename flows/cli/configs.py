@@ -63,19 +63,19 @@ def check(
     What `relex up` does not start with is among them, what is not there yet, and what would spoil a decision.
     Example: relex check relex.yaml
     """
-    found = {}
+    faults_by_config = {}
     with err.status("checking"):
         for path in config:
-            found[path] = _faults(path)
+            faults_by_config[path] = _faults(path)
     if as_json:
-        print_json({str(path): [asdict(fault) for fault in faults] for path, faults in found.items()})
+        print_json({str(path): [asdict(fault) for fault in faults] for path, faults in faults_by_config.items()})
     else:
-        for path, faults in found.items():
+        for path, faults in faults_by_config.items():
             for fault in faults:
                 print_sentence(f"{path}: {fault.text}")
             if not faults:
                 print_sentence(f"{path}: nothing is wrong")
-    if any(found.values()):
+    if any(faults_by_config.values()):
         raise typer.Exit(1)
 
 
@@ -97,14 +97,14 @@ def clean(
     from flows.settings import load_settings
 
     settings = load_settings(config)
-    found = remove(settings) if yes else clutter(settings)
+    leftovers = remove(settings) if yes else clutter(settings)
     if as_json:
-        print_json({"removed": yes, "clutter": [asdict(each) for each in found]})
+        print_json({"removed": yes, "clutter": [asdict(each) for each in leftovers]})
         return
-    for each in found:
+    for each in leftovers:
         print_sentence(f"{ByteSize(each.size).human_readable():>8}  {each.what}: {each.directory}")
-    size = ByteSize(sum(each.size for each in found)).human_readable()
-    if not found:
+    size = ByteSize(sum(each.size for each in leftovers)).human_readable()
+    if not leftovers:
         print_sentence("nothing of it may go")
     else:
         print_sentence(f"removed {size}" if yes else f"{size} may go: relex clean {config} --yes removes it")

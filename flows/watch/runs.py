@@ -105,15 +105,15 @@ def _verdict(decisions: Sequence[Decision]) -> str:
 
 def watched_settings(processes: Sequence[Daemon]) -> dict[Path, Settings]:
     """Return the settings of the training runs whose watchers are running, by their configs."""
-    found = {}
+    readable = {}
     for process in processes:
         config = watched(process)
         if config is None or process.state != "running" or is_reground(config):
             continue
         # Of one that was moved or is being edited its own line says so.
         with suppress(ConfigError):
-            found[config] = load_settings(config)
-    return found
+            readable[config] = load_settings(config)
+    return readable
 
 
 def wait_for_looks(home: Path, watchers: Sequence[Daemon], *, seconds: float = FIRST_LOOK_SECONDS) -> None:
@@ -135,7 +135,7 @@ def _wait(home: Path, process: Daemon, settings: Settings, *, seconds: float) ->
         since = time.time()
 
     def lives() -> bool:
-        found = find(home, process.name)
-        return found is not None and found.state == "running"
+        service = find(home, process.name)
+        return service is not None and service.state == "running"
 
     wait_for_look(settings, since, seconds=seconds, lives=lives)

@@ -19,7 +19,7 @@ def name(path: Path) -> str:
 
 
 def blocks(path: Path, language: str) -> list[str]:
-    return [body for _, found, body in _FENCE.findall(path.read_text(encoding="utf-8")) if found == language]
+    return [body for _, match, body in _FENCE.findall(path.read_text(encoding="utf-8")) if match == language]
 
 
 def prose(path: Path) -> str:

@@ -105,7 +105,7 @@ def test_every_option_that_prose_names_exists() -> None:
     others = {"--nthreads", "--max-model-len", "--save-hf", "--ckpt.save_hf", "--cold", "--cache"}
     for path in PAGES:
         text = path.read_text(encoding="utf-8")
-        shown = {found for code in re.findall(r"`(--[^`]*)`", text) for found in re.findall(r"--[\w.-]+", code)}
+        shown = {match for code in re.findall(r"`(--[^`]*)`", text) for match in re.findall(r"--[\w.-]+", code)}
         assert shown <= every | others, f"{name(path)}: {sorted(shown - every - others)}"
 
 

@@ -59,7 +59,7 @@ EVENTS = {
 
 def names_of_the_code() -> list[Any]:
     pattern = re.compile(r"\b((?:relex|evaluation|deploy|flows)(?:\.\w+)+)")
-    found = []
+    collected = []
     for path in PAGES:
         # Files and events are written with dots, too.
         words = re.findall(r"`([^`\n]+)`", prose(path))
@@ -69,12 +69,12 @@ def names_of_the_code() -> list[Any]:
             f"relex.{end}" for end in ("checkpoint.ready", "window.ready", "target.reached", "prediction.drifted")
         }
         events.add("relex.training")
-        found += [
+        collected += [
             pytest.param(word, id=f"{name(path)}: {word}")
             for word in sorted(dotted - EVENTS)
             if not word.endswith((".yaml", ".json", ".md"))
         ]
-    return found
+    return collected
 
 
 @pytest.mark.parametrize("dotted", names_of_the_code())
@@ -145,9 +145,9 @@ def test_the_method_that_is_written_as_an_example_needs_its_file_and_its_row(
 def files_of_the_code() -> list[Any]:
     pattern = re.compile(r"`((?:relex|evaluation|deploy|flows|tests|docs|examples|benchmarks)/[\w./-]*)`")
     return [
-        pytest.param(found, id=f"{name(path)}: {found}")
+        pytest.param(each, id=f"{name(path)}: {each}")
         for path in PAGES
-        for found in sorted(set(pattern.findall(prose(path))) - MADE)
+        for each in sorted(set(pattern.findall(prose(path))) - MADE)
     ]
 
 

@@ -134,12 +134,12 @@ def test_calls_at_once_have_a_child_each(ask: Ask) -> None:
 def test_a_child_outlives_the_thread_that_asked_for_it(ask: Ask) -> None:
     """The kernel ends a process with the thread that started it."""
     with kept_children():
-        found: list[tuple[int, int]] = []
+        collected: list[tuple[int, int]] = []
         context = contextvars.copy_context()
-        thread = threading.Thread(target=context.run, args=(lambda: found.append(ask("one")),))
+        thread = threading.Thread(target=context.run, args=(lambda: collected.append(ask("one")),))
         thread.start()
         thread.join()
-        assert ask("two") == found[0]
+        assert ask("two") == collected[0]
 
 
 def test_a_child_goes_on_only_where_it_was_started_for_the_same(

@@ -85,9 +85,9 @@ def same_problems(root: Path) -> None:
 )
 def test_each_fault_is_one_line(whole: Path, spoil: Callable[[Path], None], kind: str, lines: list[str]) -> None:
     spoil(whole.parent)
-    found = faults(whole)
-    assert [fault.kind for fault in found] == [kind] * len(lines)
-    for fault, line in zip(found, lines, strict=True):
+    result = faults(whole)
+    assert [fault.kind for fault in result] == [kind] * len(lines)
+    for fault, line in zip(result, lines, strict=True):
         assert fault.text.startswith(line.format(root=whole.parent)), fault.text
         assert "\n" not in fault.text
 

@@ -47,8 +47,8 @@ class Buckets:
     def age(self, location: str, *, seconds: float = 60.0) -> None:
         """Say of an object that it appeared `seconds` before it did."""
         bucket, _, key = location.removeprefix("s3://").partition("/")
-        found = s3_backends[DEFAULT_ACCOUNT_ID]["aws"].buckets[bucket].keys[key]
-        found.last_modified -= timedelta(seconds=seconds)
+        stored_object = s3_backends[DEFAULT_ACCOUNT_ID]["aws"].buckets[bucket].keys[key]
+        stored_object.last_modified -= timedelta(seconds=seconds)
 
     def get(self, location: str) -> bytes:
         """Return the bytes of an object."""
@@ -64,8 +64,8 @@ class Buckets:
     def names(self, location: str) -> list[str]:
         """Return the sorted names of what lies below a location."""
         bucket, _, prefix = location.removeprefix("s3://").partition("/")
-        found = self.client.list_objects_v2(Bucket=bucket, Prefix=f"{prefix}/").get("Contents", [])
-        return sorted(item["Key"].removeprefix(f"{prefix}/") for item in found)
+        objects = self.client.list_objects_v2(Bucket=bucket, Prefix=f"{prefix}/").get("Contents", [])
+        return sorted(each["Key"].removeprefix(f"{prefix}/") for each in objects)
 
     def copy(self, directory: Path, location: str) -> str:
         """Put a directory with everything in it there."""

@@ -59,8 +59,8 @@ class Hub:
 
 def files(directory: Path, prefix: str = "") -> dict[str, bytes]:
     """Return every file below a directory by its path, for a commit."""
-    found = sorted(path for path in directory.rglob("*") if path.is_file())
-    return {prefix + str(path.relative_to(directory)): path.read_bytes() for path in found}
+    paths = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {prefix + str(path.relative_to(directory)): path.read_bytes() for path in paths}
 
 
 @contextmanager
@@ -96,16 +96,16 @@ def serve() -> Iterator[Hub]:
         do_HEAD = do_GET
 
         def _repository(self, name: str) -> Repository | None:
-            found = hub.repositories.get(name)
+            result = hub.repositories.get(name)
             known = self.headers.get("Authorization") == f"Bearer {TOKEN}"
-            if found is None or (found.access == "private" and not known):
+            if result is None or (result.access == "private" and not known):
                 # Who is not logged in does not learn which it is.
                 self._refuse(404 if known else 401, "RepoNotFound")
                 return None
-            if found.access == "gated" and not known:
+            if result.access == "gated" and not known:
                 self._refuse(403, "GatedRepo")
                 return None
-            return found
+            return result
 
         def _api(self, repository: Repository, what: str, revision: str, cursor: int, *, flat: bool) -> None:
             if what == "refs":
@@ -218,7 +218,7 @@ def _folder(name: str) -> dict[str, Any]:
 
 
 def _item(name: str, content: bytes) -> dict[str, Any]:
-    item: dict[str, Any] = {
+    entry: dict[str, Any] = {
         "type": "file",
         "path": name,
         "size": len(content),
@@ -226,5 +226,5 @@ def _item(name: str, content: bytes) -> dict[str, Any]:
     }
     if len(content) >= _LFS_BYTES:
         digest = hashlib.sha256(content).hexdigest()
-        item["lfs"] = {"oid": digest, "size": len(content), "pointerSize": 130}
-    return item
+        entry["lfs"] = {"oid": digest, "size": len(content), "pointerSize": 130}
+    return entry

@@ -52,14 +52,14 @@ def write_run(
             **options,
         )
         adapted = get_peft_model(base, config)
-        trained = {name: item for name, item in adapted.named_parameters() if item.requires_grad}
-        origin = {name: item.detach().clone() for name, item in trained.items()}
-        along = {name: 0.3 * torch.randn_like(item) for name, item in origin.items()}
+        trained = {name: tensor for name, tensor in adapted.named_parameters() if tensor.requires_grad}
+        origin = {name: tensor.detach().clone() for name, tensor in trained.items()}
+        along = {name: 0.3 * torch.randn_like(tensor) for name, tensor in origin.items()}
         run.run.mkdir()
         for step in steps:
-            for name, item in trained.items():
-                noise = 0.05 * torch.randn_like(item)
-                item.data.copy_(origin[name] + (along[name] + noise) * (step / steps[-1]))
+            for name, tensor in trained.items():
+                noise = 0.05 * torch.randn_like(tensor)
+                tensor.data.copy_(origin[name] + (along[name] + noise) * (step / steps[-1]))
             _save(adapted, config, run.run, step=step, trainer=trainer)
     return run
 
@@ -82,8 +82,8 @@ def load_base(path: Path) -> PreTrainedModel:
     """Load a tiny model in fp32."""
     kind = json.loads((path / "config.json").read_bytes())["model_type"]
     family = GPT2LMHeadModel if kind == "gpt2" else Qwen2ForCausalLM
-    found: PreTrainedModel = family.from_pretrained(path, dtype=torch.float32)
-    return found
+    loaded_model: PreTrainedModel = family.from_pretrained(path, dtype=torch.float32)
+    return loaded_model
 
 
 def merge(base: Path, adapter: Path) -> PreTrainedModel:
@@ -102,8 +102,8 @@ def load_adapter(base: Path, adapter: Path) -> PeftModel:
 def logits(model: torch.nn.Module) -> Tensor:
     """Return what a model makes of seven tokens."""
     with torch.no_grad(), _seeded(0):
-        found: Tensor = model(torch.arange(7)[None]).logits
-    return found
+        result: Tensor = model(torch.arange(7)[None]).logits
+    return result
 
 
 def settings(adapter: Path, **changes: Any) -> None:
@@ -115,7 +115,7 @@ def settings(adapter: Path, **changes: Any) -> None:
 
 def states(model: PreTrainedModel) -> Mapping[str, Tensor]:
     """Return the tensors of a model by name, detached."""
-    return {name: item.detach() for name, item in model.state_dict().items()}
+    return {name: tensor.detach() for name, tensor in model.state_dict().items()}
 
 
 def _save(adapted: Any, config: LoraConfig, run: Path, *, step: int, trainer: str) -> None:
@@ -154,9 +154,9 @@ def _config(model: str, *, tied: bool) -> Qwen2Config | GPT2Config:
 def _model(model: str, *, tied: bool) -> PreTrainedModel:
     config = _config(model, tied=tied)
     made: PreTrainedModel = GPT2LMHeadModel(config) if isinstance(config, GPT2Config) else Qwen2ForCausalLM(config)
-    for name, item in made.named_parameters():
+    for name, tensor in made.named_parameters():
         if name.endswith("bias"):  # which start at zero
-            item.data.normal_(std=0.02)
+            tensor.data.normal_(std=0.02)
     return made
 
 

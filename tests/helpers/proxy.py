@@ -50,7 +50,7 @@ def proxy(target: str, faults: Faults) -> Iterator[str]:
                 upstream.request(self.command, self.path, body=body, headers=headers | {"Connection": "close"})
                 response = upstream.getresponse()
                 content = response.read()
-                kept = [item for item in response.getheaders() if item[0].lower() not in _OF_THE_CONNECTION]
+                kept = [header for header in response.getheaders() if header[0].lower() not in _OF_THE_CONNECTION]
                 length = response.getheader("Content-Length") if self.command == "HEAD" else None
                 if faults.cut(self.command, self.path, number):
                     self._answer(response.status, kept, content[: len(content) // 2], length=str(len(content)))

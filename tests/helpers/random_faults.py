@@ -248,19 +248,19 @@ def _check(
         done: list[Fault] = []
         try:
             if chance.random() < 0.2:
-                found = measure(run, between=partial(inflict, hit, file, chance, done))
+                measured = measure(run, between=partial(inflict, hit, file, chance, done))
             else:
                 inflict(hit, file, chance, done, silent=True)
-                found = measure(run)
+                measured = measure(run)
         except RelexError as error:
             refused[hit.__name__] = refused.get(hit.__name__, 0) + 1
             assert "\n" not in str(error), (number, done)  # noqa: PT017 - what is not refused is looked at below
         except Exception as error:
             raise AssertionError(f"case {number}, {done}: a traceback") from error
         else:
-            same = found.products.shape == truth.products.shape and torch.equal(found.products, truth.products)
+            same = measured.products.shape == truth.products.shape and torch.equal(measured.products, truth.products)
             meant = file.name == "adapter_config.json" and done[0].detail.split(" ")[0] in MEANING
-            assert meant or (same and found.digests == truth.digests), f"case {number}, {done}: read wrong"
+            assert meant or (same and measured.digests == truth.digests), f"case {number}, {done}: read wrong"
         # A hang: a good case takes some hundredths of a second.
         assert time.monotonic() - began < 60, (number, done)
         assert not (root / CANARY).exists(), (number, done)

@@ -65,8 +65,8 @@ class Registry:
         return registry.register(path, name=name, tracking_uri=self.uri, gate_reports=[results])
 
     def digest(self, number: int) -> str:
-        found = json.loads((self.home / f"prediction-{number}" / "relex.json").read_text())
-        return str(found["digest"])
+        content = json.loads((self.home / f"prediction-{number}" / "relex.json").read_text())
+        return str(content["digest"])
 
     def promote(self, version: int | None = None, *, name: str = "tiny", by: str = "ada") -> Promotion:
         return promote(name, version, tracking_uri=self.uri, by=by, downloads=self.home / "models")
@@ -75,8 +75,8 @@ class Registry:
         return rollback(name, tracking_uri=self.uri, by="ada", downloads=self.home / "models")
 
     def champion(self, name: str = "tiny") -> int | None:
-        found = registry.champion(name, tracking_uri=self.uri)
-        return None if found is None else found.version
+        current = registry.champion(name, tracking_uri=self.uri)
+        return None if current is None else current.version
 
     def trail(self) -> list[tuple[str, int | None, int | None]]:
         return [

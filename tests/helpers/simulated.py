@@ -75,10 +75,10 @@ class World:
         """Return what a decision is made of here."""
         backtested = Backtested("trusted", (40, 44, 48), "relex", 1.0, 0.6, 0.5, 96, "")
         rungs = tuple(Proposal("line", model.step, None) for model in self.candidates) if self.climbed else ()
-        found = Predicted(self.observed, () if rungs else self.candidates, (), backtested, ladder=rungs)
+        prediction = Predicted(self.observed, () if rungs else self.candidates, (), backtested, ladder=rungs)
         return Stages(
             problems=lambda settings: self._sizes[_SELECTION],
-            predict=lambda settings, steps, key: found,
+            predict=lambda settings, steps, key: prediction,
             write=self._write,
             answer=self._answer,
             base=lambda settings: self.observed,
@@ -93,9 +93,9 @@ class World:
 
     def _write(self, settings: Settings, steps: list[int], key: str, proposals: list[Proposal]) -> list[Model]:
         models = {model.step: model for model in self.candidates}
-        found = [models[proposal.target_step] for proposal in proposals]
-        self.written += found
-        return found
+        result = [models[proposal.target_step] for proposal in proposals]
+        self.written += result
+        return result
 
     def _answer(self, settings: Settings, model: Model, limit: int | None) -> Answered:
         right = self._right[_SELECTION, model][:limit]

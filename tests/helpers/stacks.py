@@ -27,9 +27,9 @@ def environment_given_back() -> Iterator[None]:
 
 
 def access(server: Stack) -> Access:
-    found = read_access(server.home)
-    assert found is not None
-    return found
+    credentials = read_access(server.home)
+    assert credentials is not None
+    return credentials
 
 
 def headers(server: Stack) -> dict[str, str]:

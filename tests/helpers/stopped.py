@@ -33,7 +33,7 @@ def decided(config: Path, *, at_least: float | None = 0.985, **changes: Any) -> 
     gate = replace(gate, candidate_at_least=at_least)
     registered: dict[str, Any] = {
         "training_run": settings.training_run,
-        "key": window_key(settings, base, [item for item in stored if item.step <= window]),
+        "key": window_key(settings, base, [checkpoint for checkpoint in stored if checkpoint.step <= window]),
         "window": window,
         "steps": (10, 20, 25, 40),
         "verdict": "registered",

@@ -148,9 +148,9 @@ def least_memory(trajectory: Trajectory) -> int:
     """Return the budget in bytes that the refusal of a smaller one names."""
     with pytest.raises(MemoryBudgetError) as caught:
         gram.measure(trajectory, memory=1, threads=1)
-    found = re.fullmatch(r".*Give at least (\d+)MiB\.", str(caught.value))
-    assert found is not None, caught.value
-    return int(found[1]) * MIB
+    match = re.fullmatch(r".*Give at least (\d+)MiB\.", str(caught.value))
+    assert match is not None, caught.value
+    return int(match[1]) * MIB
 
 
 def write(trajectory: Trajectory, prediction: Forecast, out: Path) -> Path:

@@ -81,7 +81,7 @@ def runs(tmp_path: Path) -> list[Run]:
         write_benchmark(tmp_path, split, problems, max_new_tokens=2)
     (tmp_path / "base").mkdir()
     _write_weights(tmp_path / "base", 0, seed=1)
-    found = []
+    collected = []
     for name in NAMES:
         content = {
             "training_run": name,
@@ -100,8 +100,8 @@ def runs(tmp_path: Path) -> list[Run]:
         }
         config = tmp_path / f"{name}.yaml"
         config.write_text(yaml.safe_dump(content))
-        found.append(Run(config, load_settings(config)))
-    return found
+        collected.append(Run(config, load_settings(config)))
+    return collected
 
 
 @pytest.fixture
@@ -134,30 +134,30 @@ def _post(running: Stack, path: str, body: dict[str, Any]) -> Any:
 def _events(running: Stack, run: Run, name: str) -> list[dict[str, Any]]:
     body = {"filter": {"event": {"name": [name]}, "resource": {"id": [resource(run.settings)]}}, "limit": 50}
     page = _post(running, "events/filter", body)
-    found: list[dict[str, Any]] = page["events"]
+    events: list[dict[str, Any]] = page["events"]
     while page["next_page"]:
         page = call("GET", page["next_page"], auth=ACCESS)
-        found += page["events"]
-    return found
+        events += page["events"]
+    return events
 
 
 def _flow_runs(running: Stack) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
-    while page := _post(running, "flow_runs/filter", {"limit": 200, "offset": len(found)}):
-        found += page
-    return found
+    collected: list[dict[str, Any]] = []
+    while page := _post(running, "flow_runs/filter", {"limit": 200, "offset": len(collected)}):
+        collected += page
+    return collected
 
 
 def _leader(home: Path, name: str) -> psutil.Process | None:
-    found = daemon.find(home, name)
-    return None if found is None or found.pid is None else psutil.Process(found.pid)
+    service = daemon.find(home, name)
+    return None if service is None or service.pid is None else psutil.Process(service.pid)
 
 
 def _flow_process(home: Path, run: Run, flow: str) -> psutil.Process | None:
     """Return the process of this training run's running flow run `flow`."""
     running = stack.running(home)
-    flows = {item["id"]: item["name"] for item in _post(running, "flows/filter", {})}
-    names = {item["id"]: flows[item["flow_id"]] for item in _flow_runs(running) if item["state_type"] == "RUNNING"}
+    flows = {each["id"]: each["name"] for each in _post(running, "flows/filter", {})}
+    names = {each["id"]: flows[each["flow_id"]] for each in _flow_runs(running) if each["state_type"] == "RUNNING"}
     for process in daemon.processes(home, f"watcher-{run.name}"):
         try:
             engine = "prefect" in " ".join(process.cmdline())
@@ -242,20 +242,20 @@ def test_nothing_is_lost_or_doubled_whatever_is_killed(
         keys = {event["payload"]["key"] for event in _events(running, run, WINDOW_READY)}
         assert keys == {decision.key for decision in decisions}
         verdicts = Counter(
-            item["parameters"]["key"]
-            for item in _flow_runs(running)
-            if item["state_type"] == "COMPLETED" and (item["state"]["message"] or "").startswith("keep training")
+            each["parameters"]["key"]
+            for each in _flow_runs(running)
+            if each["state_type"] == "COMPLETED" and (each["state"]["message"] or "").startswith("keep training")
         )
         assert all(verdicts[decision.key] <= 1 for decision in decisions)
-        failed = [item for item in _flow_runs(running) if item["state_type"] == "FAILED"]
-        assert [item["state"]["message"] for item in failed] == []
+        failed = [each for each in _flow_runs(running) if each["state_type"] == "FAILED"]
+        assert [each["state"]["message"] for each in failed] == []
     # No decision was made again over one that stood.
     assert {path: path.stat().st_mtime_ns for path in _decision_files(runs)} == written
     client = MlflowClient(running.mlflow_url)
     experiment = client.get_experiment_by_name("shared")
     assert experiment is not None
     recorded = Counter(run.data.tags["relex.key"] for run in client.search_runs([experiment.experiment_id]))
-    assert recorded == Counter(f"{run.name} {item.key}" for run in runs for item in read_decisions(run.settings))
+    assert recorded == Counter(f"{run.name} {each.key}" for run in runs for each in read_decisions(run.settings))
     _refuse_secrets(place, running)
 
 
@@ -277,7 +277,7 @@ def test_a_watcher_that_starts_while_the_server_is_away_serves_when_it_is_back(p
     assert stack.up(place).prefect_api_url == running.prefect_api_url
     wait_for(
         "a run of its watcher",
-        lambda: [item for item in _flow_runs(running) if item["state_type"] == "RUNNING"],
+        lambda: [each for each in _flow_runs(running) if each["state_type"] == "RUNNING"],
     )
 
 
@@ -290,10 +290,10 @@ def _refuse_secrets(home: Path, running: Stack) -> None:
     for path in files:
         content = path.read_bytes()
         assert not [secret for secret in secrets if secret in content], path
-    processes = [process for found in stack.status(home) for process in daemon.processes(home, found.name)]
+    processes = [process for service in stack.status(home) for process in daemon.processes(home, service.name)]
     told = [" ".join(process.cmdline()) for process in processes]
     told += [str(_post(running, path, {})) for path in ("deployments/filter", "flow_runs/filter", "artifacts/filter")]
-    told += [str(found) for found in stack.status(home)]
+    told += [str(service) for service in stack.status(home)]
     assert not [text for text in told if plain.decode() in text]
 
 

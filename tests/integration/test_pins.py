@@ -80,9 +80,9 @@ def saved(log: Path) -> dict[int, str]:
 def kept(settings: Settings) -> dict[int, str]:
     """Return the digest of the weights of every pinned checkpoint that is ready."""
     return {
-        item.step: sha256((Path(str(item.directory)) / "model.safetensors").read_bytes()).hexdigest()
-        for item in scan(settings.pins, open_base(settings.base), now=time.time())
-        if item.state is State.READY
+        checkpoint.step: sha256((Path(str(checkpoint.directory)) / "model.safetensors").read_bytes()).hexdigest()
+        for checkpoint in scan(settings.pins, open_base(settings.base), now=time.time())
+        if checkpoint.state is State.READY
     }
 
 

@@ -73,7 +73,7 @@ def quiet(tmp_path: Path) -> Iterator[Path]:
 
 
 def _pids(home: Path) -> dict[str, int | None]:
-    return {found.name: found.pid for found in stack.status(home)}
+    return {service.name: service.pid for service in stack.status(home)}
 
 
 def test_up_twice_is_one_set_of_servers(running: Stack) -> None:
@@ -123,7 +123,9 @@ def test_a_killed_server_is_started_again_at_its_address_with_its_data(running: 
     assert before["mlflow"] is not None
     left = daemon.processes(running.home, "mlflow")
     os.kill(before["mlflow"], signal.SIGKILL)
-    wait_for("the dead server", lambda: {found.state for found in stack.status(running.home)} == {"running", "dead"})
+    wait_for(
+        "the dead server", lambda: {service.state for service in stack.status(running.home)} == {"running", "dead"}
+    )
     with pytest.raises(StackError, match="mlflow is dead"):
         stack.running(running.home)
     assert stack.up(running.home) == running
@@ -140,7 +142,7 @@ def test_down_leaves_no_process_and_up_finds_the_data_again(running: Stack) -> N
     everything = [p for name in _pids(running.home) for p in daemon.processes(running.home, name)]
     assert len(everything) >= 3
     stopped = stack.down(running.home)
-    assert {found.state for found in stopped} == {"stopped"}
+    assert {service.state for service in stopped} == {"stopped"}
     assert not any(process.is_running() for process in everything)
     assert stack.tracking_uri(running.home).startswith("sqlite:////")
     assert models("down", tracking_uri=stack.tracking_uri(running.home)) == []
@@ -152,10 +154,10 @@ def test_a_server_that_ends_at_once_is_reported_with_its_log(quiet: Path) -> Non
     make_access(quiet)
     (quiet / "mlflow").mkdir()
     (quiet / "mlflow/mlflow.db").write_text("not a database")
-    found = launch(quiet, MLFLOW)
+    service = launch(quiet, MLFLOW)
     with pytest.raises(StackError) as refusal:  # noqa: PT012 the loop is what `up` does
         while True:
-            found = still_starting(quiet, found, MLFLOW, seconds=0, limit=120)
+            service = still_starting(quiet, service, MLFLOW, seconds=0, limit=120)
             time.sleep(0.1)
     assert "mlflow ended: " in str(refusal.value)
     assert str(quiet / "logs/mlflow.log") in str(refusal.value)
@@ -163,10 +165,10 @@ def test_a_server_that_ends_at_once_is_reported_with_its_log(quiet: Path) -> Non
 
 
 def test_a_server_that_never_answers_is_given_up_and_stopped(quiet: Path) -> None:
-    found = daemon.start(quiet, "mlflow", ["sleep", "1000"], environment={}, url="http://127.0.0.1:9")
-    assert still_starting(quiet, found, MLFLOW, seconds=119, limit=120) == found
+    service = daemon.start(quiet, "mlflow", ["sleep", "1000"], environment={}, url="http://127.0.0.1:9")
+    assert still_starting(quiet, service, MLFLOW, seconds=119, limit=120) == service
     with pytest.raises(StackError, match="mlflow did not answer within 120 s: it wrote nothing"):
-        still_starting(quiet, found, MLFLOW, seconds=121, limit=120)
+        still_starting(quiet, service, MLFLOW, seconds=121, limit=120)
     assert daemon.processes(quiet, "mlflow") == []
 
 
@@ -176,12 +178,12 @@ def test_a_server_of_another_version_is_outdated(quiet: Path) -> None:
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     argv = [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1", "--directory", str(quiet)]
-    found = daemon.start(quiet, "mlflow", argv, environment=dict(os.environ), url=url)
+    service = daemon.start(quiet, "mlflow", argv, environment=dict(os.environ), url=url)
     with httpx.Client(trust_env=False, timeout=60) as client:
         assert not is_outdated(
             client, Daemon("mlflow", None, "http://127.0.0.1:9", "running", quiet, ("mlflow",)), MLFLOW, None
         )
-        wait_for("the answer of another version", lambda: is_outdated(client, found, MLFLOW, None))
+        wait_for("the answer of another version", lambda: is_outdated(client, service, MLFLOW, None))
 
 
 def test_spawning_a_live_name_again_leaves_it_alone_and_refuses_to_make_it_something_else(quiet: Path) -> None:
@@ -203,12 +205,12 @@ def test_watchers_that_died_are_started_again_and_those_that_were_stopped_are_no
     # Before it finds that there is no such config.
     os.kill(int(live.pid or 0), signal.SIGSTOP)
     wait_for(
-        "the dead watcher", lambda: [found.state for found in stack.status(quiet)] == ["stopped", "dead", "running"]
+        "the dead watcher", lambda: [service.state for service in stack.status(quiet)] == ["stopped", "dead", "running"]
     )
     (revived,) = revive_watchers(running)
     assert (revived.name, revived.argv, revived.pid == killed.pid) == (killed.name, killed.argv, False)
     assert revived.argv[3] == str(quiet / "b.yaml")
-    assert [found.pid for found in stack.status(quiet)][2] == live.pid
+    assert [service.pid for service in stack.status(quiet)][2] == live.pid
     os.kill(int(live.pid or 0), signal.SIGCONT)
 
 
@@ -234,11 +236,11 @@ def test_a_spawned_process_has_its_environment_and_hears_an_interrupt(quiet: Pat
     )
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        found = stack.spawn(quiet, "child", [sys.executable, "-c", program], environment={"COLOUR": "green"})
+        service = stack.spawn(quiet, "child", [sys.executable, "-c", program], environment={"COLOUR": "green"})
     finally:
         signal.signal(signal.SIGINT, before)
-    wait_for("the first line", lambda: "green" in found.log.read_text())
-    assert "default_int_handler" in found.log.read_text()
+    wait_for("the first line", lambda: "green" in service.log.read_text())
+    assert "default_int_handler" in service.log.read_text()
 
 
 def test_down_ends_even_a_grandchild_that_ignores_it(quiet: Path) -> None:
@@ -247,8 +249,8 @@ def test_down_ends_even_a_grandchild_that_ignores_it(quiet: Path) -> None:
     # In a session of its own, as a training run is that a flow started.
     born = f"subprocess.Popen([sys.executable, '-c', {deaf!r}], start_new_session=True)"
     program = f"import subprocess, sys, time; {born}; time.sleep(1000)"
-    found = stack.spawn(quiet, "parent", [sys.executable, "-c", program])
-    wait_for("the first line", lambda: "deaf" in found.log.read_text())
+    service = stack.spawn(quiet, "parent", [sys.executable, "-c", program])
+    wait_for("the first line", lambda: "deaf" in service.log.read_text())
     family = daemon.processes(quiet, "parent")
     assert len(family) == 2
     stack.down(quiet)
@@ -256,11 +258,11 @@ def test_down_ends_even_a_grandchild_that_ignores_it(quiet: Path) -> None:
 
 
 def test_a_process_that_got_the_pid_of_a_dead_service_is_not_stopped(quiet: Path) -> None:
-    found = stack.spawn(quiet, "sleeper", ["sleep", "1000"])
+    service = stack.spawn(quiet, "sleeper", ["sleep", "1000"])
     record_path = quiet / "services/sleeper.json"
     recorded = json.loads(record_path.read_text())
     record_path.write_text(json.dumps({**recorded, "create_time": recorded["create_time"] - 60}))
-    innocent = psutil.Process(int(found.pid or 0))
+    innocent = psutil.Process(int(service.pid or 0))
     try:
         assert [known.state for known in stack.status(quiet)] == ["dead"]
         stack.down(quiet)

@@ -22,19 +22,19 @@ PACKAGES = ("relex", "evaluation", "deploy", "flows")
 
 def closure(requirements: list[str]) -> dict[str, Distribution]:
     """Return what these need, and what that needs, as it is installed here."""
-    found: dict[str, Distribution] = {}
+    result: dict[str, Distribution] = {}
     todo = [Requirement(text) for text in requirements]
     while todo:
         requirement = todo.pop()
         name = canonicalize_name(requirement.name)
         extras = {"", *requirement.extras}
-        if name in found and extras == {""}:
+        if name in result and extras == {""}:
             continue
-        found[name] = distribution(name)
-        for needed in map(Requirement, found[name].requires or []):
+        result[name] = distribution(name)
+        for needed in map(Requirement, result[name].requires or []):
             if needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in extras):
                 todo.append(needed)
-    return found
+    return result
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ LATER = STEPS[-1]
 def all_deltas(*, frozen: bool = True) -> Array:
     """Return the deltas of the floating-point tensors of `drift`, one after the other in a row."""
     states = drift()
-    names = [name for name, item in states[0].items() if item.is_floating_point() and (frozen or name != FROZEN)]
+    names = [name for name, each in states[0].items() if each.is_floating_point() and (frozen or name != FROZEN)]
     parts = [dense.deltas(states[0][name], [states[step][name] for step in STEPS]) for name in names]
     return np.concatenate(parts, axis=1)
 
@@ -48,10 +48,10 @@ def predicted_delta(run: Run, method: str, target: int) -> tuple[Array, Distance
     made = forecast(window, measure(window), parse_method(method), target_step=target)
     states = drift()
     parts = []
-    for name, item in states[0].items():
-        if not item.is_floating_point():
+    for name, each in states[0].items():
+        if not each.is_floating_point():
             continue
-        rows = dense.deltas(item, [states[step][name] for step in STEPS])[:WINDOW]
+        rows = dense.deltas(each, [states[step][name] for step in STEPS])[:WINDOW]
         source = made.tensors[name]
         last = np.eye(WINDOW)[-1]
         coefficients = {"combined": np.array(source.coefficients), "latest": last, "base": 0.0 * last}[source.source]
@@ -61,15 +61,15 @@ def predicted_delta(run: Run, method: str, target: int) -> tuple[Array, Distance
 
 @pytest.mark.parametrize("method", ["relex", "raw", "weight-extrapolation", "expo", "hold"])
 def test_the_distance_to_a_later_checkpoint_is_that_of_the_weights(run: Run, method: str) -> None:
-    made, found = predicted_delta(run, method, LATER)
+    made, result = predicted_delta(run, method, LATER)
     deltas = all_deltas()
     real, held = deltas[-1], deltas[WINDOW - 1]
-    assert found is not None
-    assert found.error == pytest.approx(np.linalg.norm(made - real) / np.linalg.norm(real), rel=1e-6)
-    assert found.cosine == pytest.approx(made @ real / np.linalg.norm(made) / np.linalg.norm(real), rel=1e-6)
-    assert found.norm_ratio == pytest.approx(np.linalg.norm(made) / np.linalg.norm(real), rel=1e-6)
+    assert result is not None
+    assert result.error == pytest.approx(np.linalg.norm(made - real) / np.linalg.norm(real), rel=1e-6)
+    assert result.cosine == pytest.approx(made @ real / np.linalg.norm(made) / np.linalg.norm(real), rel=1e-6)
+    assert result.norm_ratio == pytest.approx(np.linalg.norm(made) / np.linalg.norm(real), rel=1e-6)
     skill = 1 - np.sum((made - real) ** 2) / np.sum((held - real) ** 2)
-    assert found.skill == pytest.approx(skill, abs=1e-6)
+    assert result.skill == pytest.approx(skill, abs=1e-6)
 
 
 def test_holding_has_no_skill_and_the_truth_all_of_it(run: Run) -> None:
@@ -78,22 +78,22 @@ def test_holding_has_no_skill_and_the_truth_all_of_it(run: Run) -> None:
     assert held.skill == pytest.approx(0.0, abs=1e-12)
     whole = run.open()
     truth = forecast(whole, measure(whole), parse_method("hold"), target_step=LATER)
-    found = distance(measure(whole), truth, LATER)
-    assert found is not None
-    assert (found.error, found.skill) == (0.0, None)
-    assert (found.cosine, found.norm_ratio) == pytest.approx((1.0, 1.0))
+    measured = distance(measure(whole), truth, LATER)
+    assert measured is not None
+    assert (measured.error, measured.skill) == (0.0, None)
+    assert (measured.cosine, measured.norm_ratio) == pytest.approx((1.0, 1.0))
 
 
 def test_an_observed_step_needs_no_skill(run: Run) -> None:
-    _, found = predicted_delta(run, "reconstruct", STEPS[1])
-    assert found is not None
-    assert found.skill is None
-    assert 0 < found.error < 1
+    _, result = predicted_delta(run, "reconstruct", STEPS[1])
+    assert result is not None
+    assert result.skill is None
+    assert 0 < result.error < 1
 
 
 def test_there_is_no_distance_to_a_step_that_the_run_has_not_reached(run: Run) -> None:
-    _, found = predicted_delta(run, "relex", 200)
-    assert found is None
+    _, result = predicted_delta(run, "relex", 200)
+    assert result is None
 
 
 @pytest.mark.parametrize("method", ["alpha-rl", "next:ahead=1,epochs=2"])
@@ -105,14 +105,14 @@ def test_the_distance_of_what_is_no_combination_is_that_of_the_weights_too(
     (made,) = extrapolate(window, [request], grams=tmp_path / "grams", memory=64 * MIB, threads=1, dtype="float32")
     assert made.vectors
     predicted, base = load(tmp_path / "out"), load(run.base)
-    moved = [dense.wide(predicted[name]) - dense.wide(item) for name, item in base.items() if item.is_floating_point()]
+    moved = [dense.wide(predicted[name]) - dense.wide(each) for name, each in base.items() if each.is_floating_point()]
     delta, real = np.concatenate(moved), all_deltas_in(list(base))[-1]
     added = along(whole, made, LATER, memory=64 * MIB, threads=1)
-    found = distance(measure(whole), made, LATER, added=added)
-    assert found is not None
-    assert found.error == pytest.approx(np.linalg.norm(delta - real) / np.linalg.norm(real), rel=1e-4)
-    assert found.cosine == pytest.approx(delta @ real / np.linalg.norm(delta) / np.linalg.norm(real), rel=1e-4)
-    assert found.norm_ratio == pytest.approx(np.linalg.norm(delta) / np.linalg.norm(real), rel=1e-4)
+    measured = distance(measure(whole), made, LATER, added=added)
+    assert measured is not None
+    assert measured.error == pytest.approx(np.linalg.norm(delta - real) / np.linalg.norm(real), rel=1e-4)
+    assert measured.cosine == pytest.approx(delta @ real / np.linalg.norm(delta) / np.linalg.norm(real), rel=1e-4)
+    assert measured.norm_ratio == pytest.approx(np.linalg.norm(delta) / np.linalg.norm(real), rel=1e-4)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 5])
@@ -126,8 +126,8 @@ def test_a_reconstruction_is_the_step_projected_onto_the_leading_directions(run:
         rows = dense.deltas(states[0][name], [states[at][name] for at in STEPS])
         coordinates, directions = dense.coordinates(rows, rank)
         expected = coordinates[STEPS.index(step)] @ directions
-        found = found_TK[gram.names.index(name)].numpy() @ rows
-        np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+        measured = found_TK[gram.names.index(name)].numpy() @ rows
+        np.testing.assert_allclose(measured, expected, atol=1e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize(
@@ -160,9 +160,9 @@ def test_weights_that_hardly_move_or_take_few_values_are_left_out() -> None:
         "one value": [2.0] * 5,
     }
     values_KN = torch.tensor(list(columns.values()), dtype=torch.float64).T
-    found = linearity.r_squared(values_KN, torch.tensor(STEPS, dtype=torch.float64))
+    result = linearity.r_squared(values_KN, torch.tensor(STEPS, dtype=torch.float64))
     kept = [columns[name] for name in ("moves", "a little more", "four values")]
-    assert found.tolist() == pytest.approx([line_r_squared(row, STEPS) for row in kept], rel=1e-9)
+    assert result.tolist() == pytest.approx([line_r_squared(row, STEPS) for row in kept], rel=1e-9)
 
 
 def test_the_sample_is_a_thousandth_or_fifty_and_each_value_is_that_of_one_entry(tmp_path: Path) -> None:
@@ -170,13 +170,17 @@ def test_the_sample_is_a_thousandth_or_fifty_and_each_value_is_that_of_one_entry
     shapes = {"short": (8,), "frozen.weight": (16, 5), "long.weight": (1100, 1000)}
     states = drift(shapes, base=torch.float32, stored=torch.float32)
     trajectory = write_run(tmp_path, states).open()
-    found = weight_r_squared(trajectory, seed=3, memory=64 * MIB, threads=2)
-    assert {name: item.drawn for name, item in found.items()} == {"short": 8, "frozen.weight": 50, "long.weight": 1100}
-    assert len(found["frozen.weight"].r_squared) == 0
+    measured = weight_r_squared(trajectory, seed=3, memory=64 * MIB, threads=2)
+    assert {name: each.drawn for name, each in measured.items()} == {
+        "short": 8,
+        "frozen.weight": 50,
+        "long.weight": 1100,
+    }
+    assert len(measured["frozen.weight"].r_squared) == 0
     for name in ("short", "long.weight"):
         values_KN = torch.stack([states[step][name].flatten().double() for step in STEPS])
         entries = np.sort(linearity.squared_correlation(values_KN, torch.tensor(STEPS, dtype=torch.float64)).numpy())
-        drawn = np.sort(found[name].r_squared)
+        drawn = np.sort(measured[name].r_squared)
         places = np.searchsorted(entries, drawn - 1e-12)
         np.testing.assert_allclose(entries[places], drawn, rtol=0, atol=1e-12)
         assert len(set(places.tolist())) == len(drawn) == min(len(entries), 1100)
@@ -197,12 +201,12 @@ def test_the_sample_depends_on_the_seed_and_on_nothing_else(run: Run) -> None:
 def test_adapters_are_sampled_as_the_weights_they_make(tmp_path: Path) -> None:
     adapters = peft_files.write_run(tmp_path)
     merged = peft_files.write_merged(adapters, tmp_path / "merged")
-    found = weight_r_squared(adapters.open(), seed=0, memory=64 * MIB, threads=2)
+    measured = weight_r_squared(adapters.open(), seed=0, memory=64 * MIB, threads=2)
     expected = weight_r_squared(merged.open(), seed=0, memory=64 * MIB, threads=2)
-    assert any(len(item.r_squared) for item in found.values())
-    for name, item in expected.items():
-        values = found[name].r_squared if name in found else np.zeros(0)
-        np.testing.assert_allclose(values, item.r_squared, atol=1e-3)
+    assert any(len(each.r_squared) for each in measured.values())
+    for name, each in expected.items():
+        values = measured[name].r_squared if name in measured else np.zeros(0)
+        np.testing.assert_allclose(values, each.r_squared, atol=1e-3)
 
 
 @pytest.fixture
@@ -222,9 +226,9 @@ def test_the_coordinates_are_those_of_all_deltas_together(analysis: Analysis) ->
 def test_energy_and_r_squared_are_by_tensor_and_pooled_by_module_type(analysis: Analysis) -> None:
     states = drift()
     rows = {
-        name: dense.deltas(item, [states[step][name] for step in STEPS])
-        for name, item in states[0].items()
-        if item.is_floating_point()
+        name: dense.deltas(each, [states[step][name] for step in STEPS])
+        for name, each in states[0].items()
+        if each.is_floating_point()
     }
     by_tensor = {part.name: part for part in analysis.tensors}
     assert by_tensor.keys() == rows.keys()
@@ -234,8 +238,8 @@ def test_energy_and_r_squared_are_by_tensor_and_pooled_by_module_type(analysis: 
             continue
         assert part.energy == pytest.approx(dense.energy(rows[name], 1), rel=1e-5)
         assert part.r_squared == pytest.approx(dense.r_squared(rows[name], STEPS), rel=1e-4)
-    sizes = {name: float((item**2).sum()) for name, item in rows.items()}
-    energies = {name: dense.energy(item, 1) for name, item in rows.items() if name != FROZEN}
+    sizes = {name: float((each**2).sum()) for name, each in rows.items()}
+    energies = {name: dense.energy(each, 1) for name, each in rows.items() if name != FROZEN}
     pooled = sum(sizes[name] * value for name, value in energies.items()) / sum(sizes.values())
     assert analysis.whole.energy == pytest.approx(pooled, rel=1e-5)
     assert sum(part.share for part in analysis.modules) == pytest.approx(1.0)
@@ -261,8 +265,8 @@ def test_the_place_of_a_tensor_is_read_from_its_name(name: str, expected: tuple[
 
 def test_series_that_never_change_are_left_out() -> None:
     rows = [[1.0, 2.0, 2.5, 4.0, 7.5], [3.0] * 5, [0.0, 1.0, 0.0, 1.0, 0.0]]
-    found = series_moments(rows, STEPS)
-    assert (found.drawn, found.kept) == (3, 2)
-    assert found.counts[BINS - 1] == 1
-    assert found.quartiles is not None
-    assert found.quartiles[1] == pytest.approx((1.0 + line_r_squared(rows[2], STEPS)) / 2)
+    result = series_moments(rows, STEPS)
+    assert (result.drawn, result.kept) == (3, 2)
+    assert result.counts[BINS - 1] == 1
+    assert result.quartiles is not None
+    assert result.quartiles[1] == pytest.approx((1.0 + line_r_squared(rows[2], STEPS)) / 2)

@@ -33,7 +33,11 @@ def predict(run: Run, root: Path, method: str = "relex-pinned:damping=0.6") -> t
 
 def real(run: Run, step: int = LATER) -> Checkpoint:
     stored = scan(run.run, open_base(run.base), now=time.time())
-    return next(Checkpoint(item.step, item.weights) for item in stored if item.step == step and item.weights)
+    return next(
+        Checkpoint(checkpoint.step, checkpoint.weights)
+        for checkpoint in stored
+        if checkpoint.step == step and checkpoint.weights
+    )
 
 
 def compare(run: Run, observed: Path, predicted: Path, *, memory: int = 64 * MIB, threads: int = 2) -> Drift:
@@ -65,12 +69,12 @@ def test_it_is_what_the_gram_of_all_checkpoints_says_but_for_the_rounding_of_the
     assert expected is not None
     assert expected.skill is not None
     prune(run)
-    found = compare(run, observed, predicted)
-    assert found.skill == pytest.approx(expected.skill, abs=0.01)
-    assert found.cosine == pytest.approx(expected.cosine, abs=0.001)
-    assert found.norm_ratio == pytest.approx(expected.norm_ratio, abs=0.001)
-    assert (found.rounding > 0) == (torch.finfo(base).eps > torch.finfo(stored).eps)
-    assert found.norm_band == forecast.norm_band
+    measured = compare(run, observed, predicted)
+    assert measured.skill == pytest.approx(expected.skill, abs=0.01)
+    assert measured.cosine == pytest.approx(expected.cosine, abs=0.001)
+    assert measured.norm_ratio == pytest.approx(expected.norm_ratio, abs=0.001)
+    assert (measured.rounding > 0) == (torch.finfo(base).eps > torch.finfo(stored).eps)
+    assert measured.norm_band == forecast.norm_band
 
 
 def test_a_base_that_is_finer_than_its_checkpoints_puts_no_rounding_into_the_deltas(tmp_path: Path) -> None:
@@ -83,10 +87,10 @@ def test_a_base_that_is_finer_than_its_checkpoints_puts_no_rounding_into_the_del
     observed, predicted = predict(run, tmp_path)
     expected = distance.distance(trajectories.measure(run.open()), read(predicted).forecast, LATER)
     assert expected is not None
-    found = compare(run, observed, predicted)
-    assert found.skill == pytest.approx(expected.skill, abs=1e-3)
-    assert found.cosine == pytest.approx(expected.cosine, abs=1e-3)
-    assert found.norm_ratio == pytest.approx(expected.norm_ratio, abs=1e-3)
+    measured = compare(run, observed, predicted)
+    assert measured.skill == pytest.approx(expected.skill, abs=1e-3)
+    assert measured.cosine == pytest.approx(expected.cosine, abs=1e-3)
+    assert measured.norm_ratio == pytest.approx(expected.norm_ratio, abs=1e-3)
 
 
 def test_the_copy_itself_has_no_skill_and_the_real_checkpoint_all_of_it(tmp_path: Path) -> None:
@@ -95,10 +99,10 @@ def test_the_copy_itself_has_no_skill_and_the_real_checkpoint_all_of_it(tmp_path
     assert compare(run, observed, observed).skill == 0.0
     # In place of the prediction, what it predicts.
     shutil.copy(run.run / f"checkpoint-{LATER}" / "model.safetensors", predicted)
-    found = compare(run, observed, predicted)
-    assert found.skill == 1.0
-    assert found.cosine == pytest.approx(1.0)
-    assert found.norm_ratio == 1.0
+    measured = compare(run, observed, predicted)
+    assert measured.skill == 1.0
+    assert measured.cosine == pytest.approx(1.0)
+    assert measured.norm_ratio == 1.0
 
 
 def test_a_run_that_stands_still_says_nothing_of_skill(tmp_path: Path) -> None:
@@ -106,9 +110,9 @@ def test_a_run_that_stands_still_says_nothing_of_skill(tmp_path: Path) -> None:
     run = write_run(tmp_path, states)
     observed, predicted = predict(run, tmp_path)
     write_model(run.run / f"checkpoint-{LATER}", states[WINDOW])
-    found = compare(run, observed, predicted)
-    assert found.skill is None
-    assert found.norm_ratio is not None
+    measured = compare(run, observed, predicted)
+    assert measured.skill is None
+    assert measured.norm_ratio is not None
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -118,12 +122,12 @@ def test_adapters_are_compared_as_the_whole_models_they_make(tmp_path: Path, dor
     observed, predicted = predict(run, tmp_path)
     before = read(predicted).forecast
     prune(run)
-    found = compare(run, observed, predicted)
+    measured = compare(run, observed, predicted)
     later = flat(merged.run / f"checkpoint-{LATER}")
     waited, missed = (torch.linalg.norm(flat(path) - later) for path in (observed, predicted))
-    assert found.skill == pytest.approx(1.0 - float(missed / waited) ** 2, abs=1e-3)
-    assert found.norm == pytest.approx(float(torch.linalg.norm(later - flat(run.base))), rel=1e-3)
-    assert found.norm_band == before.norm_band
+    assert measured.skill == pytest.approx(1.0 - float(missed / waited) ** 2, abs=1e-3)
+    assert measured.norm == pytest.approx(float(torch.linalg.norm(later - flat(run.base))), rel=1e-3)
+    assert measured.norm_band == before.norm_band
 
 
 def test_memory_and_threads_do_not_change_a_digit_and_too_little_memory_is_told(tmp_path: Path) -> None:
@@ -132,8 +136,8 @@ def test_memory_and_threads_do_not_change_a_digit_and_too_little_memory_is_told(
     with pytest.raises(MemoryBudgetError) as caught:
         compare(run, observed, predicted, memory=MIB)
     least = int(str(caught.value).split("Give at least ")[1].removesuffix("MiB.")) * MIB
-    found = compare(run, observed, predicted, memory=least, threads=1)
-    assert found == compare(run, observed, predicted, threads=5)
+    measured = compare(run, observed, predicted, memory=least, threads=1)
+    assert measured == compare(run, observed, predicted, threads=5)
 
 
 def test_a_run_that_diverged_is_told_with_the_tensor_and_the_step(tmp_path: Path) -> None:

@@ -58,8 +58,8 @@ def test_another_base_is_another_prediction_even_with_the_same_coefficients(run:
     states[0]["model.layers.0.mlp.weight"][3, 4] += 1.0
     one, other = predict(run.open(), "expo"), predict(write_run(tmp_path / "other", states).open(), "expo")
     assert one.digests == other.digests
-    assert {name: item.coefficients for name, item in one.tensors.items()} == {
-        name: item.coefficients for name, item in other.tensors.items()
+    assert {name: tensor.coefficients for name, tensor in one.tensors.items()} == {
+        name: tensor.coefficients for name, tensor in other.tensors.items()
     }
     assert one.digest != other.digest
 
@@ -69,21 +69,21 @@ def test_another_checkpoint_is_another_prediction_even_with_the_same_coefficient
     states[STEPS[-1]]["model.layers.0.mlp.weight"][3, 4] += 1.0
     one, other = predict(run.open(), "expo"), predict(write_run(tmp_path / "other", states).open(), "expo")
     assert one.base_digest == other.base_digest
-    assert {name: item.coefficients for name, item in one.tensors.items()} == {
-        name: item.coefficients for name, item in other.tensors.items()
+    assert {name: tensor.coefficients for name, tensor in one.tensors.items()} == {
+        name: tensor.coefficients for name, tensor in other.tensors.items()
     }
     assert one.digest != other.digest
 
 
 def test_a_forecast_says_how_every_tensor_is_made(run: Run) -> None:
-    sources = {name: item.source for name, item in predict(run.open(), "weight-extrapolation").tensors.items()}
+    sources = {name: tensor.source for name, tensor in predict(run.open(), "weight-extrapolation").tensors.items()}
     assert sources == dict.fromkeys(SHAPES, "combined") | {
         FROZEN: "base",
         NORM: "latest",
         "position_ids": "latest",
         "mask": "latest",
     }
-    assert {item.source for item in predict(run.open(), "hold").tensors.values()} == {"base", "latest"}
+    assert {tensor.source for tensor in predict(run.open(), "hold").tensors.values()} == {"base", "latest"}
 
 
 def test_the_numbers_of_the_whole_prediction_are_those_of_the_dense_deltas(run: Run) -> None:

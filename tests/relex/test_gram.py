@@ -94,11 +94,11 @@ def test_a_saved_gram_serves_every_shorter_window_without_a_read(long_run: Traje
     whole = _cached(long_run, tmp_path)
     for count in (30, 25, 2):
         part = _first(long_run, count)
-        found = gram.cached(part, tmp_path, memory=64 * MIB, threads=2, on_progress=_refuse_to_read)
-        assert _same(found, whole.rows(range(count)))
-        assert found.names == whole.names
-        assert torch.equal(found.base_norms, whole.base_norms)
-        assert found.identities == whole.identities[:count]
+        result = gram.cached(part, tmp_path, memory=64 * MIB, threads=2, on_progress=_refuse_to_read)
+        assert _same(result, whole.rows(range(count)))
+        assert result.names == whole.names
+        assert torch.equal(result.base_norms, whole.base_norms)
+        assert result.identities == whole.identities[:count]
 
 
 def test_a_saved_gram_is_extended_and_the_shorter_one_goes(long_run: Trajectory, tmp_path: Path) -> None:
@@ -159,8 +159,8 @@ def test_a_second_name_of_a_file_or_one_less_is_no_change(run: Run, tmp_path: Pa
     pin.unlink()
     opened.check_unchanged()
     opened = run.open()
-    found = gram.cached(opened, tmp_path / "grams", memory=64 * MIB, threads=2, on_progress=_refuse_to_read)
-    assert _same(found, before)
+    result = gram.cached(opened, tmp_path / "grams", memory=64 * MIB, threads=2, on_progress=_refuse_to_read)
+    assert _same(result, before)
     pin.hardlink_to(file)
     opened.check_unchanged()
 

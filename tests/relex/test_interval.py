@@ -71,8 +71,8 @@ def test_what_is_across_the_line_adds_to_the_norm_what_the_line_has_not_of_it() 
     """Residuals at right angles to the drift: 14 in all, 3 degrees of freedom, the line's own error 1.1 of it."""
     deltas = torch.tensor([[1, 2, 3, 4, 5], [2, -1, -2, -1, 2]], dtype=torch.float64).mT
     for interval in (line_interval, bootstrap_interval):
-        found = interval((deltas @ deltas.mT)[None], deltas[:, 0], 6)
-        assert found == pytest.approx([(36 + 14 / 3 * (1 - 1.1)) ** 0.5] * 2)
+        between = interval((deltas @ deltas.mT)[None], deltas[:, 0], 6)
+        assert between == pytest.approx([(36 + 14 / 3 * (1 - 1.1)) ** 0.5] * 2)
 
 
 def test_two_checkpoints_leave_no_residual_for_an_interval() -> None:

@@ -41,7 +41,7 @@ def run_methods(
 
 
 def delta(directory: Path, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: item.double() - base[name].double() for name, item in load(directory).items() if name in SHAPES}
+    return {name: each.double() - base[name].double() for name, each in load(directory).items() if name in SHAPES}
 
 
 @pytest.fixture
@@ -84,10 +84,10 @@ def test_vectors_are_the_same_bytes_whenever_they_are_written() -> None:
     written = to_bytes(vectors)
     assert to_bytes(dict(reversed(vectors.items()))) == written
     with zipfile.ZipFile(io.BytesIO(written)) as file:
-        assert {item.date_time for item in file.infolist()} == {(1980, 1, 1, 0, 0, 0)}
+        assert {entry.date_time for entry in file.infolist()} == {(1980, 1, 1, 0, 0, 0)}
     back = from_bytes(written)
-    assert {name: (item.digest, item.inner) for name, item in back.items()} == {
-        name: (item.digest, item.inner) for name, item in vectors.items()
+    assert {name: (each.digest, each.inner) for name, each in back.items()} == {
+        name: (each.digest, each.inner) for name, each in vectors.items()
     }
 
 
@@ -103,7 +103,7 @@ def test_the_norm_is_that_of_the_delta_that_is_written(fine: Run, tmp_path: Path
     for made, out in zip(
         *run_methods(fine, tmp_path, "alpha-rl", NEXT, "next:ahead=2,alpha=40,epochs=3")[:2], strict=True
     ):
-        expected = sum(float(item.square().sum()) for item in delta(out, base).values()) ** 0.5
+        expected = sum(float(each.square().sum()) for each in delta(out, base).values()) ** 0.5
         assert made.norm == pytest.approx(expected, rel=1e-4), made.method
 
 

@@ -59,17 +59,17 @@ def test_a_checkpoint_saved_twice_is_named_and_refused_before_anything_is_writte
     with pytest.raises(DuplicateError, match="step 25 holds the same weights as that of step 20, bit for bit"):
         extrapolate(trajectory, [request], grams=tmp_path / "grams", memory=64 * MIB, threads=1)
     assert not (tmp_path / "out").exists()
-    found = inspect(run.run, run.base, grams=tmp_path / "grams", memory=64 * MIB, threads=1)
-    assert [(item.kind, item.step) for item in found.findings if item.kind == "duplicate"] == [("duplicate", 25)]
+    inspected = inspect(run.run, run.base, grams=tmp_path / "grams", memory=64 * MIB, threads=1)
+    assert [(each.kind, each.step) for each in inspected.findings if each.kind == "duplicate"] == [("duplicate", 25)]
 
 
 def test_a_jump_is_named_with_its_step_and_the_tensor_that_led(tmp_path: Path) -> None:
     states = walk([1.0] * 20)
     for step in range(12, 21):
         states[step] = {**states[step], "mlp": states[step]["mlp"] + 0.05}
-    (found,) = jumps(gram_of(states, tmp_path))
-    assert (found.kind, found.step, found.tensor) == ("jump", 12, "mlp")
-    assert "times as fast as they usually do, mlp most of all" in found.text
+    (cells,) = jumps(gram_of(states, tmp_path))
+    assert (cells.kind, cells.step, cells.tensor) == ("jump", 12, "mlp")
+    assert "times as fast as they usually do, mlp most of all" in cells.text
 
 
 @pytest.mark.parametrize(
@@ -106,12 +106,12 @@ def test_of_few_checkpoints_no_jump_can_be_told(tmp_path: Path) -> None:
     ],
 )
 def test_a_hole_is_a_gap_in_a_regular_sequence(steps: list[int], expected: list[int]) -> None:
-    assert [item.step for item in holes(steps)] == expected
+    assert [each.step for each in holes(steps)] == expected
 
 
 def test_how_many_are_missing_is_said() -> None:
-    (found,) = holes([10, 20, 30, 40, 70])
-    assert "between steps 40 and 70 checkpoints are missing (2 of them): the others are 10 steps apart" in found.text
+    (result,) = holes([10, 20, 30, 40, 70])
+    assert "between steps 40 and 70 checkpoints are missing (2 of them): the others are 10 steps apart" in result.text
 
 
 def test_warnings_travel_with_the_prediction(tmp_path: Path) -> None:
@@ -179,10 +179,10 @@ def test_a_base_that_the_run_was_not_started_from_is_pointed_out(tmp_path: Path)
     assert findings(gram_of(states, tmp_path / "right")) == []
     generator = torch.Generator().manual_seed(1)
     states[0] = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
-    found = findings(gram_of(states, tmp_path / "wrong"))
-    assert [(item.kind, item.step) for item in found] == [("far", 10)]
-    assert "step 10 is 1.3" in found[0].text
-    assert "Is this the base that the run was started from?" in found[0].text
+    reported = findings(gram_of(states, tmp_path / "wrong"))
+    assert [(each.kind, each.step) for each in reported] == [("far", 10)]
+    assert "step 10 is 1.3" in reported[0].text
+    assert "Is this the base that the run was started from?" in reported[0].text
 
 
 @pytest.mark.parametrize("moved", [0.0, 1e-4])
@@ -201,8 +201,8 @@ def test_weights_that_are_alike_in_all_models_do_not_hide_another_base(moved: fl
     for step in (10, 20, 25, 40):
         moving = {name: tensor + moved * step * ("norm" in name) for name, tensor in own.items()}
         states[step] = moving | {"a.weight": own["a.weight"] * (1 + 1e-4 * step)}
-    found = findings(gram_of(states, tmp_path))
-    assert [(item.kind, item.step) for item in found] == [("far", 10)]
+    reported = findings(gram_of(states, tmp_path))
+    assert [(each.kind, each.step) for each in reported] == [("far", 10)]
 
 
 def trained(seed: int, *, steps: Sequence[int]) -> dict[int, State]:
@@ -230,10 +230,10 @@ def test_a_step_of_another_run_turns_back(place: int, tmp_path: Path) -> None:
     states = trained(1, steps=steps)
     assert foreign(gram_of(states, tmp_path / "own")) == []
     states[steps[place]] = trained(2, steps=steps)[steps[place]]
-    (found,) = foreign(gram_of(states, tmp_path / "mixed"))
-    assert str(steps[place]) in found.text.partition(":")[0]
-    assert found.step in (steps[place], steps[place - 1])
-    assert "as they do at a checkpoint of another run" in found.text
+    (result,) = foreign(gram_of(states, tmp_path / "mixed"))
+    assert str(steps[place]) in result.text.partition(":")[0]
+    assert result.step in (steps[place], steps[place - 1])
+    assert "as they do at a checkpoint of another run" in result.text
     assert foreign(gram_of({step: states[step] for step in [0, *steps[:4]]}, tmp_path / "four")) == []
 
 

@@ -36,8 +36,8 @@ def test_the_norm_is_that_of_the_combined_deltas() -> None:
     deltas_TKD = _deltas()
     coefficients_TK = torch.randn(3, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     combined = torch.einsum("tk,tkd->td", coefficients_TK, deltas_TKD)
-    found = float(spectrum.norm(deltas_TKD @ deltas_TKD.mT, coefficients_TK))
-    assert found == pytest.approx(float(combined.norm()), rel=1e-12)
+    result = float(spectrum.norm(deltas_TKD @ deltas_TKD.mT, coefficients_TK))
+    assert result == pytest.approx(float(combined.norm()), rel=1e-12)
 
 
 @given(BLOCKS, st.integers(1, 5))
@@ -53,9 +53,9 @@ def test_energy_and_r_squared_are_shares(block: dense.Array, rank: int) -> None:
 @settings(deadline=None, max_examples=80)
 def test_two_checkpoints_lie_on_a_line_and_on_no_more_than_it(seed: int) -> None:
     deltas_TKD = _deltas(seed)[:, :2]
-    found = spectrum.r_squared(deltas_TKD @ deltas_TKD.mT, STEPS_K[:2])
-    assert found.tolist() == pytest.approx([1.0] * 3)
-    assert float(found.max()) <= 1.0
+    result = spectrum.r_squared(deltas_TKD @ deltas_TKD.mT, STEPS_K[:2])
+    assert result.tolist() == pytest.approx([1.0] * 3)
+    assert float(result.max()) <= 1.0
 
 
 def test_a_tensor_that_never_moved_is_explained_in_full() -> None:

@@ -16,8 +16,8 @@ from tests.helpers.trajectories import FROZEN, STEPS, Run, drift, load, quiet, w
 
 
 def _scan(run: Run, *, now: float | None = None) -> dict[int, StoredCheckpoint]:
-    found = store.scan(run.run, store.open_base(run.base), now=time.time() if now is None else now)
-    return {item.step: item for item in found}
+    checkpoints = store.scan(run.run, store.open_base(run.base), now=time.time() if now is None else now)
+    return {each.step: each for each in checkpoints}
 
 
 def _observed(run: Run, *, window: int | None = None) -> tuple[int, ...]:
@@ -32,10 +32,10 @@ def _rewrite(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) ->
 
 
 def test_quiet_checkpoints_are_ready_by_ascending_step(run: Run) -> None:
-    found = _scan(run)
-    assert tuple(found) == STEPS
-    assert {item.state for item in found.values()} == {State.READY}
-    assert all(item.weights is not None and item.reason == "" for item in found.values())
+    checkpoints = _scan(run)
+    assert tuple(checkpoints) == STEPS
+    assert {each.state for each in checkpoints.values()} == {State.READY}
+    assert all(each.weights is not None and each.reason == "" for each in checkpoints.values())
 
 
 def test_steps_are_numbers_and_not_names(tmp_path: Path) -> None:
@@ -63,9 +63,9 @@ def test_plain_step_directories_are_checkpoints(run: Run, name: str) -> None:
 
 def test_two_directories_for_one_step_are_broken_and_no_other_step(run: Run) -> None:
     write_model(run.run / "step_25", drift()[25])
-    found = _scan(run)
-    assert [step for step, item in found.items() if item.state is State.READY] == [10, 20, 40, 75]
-    assert (found[25].state, found[25].reason) == (
+    checkpoints = _scan(run)
+    assert [step for step, each in checkpoints.items() if each.state is State.READY] == [10, 20, 40, 75]
+    assert (checkpoints[25].state, checkpoints[25].reason) == (
         State.BROKEN,
         f"{run.run} has 2 directories for step 25: checkpoint-25 and step_25. Keep one.",
     )
@@ -78,10 +78,12 @@ def test_two_directories_for_one_step_are_broken_and_no_other_step(run: Run) -> 
 )
 def test_a_step_of_another_trainer_is_never_mixed_in(run: Run, name: str, step: int) -> None:
     write_model(run.run / name, drift()[25])
-    found = _scan(run)
-    assert [step for step, item in found.items() if item.state is State.READY] == list(STEPS)
-    assert found[step].state is State.BROKEN
-    assert found[step].reason.startswith(f"{run.run}: {name} lies beside checkpoint-10, which another trainer names so")
+    checkpoints = _scan(run)
+    assert [step for step, each in checkpoints.items() if each.state is State.READY] == list(STEPS)
+    assert checkpoints[step].state is State.BROKEN
+    assert checkpoints[step].reason.startswith(
+        f"{run.run}: {name} lies beside checkpoint-10, which another trainer names so"
+    )
     assert step < 40 or _observed(run, window=40) == STEPS[:4]
     with pytest.raises(CheckpointIncompleteError, match=f"step {step} is broken: .*two runs"):
         _observed(run)
@@ -90,14 +92,14 @@ def test_a_step_of_another_trainer_is_never_mixed_in(run: Run, name: str, step: 
 def test_of_two_trainers_as_many_nobody_can_tell(run: Run) -> None:
     for step in STEPS:
         write_model(run.run / f"step_{step + 1}", drift()[25])
-    assert {item.state for item in _scan(run).values()} == {State.BROKEN}
+    assert {each.state for each in _scan(run).values()} == {State.BROKEN}
 
 
 def test_digits_of_another_script_are_no_step(run: Run) -> None:
     write_model(run.run / "checkpoint-\u0663", drift()[25])
-    found = _scan(run)
-    assert found[3].state is State.BROKEN
-    assert "'checkpoint-\\u0663' is no name that a trainer gives" in found[3].reason
+    checkpoints = _scan(run)
+    assert checkpoints[3].state is State.BROKEN
+    assert "'checkpoint-\\u0663' is no name that a trainer gives" in checkpoints[3].reason
     with pytest.raises(CheckpointIncompleteError, match="step 3 is broken"):
         _observed(run)
 
@@ -107,9 +109,9 @@ def test_a_directory_whose_trainer_was_at_another_step_is_refused(run: Run, said
     path = run.run / "checkpoint-20"
     (path / "trainer_state.json").write_text(json.dumps({"global_step": said}))
     quiet(path)
-    found = _scan(run)[20]
-    assert found.state is State.BROKEN
-    assert f"{path} is step 20 by its name, and trainer_state.json in it says {said}" in found.reason
+    result = _scan(run)[20]
+    assert result.state is State.BROKEN
+    assert f"{path} is step 20 by its name, and trainer_state.json in it says {said}" in result.reason
     (path / "trainer_state.json").write_text(json.dumps({"global_step": 20}))
     assert _scan(run)[20].state is State.READY
 
@@ -132,10 +134,10 @@ def test_with_its_marker_a_checkpoint_is_complete_at_once(run: Run) -> None:
 def test_a_marker_that_is_half_written_is_waited_for(run: Run) -> None:
     path = run.run / "checkpoint-75"
     (path / "trainer_state.json").write_text('{"global_step": 7')
-    found = _scan(run)[75]
-    assert found.state is State.NOT_YET
-    assert "trainer_state.json" in found.reason
-    assert "does not parse" in found.reason
+    result = _scan(run)[75]
+    assert result.state is State.NOT_YET
+    assert "trainer_state.json" in result.reason
+    assert "does not parse" in result.reason
 
 
 def test_a_marker_older_than_the_weights_belongs_to_an_earlier_save(run: Run) -> None:
@@ -143,9 +145,9 @@ def test_a_marker_older_than_the_weights_belongs_to_an_earlier_save(run: Run) ->
     (path / "trainer_state.json").write_text("{}")
     os.utime(path / "model.safetensors")
     os.utime(path / "trainer_state.json", (0, 0))
-    found = _scan(run)[75]
-    assert found.state is State.NOT_YET
-    assert "weights are newer than trainer_state.json" in found.reason
+    result = _scan(run)[75]
+    assert result.state is State.NOT_YET
+    assert "weights are newer than trainer_state.json" in result.reason
 
 
 def test_a_checkpoint_that_says_it_is_incomplete_is_believed(run: Run) -> None:
@@ -160,9 +162,9 @@ def test_a_hole_is_a_part_that_has_not_arrived(tmp_path: Path) -> None:
     os.truncate(file, 4096 * 2)
     os.truncate(file, size)
     quiet(file.parent)
-    found = _scan(run)[75]
-    assert found.state is State.BROKEN
-    assert f"has a hole at byte 8192 of {size}" in found.reason
+    result = _scan(run)[75]
+    assert result.state is State.BROKEN
+    assert f"has a hole at byte 8192 of {size}" in result.reason
 
 
 def test_what_is_wrong_in_a_quiet_directory_is_broken_and_in_a_fresh_one_not_yet(run: Run) -> None:
@@ -175,9 +177,9 @@ def test_what_is_wrong_in_a_quiet_directory_is_broken_and_in_a_fresh_one_not_yet
 
 def test_an_empty_directory_is_not_a_checkpoint_yet(run: Run) -> None:
     (run.run / "checkpoint-80").mkdir()
-    found = _scan(run)[80]
-    assert found.state is State.NOT_YET
-    assert "has neither model.safetensors nor model.safetensors.index.json" in found.reason
+    result = _scan(run)[80]
+    assert result.state is State.NOT_YET
+    assert "has neither model.safetensors nor model.safetensors.index.json" in result.reason
 
 
 def test_a_link_to_nothing_is_broken_and_no_crash(run: Run) -> None:

@@ -24,7 +24,7 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return write_run(tmp_path_factory.mktemp("leading"), drift(SHAPES, base=torch.float32), shards=2)
 
 
-def found(run: Run, *, memory: int = 256 * MIB, threads: int = 2) -> dict[str, Triplets]:
+def triplets_of(run: Run, *, memory: int = 256 * MIB, threads: int = 2) -> dict[str, Triplets]:
     return dict(triplets(Source(run.open(), tuple(SHAPES), memory, threads), PAIRS))
 
 
@@ -39,10 +39,10 @@ def differences(run: Run, name: str) -> list[Array]:
 
 
 def test_the_triplets_are_those_of_a_full_decomposition(big: Run) -> None:
-    for name, item in found(big).items():
+    for name, each in triplets_of(big).items():
         for place, matrix in enumerate(differences(big, name)):
-            left, sigma, right = item.left_PM[place], item.sigma_P[place], item.right_PN[place]
-            assert item.norm_P[place] == pytest.approx(np.linalg.norm(matrix), rel=1e-12)
+            left, sigma, right = each.left_PM[place], each.sigma_P[place], each.right_PN[place]
+            assert each.norm_P[place] == pytest.approx(np.linalg.norm(matrix), rel=1e-12)
             if not matrix.any():
                 assert not left.any()
                 assert not right.any()
@@ -54,21 +54,21 @@ def test_the_triplets_are_those_of_a_full_decomposition(big: Run) -> None:
 
 
 def test_the_bits_do_not_depend_on_memory_or_threads(big: Run) -> None:
-    expected = found(big)
+    expected = triplets_of(big)
     for memory, threads in ((64 * MIB, 1), (1024 * MIB, 3)):
-        for name, item in found(big, memory=memory, threads=threads).items():
+        for name, each in triplets_of(big, memory=memory, threads=threads).items():
             for field in ("left_PM", "sigma_P", "right_PN", "norm_P"):
-                assert np.array_equal(getattr(item, field), getattr(expected[name], field)), (name, field)
+                assert np.array_equal(getattr(each, field), getattr(expected[name], field)), (name, field)
 
 
 def test_a_matrix_that_does_not_fit_is_refused_with_what_would_do(big: Run) -> None:
     with pytest.raises(
         MemoryBudgetError, match=r"--memory 4 MiB is below the \d+ MiB .* Give at least (\d+)MiB"
     ) as caught:
-        found(big, memory=4 * MIB)
+        triplets_of(big, memory=4 * MIB)
     least = int(str(caught.value).rpartition("at least ")[2].removesuffix("MiB."))
     assert 8 < least < 12  # the largest matrix takes 8 MiB in fp64
-    found(big, memory=least * MIB)
+    triplets_of(big, memory=least * MIB)
 
 
 def test_tiny_differences_are_as_exact_as_large_ones(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_tiny_differences_are_as_exact_as_large_ones(tmp_path: Path) -> None:
         state["w"] = scale * (state["w"] - states[0]["w"]) if step else state["w"]
     states[0]["w"] = torch.zeros_like(states[0]["w"])
     run = write_run(tmp_path, states)
-    ((_, item),) = triplets(Source(run.open(), ("w",), 64 * MIB, 1), [(4, None)])
+    ((_, entry),) = triplets(Source(run.open(), ("w",), 64 * MIB, 1), [(4, None)])
     U, S, V = np.linalg.svd(states[75]["w"].numpy())
-    assert item.sigma_P[0] == pytest.approx(S[0], rel=1e-10)
-    np.testing.assert_allclose(np.outer(item.left_PM[0], item.right_PN[0]), np.outer(U[:, 0], V[0]), atol=1e-7)
+    assert entry.sigma_P[0] == pytest.approx(S[0], rel=1e-10)
+    np.testing.assert_allclose(np.outer(entry.left_PM[0], entry.right_PN[0]), np.outer(U[:, 0], V[0]), atol=1e-7)

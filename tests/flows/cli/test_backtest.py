@@ -51,11 +51,11 @@ def test_a_person_reads_the_skill_by_form_and_horizon_and_one_recommendation(bac
 
 
 def test_a_machine_reads_every_cell_and_tensor(backtest: Relex) -> None:
-    found = json.loads(backtest("--json"))
-    assert found["names"] == ["weight"]
-    assert {cell["way"]["start"] for cell in found["cells"]} == {0.0, 0.5, 0.75}
-    assert all(len(cell["by_tensor"]) == 1 for cell in found["cells"])
-    assert found["recommendation"]["target_step"] > 60
+    content = json.loads(backtest("--json"))
+    assert content["names"] == ["weight"]
+    assert {cell["way"]["start"] for cell in content["cells"]} == {0.0, 0.5, 0.75}
+    assert all(len(cell["by_tensor"]) == 1 for cell in content["cells"])
+    assert content["recommendation"]["target_step"] > 60
 
 
 def test_checkpoints_beyond_the_window_are_not_looked_at(backtest: Relex) -> None:

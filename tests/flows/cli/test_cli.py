@@ -48,15 +48,15 @@ def predict(relex: Relex, store: Path, *more: object, target: int = 100) -> tupl
 def test_inspect_shows_every_step_and_how_straight_the_run_is(relex: Relex, store: Path) -> None:
     status, out, _ = relex("inspect", store / "run", "--base", store / "base", "--json")
     assert status == 0
-    found = json.loads(out)
-    assert [(row["step"], row["state"]) for row in found["steps"]] == [
+    content = json.loads(out)
+    assert [(row["step"], row["state"]) for row in content["steps"]] == [
         (10, "ready"),
         (20, "ready"),
         (25, "ready"),
         (40, "ready"),
     ]
-    assert found["straightness"]["energy"] == pytest.approx(1.0)
-    assert found["straightness"]["r_squared"] == pytest.approx(1.0)
+    assert content["straightness"]["energy"] == pytest.approx(1.0)
+    assert content["straightness"]["r_squared"] == pytest.approx(1.0)
     status, out, _ = relex("inspect", store / "run", "--base", store / "base")
     assert status == 0
     assert "R²" in out

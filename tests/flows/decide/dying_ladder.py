@@ -32,8 +32,8 @@ def main(path: str, last: int) -> None:
 
     def score_model(settings: Settings, model: Model, benchmarks: list[str], limit: int | None) -> list[Score]:
         evaluated.append(model)
-        found = reports(settings, model, benchmarks, limit=limit, on_progress=on_progress)
-        return [score(model, report) for report in found]
+        scored = reports(settings, model, benchmarks, limit=limit, on_progress=on_progress)
+        return [score(model, report) for report in scored]
 
     def answer(settings: Settings, model: Model, limit: int | None) -> Answered:
         evaluated.append(model)

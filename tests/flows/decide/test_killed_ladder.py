@@ -46,8 +46,8 @@ def run(config: Path, last: int) -> subprocess.CompletedProcess[str]:
 
 def journals(settings: Settings) -> dict[str, list[str]]:
     """Return the chunks of answers of every evaluation."""
-    found = settings.home.glob("evaluations/*/journal.jsonl")
-    return {path.parent.name: [json.loads(line)["chunk"] for line in path.read_text().splitlines()] for path in found}
+    paths = settings.home.glob("evaluations/*/journal.jsonl")
+    return {path.parent.name: [json.loads(line)["chunk"] for line in path.read_text().splitlines()] for path in paths}
 
 
 @pytest.mark.slow

@@ -47,11 +47,11 @@ def test_half_go_on_each_round_and_of_equals_the_nearest() -> None:
         asked.append((model.step, count))
         return Score(model, "selection", 0.5 if model.step < 110 else 0.4, 0.0, count)
 
-    found = search(candidates(12), sizes=subsets(12, 800, batch=50), measure=measure)
+    searched = search(candidates(12), sizes=subsets(12, 800, batch=50), measure=measure)
     assert [sum(count == size for _, count in asked) for size in (200, 400, 800)] == [12, 6, 4]
-    assert [score.model.step for score in found.finalists] == [100, 101, 102, 103]
-    assert {score.model.step for score in found.dropped} == set(range(104, 112))
-    assert [score.n for score in found.dropped].count(200) == 6
+    assert [score.model.step for score in searched.finalists] == [100, 101, 102, 103]
+    assert {score.model.step for score in searched.dropped} == set(range(104, 112))
+    assert [score.n for score in searched.dropped].count(200) == 6
 
 
 def test_many_candidates_are_brought_down_to_the_finalists_in_the_rounds_there_are() -> None:
@@ -61,9 +61,9 @@ def test_many_candidates_are_brought_down_to_the_finalists_in_the_rounds_there_a
         asked.append(count)
         return Score(model, "selection", 1.0 / model.step, 0.0, count)
 
-    found = search(candidates(42), sizes=first_subset(500, batch=64), measure=measure)
+    searched = search(candidates(42), sizes=first_subset(500, batch=64), measure=measure)
     assert [asked.count(size) for size in (128, 256, 500)] == [42, 13, 4]
-    assert [score.model.step for score in found.finalists] == [100, 101, 102, 103]
+    assert [score.model.step for score in searched.finalists] == [100, 101, 102, 103]
 
 
 def run(

@@ -12,7 +12,7 @@ SPLITS: tuple[task.Split, ...] = ("train", "selection", "gate", "report")
 
 def test_no_problem_is_in_two_splits() -> None:
     prompts = {split: {row["prompt"] for row in task.problems(split, 2000)} for split in SPLITS}
-    assert all(len(found) == 2000 for found in prompts.values())
+    assert all(len(seen) == 2000 for seen in prompts.values())
     assert len(set.union(*prompts.values())) == 8000
 
 
@@ -102,7 +102,7 @@ def test_the_authors_disagree_and_the_prompt_says_how_far() -> None:
         rise: [row["answer"] == task.answer_to(row["prompt"]) for row in rows if _rise(row) == rise]
         for rise in (-7, 0, 7)
     }
-    shares = {rise: sum(found) / len(found) for rise, found in ascending.items()}
+    shares = {rise: sum(seen) / len(seen) for rise, seen in ascending.items()}
     assert shares[-7] < 0.15 < shares[0] < 0.5 < shares[7]
 
 

@@ -33,11 +33,13 @@ def decided(tmp_path: Path) -> Settings:
     base = write_model(tmp_path / "base", seed=0)
     origin = load_file(base / "model.safetensors")
     generator = torch.Generator().manual_seed(0)
-    slope = {name: torch.randn(item.shape, generator=generator) for name, item in origin.items()}
+    slope = {name: torch.randn(tensor.shape, generator=generator) for name, tensor in origin.items()}
     for step in (10, 25, 100):
         path = tmp_path / "run" / f"checkpoint-{step}"
         path.mkdir(parents=True)
-        save_file({name: item + 2e-3 * step * slope[name] for name, item in origin.items()}, path / "model.safetensors")
+        save_file(
+            {name: tensor + 2e-3 * step * slope[name] for name, tensor in origin.items()}, path / "model.safetensors"
+        )
         path.joinpath("trainer_state.json").write_text("{}")
         make_old(path)
     for name, first in {"selection": 0, "gate": 100, "report": 200}.items():
@@ -79,16 +81,16 @@ def test_the_winner_is_compared_on_gate_and_report_and_what_was_never_scored_is_
     weights = decided.model_copy(update={"drift": "weights"})
     for settings in (weights, decided):
         # What was asked for later is added to what was compared.
-        found = look(settings)
-        assert found is not None
-        rows = measure.compare(settings, found[0], found[1], tell=tell)
+        seen = look(settings)
+        assert seen is not None
+        rows = measure.compare(settings, seen[0], seen[1], tell=tell)
     assert finished == ["compare relex @ 100", "compare expo @ 100", "gate @ 100", "report @ 100"]
     by_method = {row.method: row for row in rows}
     assert by_method["expo"].accuracies == ()
     gate, report = by_method["relex"].accuracies
     assert (gate.benchmark, report.benchmark) == ("gate", "report")
     kept = [Report.read(path) for path in (decided.home / "evaluations").glob("gate-*/report.json")]
-    assert {item.accuracy for item in kept} == {gate.predicted, gate.real}
+    assert {checkpoint.accuracy for checkpoint in kept} == {gate.predicted, gate.real}
     assert gate.difference == pytest.approx(gate.predicted - gate.real)
     assert gate.low <= gate.difference <= gate.high
     assert read_compared(decided) == sorted(rows, key=lambda row: row.method)

@@ -99,15 +99,15 @@ def decide(
 
 
 def outlook(settings: Settings) -> tuple[list[Reached], list[Waiting]]:
-    found = look(settings)
-    assert found is not None
-    return found[1], found[2]
+    seen = look(settings)
+    assert seen is not None
+    return seen[1], seen[2]
 
 
 def catch_up(settings: Settings) -> list[Compared]:
-    found = look(settings)
-    assert found is not None
-    return measure.compare(settings, found[0], found[1])
+    seen = look(settings)
+    assert seen is not None
+    return measure.compare(settings, seen[0], seen[1])
 
 
 def skill(row: Compared) -> float:
@@ -185,15 +185,15 @@ def test_models_that_were_deleted_are_not_compared(settings: Settings, write: Wr
     shutil.rmtree(decision.dropped[0].model.directory)
     write(200)
     due, waiting = outlook(settings)
-    assert [item.before.target for item in due] == [100]
+    assert [target.before.target for target in due] == [100]
     assert "was deleted" in waiting[0].reason
 
 
 def later(path: Path, seconds: float) -> None:
     """Let a checkpoint be written so long after now."""
     then = time.time() + seconds
-    for item in (*path.iterdir(), path):
-        os.utime(item, (then, then))
+    for each in (*path.iterdir(), path):
+        os.utime(each, (then, then))
 
 
 def test_a_step_that_a_resumed_run_left_behind_is_not_compared_until_it_is_written_again(
@@ -225,7 +225,7 @@ def test_a_run_that_was_resumed_inside_the_window_is_another_segment(
         shutil.rmtree(again)
     due, waiting = outlook(settings)
     assert due == []
-    assert {item.reason for item in waiting} == {"the run was resumed, or started anew, before step 40"}
+    assert {target.reason for target in waiting} == {"the run was resumed, or started anew, before step 40"}
 
 
 def test_another_run_in_the_same_directory_is_not_what_was_predicted(settings: Settings, write: Write) -> None:
@@ -276,7 +276,7 @@ def test_a_stopped_run_waits_for_nothing(settings: Settings, write: Write) -> No
     decide(settings, write)
     due, waiting = outlook(settings)
     assert due == []
-    assert {item.reason for item in waiting} == {"the run is at step 40"}
+    assert {target.reason for target in waiting} == {"the run is at step 40"}
     shutil.rmtree(settings.checkpoints)
     assert look(settings) is None
 
@@ -387,9 +387,9 @@ def test_the_command_compares_what_is_missing_and_says_what_is_not_reached(
     assert "relex @ 100" in out
     assert "worse than expected" in out
     assert "not compared: relex @ 200 (the run is at step 100)" in out
-    found = json.loads(relex_drift("--json"))
-    assert [(row["target"], row["verdict"]) for row in found["compared"]] == [(100, "worse than expected")]
-    assert [row["target"] for row in found["waiting"]] == [200]
+    content = json.loads(relex_drift("--json"))
+    assert [(row["target"], row["verdict"]) for row in content["compared"]] == [(100, "worse than expected")]
+    assert [row["target"] for row in content["waiting"]] == [200]
     # The pages of the stack show it all the same.
     assert not was_shown(settings, read_compared(settings)[0])
 

@@ -278,9 +278,9 @@ def test_the_listing_tells_versions_champion_numbers_and_whether_the_weights_are
     flip(second.weights / "model.safetensors")
 
     def states(contents: str) -> list[tuple[int, int | None, str]]:
-        found = list_versions("tiny", tracking_uri=store.uri, downloads=store.home, contents=contents)  # type: ignore[arg-type]
-        assert found.champion == 2
-        return [(item.row.version, item.promoted, item.state.split(":")[0]) for item in found.versions]
+        listing = list_versions("tiny", tracking_uri=store.uri, downloads=store.home, contents=contents)  # type: ignore[arg-type]
+        assert listing.champion == 2
+        return [(each.row.version, each.promoted, each.state.split(":")[0]) for each in listing.versions]
 
     assert states("sizes") == [(2, 2, "sizes match"), (1, 1, "sizes match")]
     assert states("read") == [(2, 2, "damaged"), (1, 1, "verified")]
@@ -304,9 +304,9 @@ def test_the_command_line_promotes_lists_and_rolls_back(
     assert "sizes match" in told
     assert relex("rollback", "tiny").startswith("0 tiny version 1")
     assert relex("rollback", "tiny").startswith("1 relex: NoSuchVersionError: tiny version 1 has no champion before")
-    (found,) = json.loads(relex("models", "tiny", "--verify", "--json").removeprefix("0 "))
-    assert [item["state"] for item in found["versions"]] == ["verified", "verified"]
-    assert found["champion"] == 1
+    (printed,) = json.loads(relex("models", "tiny", "--verify", "--json").removeprefix("0 "))
+    assert [each["state"] for each in printed["versions"]] == ["verified", "verified"]
+    assert printed["champion"] == 1
 
 
 @pytest.fixture(scope="module")

@@ -106,10 +106,10 @@ def begin(scene: Scene, name: str, *options: str, **changes: Any) -> RegroundSet
     return settings
 
 
-def numbers(found: Regrounding) -> list[tuple[object, ...]]:
+def numbers(result: Regrounding) -> list[tuple[object, ...]]:
     return [
-        (item.number, item.start_step, item.real_steps, item.jumped_steps, item.accuracy, item.jumped_accuracy)
-        for item in found.cycles
+        (each.number, each.start_step, each.real_steps, each.jumped_steps, each.accuracy, each.jumped_accuracy)
+        for each in result.cycles
     ]
 
 
@@ -119,16 +119,16 @@ def weights(model: str) -> dict[str, bytes]:
 
 
 def test_real_steps_and_jumps_alternate_and_every_step_is_accounted_for(scene: Scene) -> None:
-    found = scene.whole
-    first, second = found.cycles
+    result = scene.whole
+    first, second = result.cycles
     assert (first.start_step, first.real_steps, first.jumped_steps, first.end_step) == (0, REAL, JUMP, REAL + JUMP)
     # No room for a jump before the total: the last cycle has real steps only.
     assert (second.start_step, second.real_steps, second.jumped_steps, second.end_step) == (12, REAL, 0, TOTAL)
     assert second.base == first.model
     assert first.jumped_accuracy is not None
-    assert found.start.accuracy < first.observed_accuracy < first.jumped_accuracy < second.accuracy
-    assert (found.step, found.real_steps, found.accuracy) == (TOTAL, 2 * REAL, second.accuracy)
-    assert found.ended == "step 16 is the total 16 or above"
+    assert result.start.accuracy < first.observed_accuracy < first.jumped_accuracy < second.accuracy
+    assert (result.step, result.real_steps, result.accuracy) == (TOTAL, 2 * REAL, second.accuracy)
+    assert result.ended == "step 16 is the total 16 or above"
     base, model = (load_file(Path(place) / "model.safetensors") for place in (first.base, first.model))
     last = load_file(scene.settings.cycle_directory(1) / f"run-1/checkpoint-{REAL}/model.safetensors")
     for name, start in base.items():
@@ -136,7 +136,7 @@ def test_real_steps_and_jumps_alternate_and_every_step_is_accounted_for(scene: S
         slope = 1 if "norm" in name else (REAL + JUMP) / REAL
         torch.testing.assert_close(model[name], start + slope * (last[name] - start), rtol=0, atol=1e-5)
     assert json.loads((scene.settings.home / "reground.json").read_text())["jumped_steps"] == JUMP
-    assert f"| 1 | 0 | 4 | 8 | {first.observed_accuracy:.4f} | {first.jumped_accuracy:.4f} | yes |" in page(found)
+    assert f"| 1 | 0 | 4 | 8 | {first.observed_accuracy:.4f} | {first.jumped_accuracy:.4f} | yes |" in page(result)
 
 
 @pytest.fixture(scope="module")
@@ -171,10 +171,10 @@ def test_killed_anywhere_the_same_call_ends_in_the_same_model(
     finished = {path: path.stat().st_mtime_ns for path in settings.home.rglob("*.json")}
     left = daemon.find(settings.home, "cycle-1")
     assert (left is not None and left.state == "running") == (point == "train")
-    found = reground(settings, tell=silent)
+    outcome = reground(settings, tell=silent)
     assert left is None or left.pid is None or not psutil.pid_exists(left.pid)
-    assert numbers(found) == numbers(scene.whole)
-    assert weights(found.model) == weights(scene.whole.model)
+    assert numbers(outcome) == numbers(scene.whole)
+    assert weights(outcome.model) == weights(scene.whole.model)
     # What was finished was not done again, and of a training cut short nothing is left, neither process nor directory.
     for name in ("trained.json", "jumped.json", "cycle.json"):
         for path in settings.home.rglob(name):
@@ -193,8 +193,8 @@ def test_a_ladder_takes_the_best_jump_and_killed_while_it_climbs_it_pays_for_no_
     models = settings.cycle_directory(1) / "models/secant"
     assert sorted(path.name for path in models.glob("step-*")) == ["step-5", "step-6"]
     reports = {path: path.stat().st_mtime_ns for path in settings.home.rglob("report.json")}
-    found = reground(settings, tell=silent)
-    first = found.cycles[0]
+    outcome = reground(settings, tell=silent)
+    first = outcome.cycles[0]
     assert [rung.step for rung in first.ladder[:4]] == [5, 6, 7, 8]
     best = max(rung.accuracy for rung in first.ladder)
     assert first.jumped_accuracy == best
@@ -208,40 +208,40 @@ def test_a_ladder_takes_the_best_jump_and_killed_while_it_climbs_it_pays_for_no_
         assert len(chunks) == len(set(chunks))
     # Of the rungs only the chosen one stays, and the page tells them all.
     assert [str(path) for path in models.glob("step-*")] == [first.model]
-    assert f"Ladder of secant, {first.answers} answers, first 100 problems: 5: " in page(found)
+    assert f"Ladder of secant, {first.answers} answers, first 100 problems: 5: " in page(outcome)
 
 
 @pytest.mark.slow
 def test_a_jump_that_hurts_is_not_taken(scene: Scene) -> None:
     reached = scene.whole.cycles[0].observed_accuracy
     settings = begin(scene, "hurt", jump_steps=4000, total_steps=9000, target_accuracy=reached)
-    found = reground(settings, tell=silent)
-    (cycle,) = found.cycles
+    outcome = reground(settings, tell=silent)
+    (cycle,) = outcome.cycles
     assert cycle.jumped_accuracy is not None
-    assert cycle.jumped_accuracy < cycle.observed_accuracy == found.accuracy
-    assert (cycle.jumped_steps, found.step) == (0, REAL)
+    assert cycle.jumped_accuracy < cycle.observed_accuracy == outcome.accuracy
+    assert (cycle.jumped_steps, outcome.step) == (0, REAL)
     assert "hurts: the next steps start from the checkpoint" in cycle.reason
     checkpoint = settings.cycle_directory(1) / f"run-1/checkpoint-{REAL}"
-    assert weights(found.model)["model.safetensors"] == (checkpoint / "model.safetensors").read_bytes()
-    assert found.ended == f"accuracy {reached:.4f} on larger is the target {reached} or above"
+    assert weights(outcome.model)["model.safetensors"] == (checkpoint / "model.safetensors").read_bytes()
+    assert outcome.ended == f"accuracy {reached:.4f} on larger is the target {reached} or above"
 
 
 def test_what_was_saved_is_told_when_the_reference_was_reached(scene: Scene) -> None:
     reference = Reference(steps=30, seconds=60.0)
-    found = Regrounding(**{**vars(scene.whole), "reference": reference, "target_accuracy": scene.whole.accuracy})
-    assert found.to_json()["saved_steps"] == 30 - 2 * REAL
-    assert "Plain RL took 30 steps to it: 22 saved" in page(found)
-    above = Regrounding(**{**vars(found), "target_accuracy": 1.0})
+    result = Regrounding(**{**vars(scene.whole), "reference": reference, "target_accuracy": scene.whole.accuracy})
+    assert result.to_json()["saved_steps"] == 30 - 2 * REAL
+    assert "Plain RL took 30 steps to it: 22 saved" in page(result)
+    above = Regrounding(**{**vars(result), "target_accuracy": 1.0})
     assert "saved_steps" not in above.to_json()
 
 
 @pytest.mark.slow
 def test_only_the_chosen_models_of_finished_cycles_stay_when_asked(scene: Scene) -> None:
     settings = begin(scene, "frugal", keep="chosen")
-    found = reground(settings, tell=silent)
-    assert weights(found.model) == weights(scene.whole.model)
+    outcome = reground(settings, tell=silent)
+    assert weights(outcome.model) == weights(scene.whole.model)
     kept = {str(path.parent) for path in settings.home.rglob("cycles/**/model.safetensors")}
-    assert kept == {cycle.model for cycle in found.cycles}
+    assert kept == {cycle.model for cycle in outcome.cycles}
     # And the next call finds all it needs.
     assert numbers(reground(settings, tell=silent)) == numbers(scene.whole)
 

@@ -68,18 +68,18 @@ def test_a_winner_near_the_ceiling_stops_the_training_once_with_its_facts(ready:
 @pytest.mark.parametrize("state", ["stopping", "stopped", "failed", "declined"])
 def test_whoever_comes_by_another_way_does_not_do_again_what_is_on_record(ready: Path, state: str) -> None:
     settings = configure(ready)
-    found = look(ready, settings)
-    assert found.order is not None
+    seen = look(ready, settings)
+    assert seen.order is not None
     # Both looked before either of them did it: only the one that holds the lock knows.
     before = Stop(state, "other", "bob", "2026-11-20T10:00:00+00:00", log="")  # type: ignore[arg-type]
     write_json(record_path(settings), before.to_json())
-    done = stop_training(settings, read_decisions(settings)[0], found.order, by="ada")
+    done = stop_training(settings, read_decisions(settings)[0], seen.order, by="ada")
     if state == "declined":
         assert (done.state, done.by, len(runs(ready))) == ("stopped", "ada", 1)
         return
     assert done == before == read_stop(settings)
     assert runs(ready) == []
-    assert stop_training(settings, read_decisions(settings)[0], found.order, by="ada", again="allow").by == "ada"
+    assert stop_training(settings, read_decisions(settings)[0], seen.order, by="ada", again="allow").by == "ada"
     assert len(runs(ready)) == 1
 
 
@@ -160,9 +160,9 @@ def test_beyond_the_price_somebody_must_say_so_and_a_refused_candidate_stops_not
 
 def test_the_newest_registered_winner_counts_also_after_a_later_refusal(ready: Path) -> None:
     decided(ready, window=60, verdict="keep training", winner=None)
-    found = standing(ready)
-    assert found.order is not None
-    assert found.order.window == 40
+    result = standing(ready)
+    assert result.order is not None
+    assert result.order.window == 40
 
 
 def test_a_run_that_is_not_decided_finished_or_without_a_way_to_stop_is_left_alone(
@@ -277,10 +277,10 @@ def test_killed_while_the_command_runs_it_is_not_known_and_not_done_again_by_its
     configure(ready, stop_command=f"{COMMAND}; echo half; kill -9 $PPID")
     killed = subprocess.run([sys.executable, "-c", KILLED, str(ready)], check=False)
     assert killed.returncode == -9
-    found = standing(ready)
-    assert "It is not known whether the training was stopped: stopping began at" in found.sentence
-    assert found.record is not None
-    assert Path(found.record.log).read_text() == "half\n"
+    result = standing(ready)
+    assert "It is not known whether the training was stopped: stopping began at" in result.sentence
+    assert result.record is not None
+    assert Path(result.record.log).read_text() == "half\n"
     configure(ready, stop_command=COMMAND)
     with pytest.raises(StopError, match="not known whether"):
         stop(ready)
@@ -292,13 +292,13 @@ def test_killed_while_the_command_runs_it_is_not_known_and_not_done_again_by_its
 def test_of_many_at_once_one_stops_it(ready: Path) -> None:
     configure(ready, stop_command=f"{COMMAND}; sleep 0.1")
     settings = configure(ready)
-    found = look(ready, settings)
+    seen = look(ready, settings)
     ended: list[str] = []
     start = threading.Barrier(4)
 
     def once() -> None:
         start.wait()
-        ended.append(confirm(settings, found, by="ada").state)
+        ended.append(confirm(settings, seen, by="ada").state)
 
     threads = [threading.Thread(target=once) for _ in range(4)]
     for thread in threads:
@@ -313,13 +313,13 @@ def test_a_second_one_that_comes_while_the_command_takes_long_is_told_so(ready: 
     configure(ready, stop_command=f"{COMMAND}; until [ -e go ]; do sleep 0.05; done")
     first = threading.Thread(target=stop, args=(ready,))
     settings = configure(ready)
-    found = look(ready, settings)
+    seen = look(ready, settings)
     first.start()
     try:
         while not runs(ready):
             threading.Event().wait(0.02)
         with pytest.raises(StopError, match="is being stopped by another process"):
-            confirm(settings, found, by="bob")
+            confirm(settings, seen, by="bob")
     finally:
         (tmp_path / "go").touch()
         first.join()
@@ -387,7 +387,7 @@ def test_the_command_shows_and_does_nothing_until_it_is_confirmed(
     assert (status, runs(ready)) == (0, [])
     assert "140 steps are saved" in out
     assert relex("--again")[0] == 2
-    found = decided(ready, at_least=0.9)
+    result = decided(ready, at_least=0.9)
     assert relex()[0] == 0
     status, _, err = relex("--confirm")
     assert (status, len(err.splitlines())) == (1, 1)
@@ -399,5 +399,5 @@ def test_the_command_shows_and_does_nothing_until_it_is_confirmed(
     assert len(runs(ready)) == 1
     # Recorded with the decision's own run in MLflow, by its key.
     uri = tracking_uri(tmp_path / "home")
-    run = record("tiny", tracking_uri=uri, key=f"tiny {found.key}", title="").run_id
+    run = record("tiny", tracking_uri=uri, key=f"tiny {result.key}", title="").run_id
     assert connect(uri).get_run(run).data.metrics == {"steps_saved": 140, "stopped_at_step": 60}

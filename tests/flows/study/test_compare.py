@@ -45,13 +45,13 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = write_model(root / "base", seed=0)
     weights = load_file(base / "model.safetensors")
     generator = torch.Generator().manual_seed(0)
-    slope = {name: torch.randn(item.shape, generator=generator) for name, item in weights.items()}
+    slope = {name: torch.randn(tensor.shape, generator=generator) for name, tensor in weights.items()}
     for step in (*WINDOW, LATER):
         path = root / "run" / f"checkpoint-{step}"
         path.mkdir(parents=True)
         moved = {
-            name: item + 2e-3 * (step * slope[name] + torch.randn(item.shape, generator=generator))
-            for name, item in weights.items()
+            name: tensor + 2e-3 * (step * slope[name] + torch.randn(tensor.shape, generator=generator))
+            for name, tensor in weights.items()
         }
         save_file(moved, path / "model.safetensors")
         path.joinpath("config.json").write_bytes((base / "config.json").read_bytes())
@@ -72,16 +72,16 @@ def everything(store: Path) -> list[object]:
     return comparing(store, "--target-step", LATER, "--method", "relex", "--logits", "--reconstruct")
 
 
-def rows(found: dict[str, Any]) -> list[tuple[str, int]]:
-    return [(row["name"], row["step"]) for row in found["rows"]]
+def rows(result: dict[str, Any]) -> list[tuple[str, int]]:
+    return [(row["name"], row["step"]) for row in result["rows"]]
 
 
 @pytest.mark.slow
 def test_methods_stand_next_to_what_the_run_really_reached(
     store: Path, everything: list[object], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = json.loads(relex(capsys, *everything, "--json"))
-    assert rows(found) == [
+    printed = json.loads(relex(capsys, *everything, "--json"))
+    assert rows(printed) == [
         ("base", 0),
         ("last observed", 25),
         ("reconstruct rank 1", 25),
@@ -90,30 +90,30 @@ def test_methods_stand_next_to_what_the_run_really_reached(
         ("relex", 100),
         ("logits-extrapolation", 100),
     ]
-    by_name = {row["name"]: row for row in found["rows"]}
+    by_name = {row["name"]: row for row in printed["rows"]}
     assert by_name["logits-extrapolation"]["model"].endswith("at alpha 4.0")
     real = load_file(store / "run" / f"checkpoint-{LATER}" / "model.safetensors")
     origin = load_file(store / "base" / "model.safetensors")
     copied = load_file(Path(by_name["real run"]["model"]) / "model.safetensors")
-    assert all(torch.equal(copied[name], item) for name, item in real.items())
+    assert all(torch.equal(copied[name], tensor) for name, tensor in real.items())
     made = load_file(Path(by_name["relex"]["model"]) / "model.safetensors")
-    missed = sum(float((made[name] - item).double().square().sum()) for name, item in real.items())
-    moved = sum(float((item - origin[name]).double().square().sum()) for name, item in real.items())
+    missed = sum(float((made[name] - tensor).double().square().sum()) for name, tensor in real.items())
+    moved = sum(float((tensor - origin[name]).double().square().sum()) for name, tensor in real.items())
     near = by_name["relex"]["distance"]
     assert near["error"] == pytest.approx((missed / moved) ** 0.5, rel=1e-4)
     assert 0.5 < near["skill"] < 1
     assert by_name["relex"]["fit_seconds"] > 0
-    assert found["write_seconds"] > 0
+    assert printed["write_seconds"] > 0
     kept = list(map(Report.read, (store / "cache" / "evaluations").glob("sums-*/report.json")))
     by_digest = {report.model_digest: report for report in kept}
     # Equal models are scored once.
     reports = {report.model: report for report in kept} | {
         row["model"]: by_digest[fingerprint(Path(row["model"])).digest]
-        for row in found["rows"]
+        for row in printed["rows"]
         if Path(row["model"]).is_dir()
     }
     reference = reports[by_name["last observed"]["model"]]
-    for row in found["rows"]:
+    for row in printed["rows"]:
         (score,) = row["accuracies"]
         assert score["accuracy"] == reports[row["model"]].accuracy
         if row["name"] == "last observed":
@@ -131,10 +131,10 @@ def test_methods_stand_next_to_what_the_run_really_reached(
     assert {path: path.stat().st_mtime_ns for path in before} == before
     again = json.loads((store / "out" / "compare.json").read_text())
     assert again["write_seconds"] is None
-    assert [row["accuracies"] for row in again["rows"]] == [row["accuracies"] for row in found["rows"]]
+    assert [row["accuracies"] for row in again["rows"]] == [row["accuracies"] for row in printed["rows"]]
     page = (store / "out" / "compare.md").read_text()
     lines = [line for line in page.splitlines() if line.startswith("| ")]
-    assert len(lines) == 1 + len(found["rows"])
+    assert len(lines) == 1 + len(printed["rows"])
     assert {line.replace("\\|", "").count("|") for line in lines} == {1 + 10}
     assert matplotlib.image.imread(store / "out" / "compare.png").std() > 0.05
 
@@ -196,12 +196,12 @@ def slow_logprobs(model: Path, prompt: str, response: str) -> list[float]:
     """Ask for one token after the other."""
     network, tokenizer = Qwen2ForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
     tokens: list[int] = tokenizer(prompt)["input_ids"]
-    found = []
+    collected = []
     for token in tokenizer(response, add_special_tokens=False)["input_ids"]:
         with torch.no_grad():
-            found.append(float(network(torch.tensor([tokens])).logits[0, -1].log_softmax(-1)[token]))
+            collected.append(float(network(torch.tensor([tokens])).logits[0, -1].log_softmax(-1)[token]))
         tokens.append(token)
-    return found
+    return collected
 
 
 def test_analyze_writes_numbers_and_figures_and_scores_fixed_responses(
@@ -211,11 +211,11 @@ def test_analyze_writes_numbers_and_figures_and_scores_fixed_responses(
     texts = [("1+1=", "2"), ("12+30=", "42=4")]
     responses.write_text("".join(json.dumps({"prompt": a, "response": b}) + "\n" for a, b in texts))
     arguments = ["analyze", store / "run", "--base", store / "base", "--cache", store / "cache"]
-    found = json.loads(relex(capsys, *arguments, "--out", tmp_path / "out", "--responses", responses, "--json"))
-    assert found == json.loads((tmp_path / "out" / "analysis.json").read_text())
-    cells = {(cell["layer"], cell["module"]) for cell in found["analysis"]["cells"]}
+    printed = json.loads(relex(capsys, *arguments, "--out", tmp_path / "out", "--responses", responses, "--json"))
+    assert printed == json.loads((tmp_path / "out" / "analysis.json").read_text())
+    cells = {(cell["layer"], cell["module"]) for cell in printed["analysis"]["cells"]}
     assert {(0, "mlp.up_proj"), (1, "mlp.up_proj"), (None, "embed_tokens")} <= cells
-    assert found["analysis"]["steps"] == [*WINDOW, LATER]
+    assert printed["analysis"]["steps"] == [*WINDOW, LATER]
     expected = []
     steps = np.array([*WINDOW, LATER], dtype=float)
     series = []
@@ -229,9 +229,9 @@ def test_analyze_writes_numbers_and_figures_and_scores_fixed_responses(
         series.append([value for text in texts for value in slow_logprobs(model, *text)])
     for column in np.array(series).T:
         expected.append(np.corrcoef(steps, column)[0, 1] ** 2)
-    assert found["tokens"]["drawn"] == len(expected) == 5
-    assert found["tokens"]["quartiles"] == pytest.approx(np.quantile(expected, (0.25, 0.5, 0.75)).tolist(), abs=1e-3)
-    for name in found["figures"]:
+    assert printed["tokens"]["drawn"] == len(expected) == 5
+    assert printed["tokens"]["quartiles"] == pytest.approx(np.quantile(expected, (0.25, 0.5, 0.75)).tolist(), abs=1e-3)
+    for name in printed["figures"]:
         assert matplotlib.image.imread(tmp_path / "out" / name).std() > 0.05
         assert f"({name})" in (tmp_path / "out" / "analysis.md").read_text()
     assert "median" in relex(capsys, *arguments, "--out", tmp_path / "out")

@@ -66,7 +66,9 @@ class Store:
     def seen(self) -> tuple[Weights, dict[int, str]]:
         base = open_base(self.settings.base)
         stored = scan(self.settings.checkpoints, base, now=time.time())
-        return base, {item.step: item.weights.identity for item in stored if item.weights is not None}
+        return base, {
+            checkpoint.step: checkpoint.weights.identity for checkpoint in stored if checkpoint.weights is not None
+        }
 
     def decided(self, window: int, *, gated: bool = True, registered: bool = False) -> None:
         """Write the decision on the window that ends at a step."""

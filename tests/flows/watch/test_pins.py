@@ -81,7 +81,9 @@ def test_what_the_trainer_deletes_is_kept_byte_for_byte(pinned: Settings, write_
     kept = {name: data for name, data in expected.items() if not name.startswith("checkpoint-75")}
     assert tree(pinned.pins) == kept
     stored = scan(pinned.pins, open_base(pinned.base), now=time.time())
-    assert [(item.step, item.state) for item in stored] == [(step, State.READY) for step in (10, 25, 40)]
+    assert [(checkpoint.step, checkpoint.state) for checkpoint in stored] == [
+        (step, State.READY) for step in (10, 25, 40)
+    ]
 
 
 def test_links_take_no_room_and_copies_keep_times(settings: Settings, write_checkpoint: WriteCheckpoint) -> None:
@@ -236,8 +238,8 @@ def test_a_link_that_leads_out_is_still_refused(pinned: Settings, write_checkpoi
     file.rename(elsewhere)
     file.symlink_to(elsewhere)
     twice(Pins(pinned))
-    (found,) = scan(pinned.pins, base, now=time.time())
-    assert "outside of it" in found.reason
+    (checkpoint,) = scan(pinned.pins, base, now=time.time())
+    assert "outside of it" in checkpoint.reason
 
 
 def test_another_file_system_is_one_line_with_the_way_out(
@@ -295,8 +297,8 @@ def test_the_window_is_predicted_from_the_pins_alone(pinned: Settings, write_che
     write_checkpoint(60)
     assert "window full" in look(pinned, pins)
     (key,) = read_ledger(pinned).windows
-    found = predict(pinned, [10, 25, 40], key)
-    models = [found.observed, *found.candidates]
+    prediction = predict(pinned, [10, 25, 40], key)
+    models = [prediction.observed, *prediction.candidates]
     base, last = (load_file(Path(path) / "model.safetensors")["weight"] for path in (pinned.base, models[0].directory))
     predicted = load_file(Path(models[1].directory) / "model.safetensors")["weight"]
     torch.testing.assert_close(predicted - base, (last - base) * (models[1].step / 40), rtol=1e-3, atol=1e-5)

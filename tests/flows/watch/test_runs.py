@@ -65,9 +65,9 @@ def test_status_says_of_each_run_what_it_is_at_and_what_was_decided_last(
     assert service["run"]["progress"] == 25.0
     # Of one that does not look any more it is said since when.
     write_standing(settings, Standing(time.time() - 600, 25.0, "tiny: step 10 of window 40"))
-    found = run_of(started)
-    assert found is not None
-    assert found.text.startswith("tiny: step 10 of window 40 (seen 10 minutes ago; ")
+    result = run_of(started)
+    assert result is not None
+    assert result.text.startswith("tiny: step 10 of window 40 (seen 10 minutes ago; ")
     config.rename(config.with_name("moved.yaml"))
     moved = run_of(started)
     assert moved is not None
@@ -103,7 +103,7 @@ def test_down_stops_one_run_for_good_and_all_until_up(
     for name in ("tiny", "other"):
         watcher(home, config, name)
     assert cli.relex(capsys, "down", "tiny", "--home", home)[0] == 0
-    states = {found.name: found.state for found in stack.status(home)}
+    states = {each.name: each.state for each in stack.status(home)}
     assert states == {"watcher-tiny": "stopped", "watcher-other": "running"}
     stack.down(home)
     # A second time changes nothing about what comes back.
@@ -127,6 +127,6 @@ def test_a_first_look_is_waited_for_as_long_as_the_watcher_lives(settings: Setti
     write_standing(settings, Standing(before, 0.0, "tiny: an earlier look"))
     assert wait_for_look(settings, before + 1, seconds=60, lives=lambda: False) is None
     assert wait_for_look(settings, before + 1, seconds=0, lives=lambda: True) is None
-    found = wait_for_look(settings, before, seconds=0, lives=lambda: True)
-    assert found is not None
-    assert found.text == "tiny: an earlier look"
+    result = wait_for_look(settings, before, seconds=0, lives=lambda: True)
+    assert result is not None
+    assert result.text == "tiny: an earlier look"

@@ -119,19 +119,19 @@ class Watcher:
         self.pins.refresh()
         end = self.pins.end()
         kept = scan(self.settings.store, base, now=now) if Path(self.settings.store).exists() else ()
-        stored = tuple(item for item in kept if item.step <= end)
+        stored = tuple(checkpoint for checkpoint in kept if checkpoint.step <= end)
         before = read_ledger(self.settings)
         events, ledger = tick(self.settings, Snapshot(base, before, stored, now), end=WINDOW)
         if ledger != before:
             write_ledger(self.settings, ledger)
         steps = [event.payload["steps"] for event in events if event.name == WINDOW_READY]
-        found = [_content(item) for item in stored if item.step in steps[0]] if steps else None
+        result = [_content(checkpoint) for checkpoint in stored if checkpoint.step in steps[0]] if steps else None
         self.pins.drop(left_behind(stored, ledger.checkpoints))
-        return found
+        return result
 
 
-def _content(item: StoredCheckpoint) -> tuple[int, int]:
-    segment, step = load_file(Path(str(item.directory)) / "model.safetensors")["weight"].tolist()
+def _content(entry: StoredCheckpoint) -> tuple[int, int]:
+    segment, step = load_file(Path(str(entry.directory)) / "model.safetensors")["weight"].tolist()
     return int(step), int(segment)
 
 
@@ -170,18 +170,18 @@ def history(seed: int, pin: str, *, attentive: bool) -> int:
                 watcher.pins.refresh()
             seen |= {step: by for step, by in trainer.lineage.items() if _there(trainer, step)}
             if random.random() < 0.5:
-                found = watcher.look(trainer.clock)
-                if found is not None:
+                look_result = watcher.look(trainer.clock)
+                if look_result is not None:
                     count += 1
-                    check(found, trainer.lineage, seen, where=f"seed {seed}, {pin}")
+                    check(look_result, trainer.lineage, seen, where=f"seed {seed}, {pin}")
         return count
 
 
-def check(found: list[tuple[int, int]], lineage: dict[int, int], seen: dict[int, int], *, where: str) -> None:
+def check(result: list[tuple[int, int]], lineage: dict[int, int], seen: dict[int, int], *, where: str) -> None:
     newest = {step: by for step, by in lineage.items() if step <= WINDOW}
-    assert dict(found).items() <= newest.items(), where
+    assert dict(result).items() <= newest.items(), where
     owed = {step: by for step, by in newest.items() if seen.get(step) == by}
-    assert owed.items() <= dict(found).items(), where
+    assert owed.items() <= dict(result).items(), where
 
 
 def _there(trainer: Trainer, step: int) -> bool:

@@ -189,7 +189,7 @@ def test_an_error_of_the_moment_costs_no_pinned_step(
         assert time.monotonic() < end
         watch_store(own, seconds=1.0)
     pinned = scan(own.pins, base, now=time.time())
-    assert [(item.step, item.state) for item in pinned] == [(10, State.READY), (20, State.READY)]
+    assert [(checkpoint.step, checkpoint.state) for checkpoint in pinned] == [(10, State.READY), (20, State.READY)]
 
 
 def test_a_tracker_of_thousands_of_digits_is_waited_for(settings: Settings, write_checkpoint: WriteCheckpoint) -> None:
@@ -199,9 +199,9 @@ def test_a_tracker_of_thousands_of_digits_is_waited_for(settings: Settings, writ
     step.rename(step.with_name("global_step_10"))
     (step.parent / "latest_checkpointed_iteration.txt").write_text("1" * 5000)
     watch_store(settings, seconds=0.1)
-    (found,) = scan(settings.checkpoints, open_base(settings.base), now=time.time())
-    assert found.state is State.NOT_YET
-    assert "latest_checkpointed_iteration.txt reads '111" in found.reason
+    (checkpoint,) = scan(settings.checkpoints, open_base(settings.base), now=time.time())
+    assert checkpoint.state is State.NOT_YET
+    assert "latest_checkpointed_iteration.txt reads '111" in checkpoint.reason
 
 
 def test_a_base_that_is_half_written_is_waited_for(settings: Settings, write_checkpoint: WriteCheckpoint) -> None:

@@ -102,13 +102,13 @@ def test_a_watched_bucket_is_announced_and_predicted_as_the_same_run_on_disk_is(
     watch_store(settings, seconds=0.1)
     (key,) = read_ledger(settings).windows
     with BlockCache(settings.home, size=int(settings.cache)) as blocks:
-        found = predict(settings, STEPS, key, blocks=blocks)
+        prediction = predict(settings, STEPS, key, blocks=blocks)
     (tmp_path / "disk").mkdir()
     here = load_settings(_config(tmp_path / "disk", str(local.run), str(local.base)))
     watch_store(here, seconds=0.1)
     expected = predict(here, STEPS, next(iter(read_ledger(here).windows)))
     for ours, theirs in zip(
-        (found.observed, *found.candidates), (expected.observed, *expected.candidates), strict=True
+        (prediction.observed, *prediction.candidates), (expected.observed, *expected.candidates), strict=True
     ):
         assert content(Path(ours.directory)) == content(Path(theirs.directory))
     base = fetch_base(settings)

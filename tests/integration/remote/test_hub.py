@@ -80,8 +80,8 @@ def test_a_scan_that_finds_nothing_new_is_one_request(hub: Hub, pushed: Run) -> 
     base = store.open_base("hf://org/base")
     store.scan("hf://org/branches", base, now=0.0)
     hub.requests.clear()
-    found = store.scan("hf://org/branches", base, now=0.0)
-    assert [item.step for item in found] == list(STEPS)
+    checkpoints = store.scan("hf://org/branches", base, now=0.0)
+    assert [each.step for each in checkpoints] == list(STEPS)
     assert hub.requests == ["/api/models/org/branches/refs"]
 
 
@@ -163,8 +163,8 @@ def test_a_folder_in_a_revision_is_a_base(hub: Hub, pushed: Run) -> None:
 def test_what_a_commit_lacks_will_never_come(hub: Hub, pushed: Run) -> None:
     hub.repositories["org/branches"].commit({"config.json": b"{}"}, branch="step_25")
     base = store.open_base("hf://org/base")
-    found = {item.step: item for item in store.scan("hf://org/branches", base, now=time.time())}
-    assert found[25].state is store.State.BROKEN
+    checkpoints = {checkpoint.step: checkpoint for checkpoint in store.scan("hf://org/branches", base, now=time.time())}
+    assert checkpoints[25].state is store.State.BROKEN
     with pytest.raises(CheckpointIncompleteError, match=r"has no config\.json"):
         store.open_base("hf://org/branches")
 

@@ -28,8 +28,8 @@ MODEL = "model.safetensors"
 
 def _scan(remote: RemoteRun, *, now: float | None = None) -> dict[int, StoredCheckpoint]:
     base = store.open_base(remote.base)
-    found = store.scan(remote.run, base, now=time.time() if now is None else now)
-    return {item.step: item for item in found}
+    checkpoints = store.scan(remote.run, base, now=time.time() if now is None else now)
+    return {each.step: each for each in checkpoints}
 
 
 def _open(remote: RemoteRun, blocks: BlockCache | None = None) -> Trajectory:
@@ -49,7 +49,7 @@ def test_a_run_in_a_bucket_predicts_what_the_same_run_on_disk_does(
         write(theirs, predict(theirs), tmp_path / "theirs")
     write(ours, predict(ours), tmp_path / "ours")
     assert content(tmp_path / "theirs") == content(tmp_path / "ours")
-    assert [item.steps for item in (theirs, ours)] == [STEPS, STEPS]
+    assert [each.steps for each in (theirs, ours)] == [STEPS, STEPS]
 
 
 def test_a_manifest_of_a_bucket_rebuilds_the_same_bytes(remote: RemoteRun, tmp_path: Path) -> None:

@@ -42,14 +42,14 @@ def _kept(settings: Settings) -> list[int]:
 def test_what_the_server_does_not_show_is_sent_again_and_the_same(servers: Stack, settings: Settings) -> None:
     sent, lost = _events(settings)[:2], _events(settings)[2:]
     with temporary_settings(prefect_settings(servers)):
-        for item in sent:
-            emit_event(item.name, {"prefect.resource.id": item.resource}, payload=item.payload, id=item.id)
+        for each in sent:
+            emit_event(each.name, {"prefect.resource.id": each.resource}, payload=each.payload, id=each.id)
         outbox.keep(settings, [*sent, *lost], now=100.0)
         assert outbox.due(settings, now=105.0) == []
         end = time.monotonic() + 240
         now = 110.0
         while (again := outbox.due(settings, now=now)) != lost:
-            assert {item.id for item in again} <= {item.id for item in (*sent, *lost)}
+            assert {each.id for each in again} <= {each.id for each in (*sent, *lost)}
             assert time.monotonic() < end
             time.sleep(0.5)
             now += 10

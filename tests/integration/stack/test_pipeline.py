@@ -30,14 +30,14 @@ from tests.integration.stack.conftest import STEPS, TrainedRun, write_config
 
 def descendants(pid: int, *words: str) -> list[psutil.Process]:
     """Return the live processes below `pid` whose command line holds all of `words`."""
-    found = []
+    collected = []
     for process in psutil.Process(pid).children(recursive=True):
         try:
             if process.status() != psutil.STATUS_ZOMBIE and all(word in " ".join(process.cmdline()) for word in words):
-                found.append(process)
+                collected.append(process)
         except psutil.NoSuchProcess:
             continue
-    return found
+    return collected
 
 
 def flow_process(pid: int, environment_word: str, names: dict[str, str]) -> psutil.Process | None:
@@ -93,7 +93,7 @@ def serve(servers: Stack, server_environment: dict[str, str]) -> Iterator[Serve]
 
 def _steps(trained: TrainedRun) -> dict[int, Path]:
     run = LocalDirectory(trained.checkpoints)
-    return {step: trained.checkpoints / found.name for step, found in step_directories(run).items()}
+    return {step: trained.checkpoints / each.name for step, each in step_directories(run).items()}
 
 
 def test_killing_watcher_flow_and_evaluation_ends_in_one_registered_version(
@@ -125,7 +125,7 @@ def test_killing_watcher_flow_and_evaluation_ends_in_one_registered_version(
     wait_for(
         "the next evaluation",
         lambda: next(
-            (found for found in descendants(served, "evaluation.answers.worker") if found.pid != child.pid), None
+            (each for each in descendants(served, "evaluation.answers.worker") if each.pid != child.pid), None
         ),
     )
     flow = wait_for("the flow", lambda: running("decide"))
@@ -194,7 +194,7 @@ def test_a_prediction_that_is_no_better_is_refused_with_its_numbers(
     assert registry.models("refused", tracking_uri=servers.mlflow_url) == []
     # The refusal is on record, in MLflow and on a page of Prefect's.
     artifacts = call("POST", f"{servers.prefect_api_url}/artifacts/filter", {"limit": 200}, auth=auth(servers))
-    assert any(item["key"] == "decision-refused" and "keep training" in item["data"] for item in artifacts)
+    assert any(artifact["key"] == "decision-refused" and "keep training" in artifact["data"] for artifact in artifacts)
     assert decision.record_url.startswith(servers.mlflow_url)
     # The second call found the decision and paid for nothing.
     assert "is decided" in log
@@ -226,7 +226,7 @@ def test_window_targets_and_attempts_are_left_to_the_backtest(
     assert decision.winner is not None
     assert Path(decision.winner.directory).is_dir()
     # Five hundredths, shared by two windows.
-    assert [(item.confidence, item.comparisons) for item in decision.gates] == [(0.95, 2)]
+    assert [(gate.confidence, gate.comparisons) for gate in decision.gates] == [(0.95, 2)]
     asked = {"artifacts": {"key": {"any_": ["decision-automatic"]}}}
     (page,) = call("POST", f"{servers.prefect_api_url}/artifacts/filter", asked, auth=auth(servers))
     assert "Backtest" in page["data"]
@@ -262,7 +262,7 @@ def test_a_candidate_must_be_better_than_the_champion(
     first, second = decisions
     assert first.verdict == "registered"
     # Better than the last observed checkpoint, and still not better than what people use.
-    assert [(item.reference, item.passed) for item in second.gates] == [
+    assert [(gate.reference, gate.passed) for gate in second.gates] == [
         (f"last observed @ {STEPS}", True),
         ("champion @ 150", False),
     ]

@@ -59,18 +59,18 @@ def test_grpo_goes_on_from_a_jump_that_was_judged(
     ]
     done = subprocess.run(argv, env=server_environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    first, second = found["cycles"]
-    assert first["jumped_accuracy"] > found["start"]["accuracy"]
+    printed = json.loads(done.stdout)
+    first, second = printed["cycles"]
+    assert first["jumped_accuracy"] > printed["start"]["accuracy"]
     assert (first["jumped_steps"], second["jumped_steps"]) == (JUMP, 0)
     assert second["base"] == first["model"]
-    assert (found["step"], found["real_steps"]) == (REAL + JUMP + REAL, 2 * REAL)
+    assert (printed["step"], printed["real_steps"]) == (REAL + JUMP + REAL, 2 * REAL)
     # The second cycle is real GRPO from the jump: other weights, and a model that loads.
-    assert manifest.verify(Path(found["model"])).base == first["model"]
-    AutoModelForCausalLM.from_pretrained(found["model"])
+    assert manifest.verify(Path(printed["model"])).base == first["model"]
+    AutoModelForCausalLM.from_pretrained(printed["model"])
     api = servers.prefect_api_url
     artifacts = call("POST", f"{api}/artifacts/filter", {"limit": 200}, auth=auth(servers))
-    pages = [item["data"] for item in artifacts if item["key"] == "reground-regrounded-cycles"]
+    pages = [artifact["data"] for artifact in artifacts if artifact["key"] == "reground-regrounded-cycles"]
     assert any("Cycle 1: The jump is kept" in page for page in pages)
     runs = call("POST", f"{api}/task_runs/filter", {"limit": 200}, auth=auth(servers))
     assert {"train cycle 1", "jump cycle 1", "judge cycle 2"} <= {run["name"] for run in runs}
@@ -110,12 +110,12 @@ def test_what_relex_up_serves_climbs_a_ladder_and_shows_its_cycles_on_a_page_and
         wait_for("its end", lambda: "is the total" in (home / "reground.json").read_text() or None, seconds=480)
     finally:
         psutil.Process(service.pid).terminate()
-    found = json.loads((home / "reground.json").read_text())
-    cycle = found["cycles"][0]
+    printed = json.loads((home / "reground.json").read_text())
+    cycle = printed["cycles"][0]
     assert len(cycle["ladder"]) >= 2
     api = servers.prefect_api_url
     asked = {"artifacts": {"key": {"any_": ["reground-served-cycles-cycles"]}}}
-    pages = [item["data"] for item in call("POST", f"{api}/artifacts/filter", asked, auth=auth(servers))]
+    pages = [artifact["data"] for artifact in call("POST", f"{api}/artifacts/filter", asked, auth=auth(servers))]
     assert any("Ladder of secant" in page for page in pages)
     client = MlflowClient(servers.mlflow_url)
     experiment = client.get_experiment_by_name("served-cycles")

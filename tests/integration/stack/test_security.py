@@ -99,13 +99,13 @@ def test_a_page_of_somebody_else_changes_nothing(servers: Stack, deployment: str
     assert _ask(servers, f"deployments/{deployment}")["pull_steps"] == []
     runs = {"deployments": {"id": {"any_": [deployment]}}}
     assert _ask(servers, "flow_runs/filter", runs) == []
-    found = httpx.get(
+    response = httpx.get(
         f"{servers.mlflow_url}/api/2.0/mlflow/experiments/get-by-name",
         params={"experiment_name": experiment},
         headers=headers(servers),
         trust_env=False,
     )
-    assert found.status_code == 404
+    assert response.status_code == 404
 
 
 @pytest.mark.parametrize("server", ["prefect_api_url", "mlflow_url"])
@@ -300,12 +300,12 @@ def test_a_server_that_asks_nobody_is_not_taken_for_one_that_does(tmp_path: Path
     port = free_port()
     write_auth(tmp_path, f"{USER}:{PASSWORD}")
     argv = [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1", "--directory", str(tmp_path)]
-    found = daemon.start(tmp_path, "prefect", argv, environment=dict(os.environ), url=f"http://127.0.0.1:{port}")
+    service = daemon.start(tmp_path, "prefect", argv, environment=dict(os.environ), url=f"http://127.0.0.1:{port}")
     try:
         with httpx.Client(trust_env=False, timeout=60) as client:
-            wait_for("the server", lambda: admits(client, found, PREFECT, None))
+            wait_for("the server", lambda: admits(client, service, PREFECT, None))
             with pytest.raises(StackError, match=r"asks nobody and the file auth has a password\. Run `relex down`"):
-                admits(client, found, PREFECT, read_access(tmp_path))
+                admits(client, service, PREFECT, read_access(tmp_path))
         with pytest.raises(StackError, match=r"started by another version of relex, and may let anyone in\. Run"):
             stack.up(tmp_path)
     finally:
@@ -359,7 +359,7 @@ def test_a_file_that_is_not_fit_to_keep_a_password_is_refused_without_it(
 
 def test_a_password_shows_in_no_traceback(tmp_path: Path) -> None:
     write_auth(tmp_path, f"{USER}:{PASSWORD}")
-    found = read_access(tmp_path)
-    assert PASSWORD not in repr(found)
-    assert client_environment(found)["MLFLOW_TRACKING_PASSWORD"] == PASSWORD
+    credentials = read_access(tmp_path)
+    assert PASSWORD not in repr(credentials)
+    assert client_environment(credentials)["MLFLOW_TRACKING_PASSWORD"] == PASSWORD
     assert client_environment(None) == {}

@@ -77,9 +77,9 @@ def offered(config: Path, server: Stack, **changes: Any) -> tuple[str, str]:
     """Decide and offer; return the sentence and the id of the flow run that it names."""
     # As the extrapolation does: within a flow run of its own.
     sentence = flow(name="decides")(lambda: offer_to_stop(config, server, **changes))()
-    found = re.search(r"/runs/flow-run/([0-9a-f-]{36})", sentence)
-    assert found is not None
-    return sentence, found[1]
+    match = re.search(r"/runs/flow-run/([0-9a-f-]{36})", sentence)
+    assert match is not None
+    return sentence, match[1]
 
 
 def steps_saved(config: Path, server: Stack, stop: Stop) -> float:

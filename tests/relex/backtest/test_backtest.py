@@ -157,36 +157,38 @@ def test_json_says_of_a_way_its_method_and_what_it_was_called_by() -> None:
 def test_the_cells_are_the_pooled_skill_cosine_and_norm_ratio_over_origins() -> None:
     generator = torch.Generator().manual_seed(3)
     gram = gram_of(torch.stack([line(generator, STEPS, 9), 3.0 * walk(generator, STEPS, 9)]), STEPS)
-    found = jumps(gram.products, STEPS)
+    cells = jumps(gram.products, STEPS)
     for cell in backtest(gram).cells:
-        item = found[cell.way, cell.horizon]
+        entry = cells[cell.way, cell.horizon]
         missed_O, held_O, inner_O, predicted_O, real_O = (
-            part.sum(1) for part in (item.missed, item.held, item.inner, item.predicted, item.real)
+            part.sum(1) for part in (entry.missed, entry.held, entry.inner, entry.predicted, entry.real)
         )
         assert cell.skill == pytest.approx(float((1 - missed_O / held_O).mean()))
         assert cell.cosine == pytest.approx(float((inner_O / (predicted_O * real_O).sqrt()).mean()))
         assert cell.norm_ratio == pytest.approx(float((predicted_O / real_O).sqrt().mean()))
-        assert cell.by_tensor == pytest.approx((1 - item.missed.sum(0) / item.held.sum(0)).tolist())
+        assert cell.by_tensor == pytest.approx((1 - entry.missed.sum(0) / entry.held.sum(0)).tolist())
 
 
 def test_the_lower_bound_counts_only_jumps_that_do_not_overlap() -> None:
     missed = torch.tensor([[0.2], [0.5], [0.3], [0.4]], dtype=torch.float64)
     ones = torch.ones_like(missed)
-    item = Jumps((10, 15, 20, 40), (20, 30, 40, 80), missed, ones, ones, ones, ones)
-    assert item.independent() == 3
+    jump_errors = Jumps((10, 15, 20, 40), (20, 30, 40, 80), missed, ones, ones, ones, ones)
+    assert jump_errors.independent() == 3
     # Student's t of 2 degrees of freedom at 95 %, one-sided, is 2.920; the spread is that of all four, and of one more.
-    assert float(item.lower_bound(80)) == pytest.approx(0.65 - 2.919986 * 0.1290994 * (1 + 1 / 3) ** 0.5, rel=1e-5)
-    overlapping = replace(item, targets=(100, 100, 100, 100))
+    assert float(jump_errors.lower_bound(80)) == pytest.approx(
+        0.65 - 2.919986 * 0.1290994 * (1 + 1 / 3) ** 0.5, rel=1e-5
+    )
+    overlapping = replace(jump_errors, targets=(100, 100, 100, 100))
     assert float(overlapping.lower_bound(80)) == -torch.inf
 
 
 def test_the_lower_bound_goes_on_with_the_steepest_decline() -> None:
     missed = torch.tensor([[0.10], [0.11], [0.12]], dtype=torch.float64)
     ones = torch.ones_like(missed)
-    item = Jumps((10, 20, 40), (20, 40, 80), missed, ones, ones, ones, ones)
+    jump_errors = Jumps((10, 20, 40), (20, 40, 80), missed, ones, ones, ones, ones)
     # By .01 each time the steps double, from .88: to 640 they double four times.
-    assert float(item.lower_bound(640)) == pytest.approx(0.84)
-    risen = replace(item, missed=missed.flip(0))
+    assert float(jump_errors.lower_bound(640)) == pytest.approx(0.84)
+    risen = replace(jump_errors, missed=missed.flip(0))
     assert float(risen.lower_bound(640)) == float(risen.lower_bound(80)) > 0.84
 
 
@@ -202,12 +204,12 @@ def test_on_a_straight_drift_with_noise_it_finds_skill(steps: Sequence[int], siz
 
 def share_directed(path: Path, steps: Sequence[int], size: int, *, runs: int) -> float:
     """Return how often, of `runs`, the run is said to have a direction."""
-    found = 0
+    result = 0
     for seed in range(runs):
         deltas = path(torch.Generator().manual_seed(seed), steps, size)
         chance = share_as_far(deltas @ deltas.mT, seed=0)
-        found += chance is not None and chance <= 0.025
-    return found / runs
+        result += chance is not None and chance <= 0.025
+    return result / runs
 
 
 def test_a_random_walk_has_a_direction_once_in_forty() -> None:
@@ -235,10 +237,10 @@ def test_a_direction_alone_is_not_trusted_unless_it_beats_to_hold_for_sure() -> 
     steps = torch.tensor(EVERY, dtype=torch.float64)
     wander, direction = walk(generator, EVERY, 3000), noise(generator, 3000)
     drift = 0.3 * torch.outer(steps / EVERY[-1] ** 0.5, direction * 3000**0.5 / direction.norm())
-    found = backtest(gram_of((wander + drift)[None], EVERY))
-    assert found.chance == 0.0025
-    assert all(cell.trusted == ((cell.lower_bound or 0.0) > 0) for cell in found.cells)
-    assert any((cell.lower_bound or 0.0) < 0 < cell.skill for cell in found.cells)
+    convergence = backtest(gram_of((wander + drift)[None], EVERY))
+    assert convergence.chance == 0.0025
+    assert all(cell.trusted == ((cell.lower_bound or 0.0) > 0) for cell in convergence.cells)
+    assert any((cell.lower_bound or 0.0) < 0 < cell.skill for cell in convergence.cells)
 
 
 @pytest.mark.parametrize("seed", [0, 2, 4])
@@ -288,22 +290,22 @@ def test_what_is_trusted_of_a_run_that_bends_away_falls_short_less_often() -> No
 
 def test_a_target_is_no_further_than_a_jump_that_was_tested() -> None:
     deltas = line(torch.Generator().manual_seed(0), EVERY, 30)[None]
-    found = backtest(gram_of(deltas, EVERY))
-    advice = found.recommendation
+    convergence = backtest(gram_of(deltas, EVERY))
+    advice = convergence.recommendation
     assert advice.way is not None
     assert advice.horizon is not None
     assert advice.target_step is not None
-    cell = next(item for item in found.cells if (item.way, item.horizon) == (advice.way, advice.horizon))
+    cell = next(each for each in convergence.cells if (each.way, each.horizon) == (advice.way, advice.horizon))
     assert cell.trusted
     assert advice.target_step == EVERY[-1] + cell.longest < EVERY[-1] * (1 + advice.horizon)
     assert f"No jump longer than {cell.longest} steps was tested" in advice.reason
     assert f"beyond step {advice.target_step}" in advice.reason
     # Trusted nearer by are others, with a higher bound.
-    trusted = [item for item in found.cells if item.trusted]
-    assert advice.horizon == max(item.horizon for item in trusted)
-    assert (cell.lower_bound or 0.0) < max(item.lower_bound or 0.0 for item in trusted)
+    trusted = [each for each in convergence.cells if each.trusted]
+    assert advice.horizon == max(each.horizon for each in trusted)
+    assert (cell.lower_bound or 0.0) < max(each.lower_bound or 0.0 for each in trusted)
     late = replace(cell, way=Way("relex", 0.5))
-    recommended = module._recommend(gram_of(deltas, EVERY), (late,), found.chance)
+    recommended = module._recommend(gram_of(deltas, EVERY), (late,), convergence.chance)
     assert recommended.start == 12 == EVERY[-1] / 2
 
 

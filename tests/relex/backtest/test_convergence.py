@@ -52,18 +52,18 @@ def test_a_line_is_trusted_by_three_looks_each_a_tenth_apart(line: Convergence) 
 
 def test_what_only_the_last_look_trusts_has_not_converged(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Seven checkpoints are the fewest the backtest answers for, so that the earlier looks say hold."""
-    found = looked(tmp_path_factory, "line", steps=STEPS[:7])
-    assert found.state == "unsettled"
-    assert found.looks == (20, 24, 28)
-    assert all(proposal.skill_at_least is None for proposal in propose(found, methods=None, targets=None))
+    result = looked(tmp_path_factory, "line", steps=STEPS[:7])
+    assert result.state == "unsettled"
+    assert result.looks == (20, 24, 28)
+    assert all(proposal.skill_at_least is None for proposal in propose(result, methods=None, targets=None))
 
 
 def test_a_random_walk_is_held_and_proposes_nothing_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
-    found = looked(tmp_path_factory, "walk")
-    assert found.state == "hold"
-    assert propose(found, methods=None, targets=None) == ()
+    result = looked(tmp_path_factory, "walk")
+    assert result.state == "hold"
+    assert propose(result, methods=None, targets=None) == ()
     # Who names a target gets it.
-    (only,) = propose(found, methods=["raw"], targets=[100])
+    (only,) = propose(result, methods=["raw"], targets=[100])
     assert (only.method, only.target_step, only.skill_at_least) == ("raw", 100, None)
 
 
@@ -75,16 +75,16 @@ def test_only_what_begins_at_the_first_checkpoint_is_trusted(
         return replace(made, cells=tuple(replace(cell, way=replace(cell.way, start=0.5)) for cell in made.cells))
 
     monkeypatch.setattr(convergence, "backtest", late)
-    found = looked(tmp_path_factory, "line")
-    assert found.state == "hold"
-    assert found.reason == "only windows that begin later than the first checkpoint beat the latest checkpoint."
+    result = looked(tmp_path_factory, "line")
+    assert result.state == "hold"
+    assert result.reason == "only windows that begin later than the first checkpoint beat the latest checkpoint."
 
 
 def test_in_16_bits_the_answer_is_hidden_and_only_scores_can_tell(tmp_path_factory: pytest.TempPathFactory) -> None:
-    found = looked(tmp_path_factory, "walk", dtype=torch.bfloat16)
-    assert found.state == "hidden"
-    assert "16 bits" in found.reason
-    assert {proposal.method for proposal in propose(found, methods=None, targets=None)} == {"relex", "secant"}
+    result = looked(tmp_path_factory, "walk", dtype=torch.bfloat16)
+    assert result.state == "hidden"
+    assert "16 bits" in result.reason
+    assert {proposal.method for proposal in propose(result, methods=None, targets=None)} == {"relex", "secant"}
 
 
 def targets(convergence: Convergence, total_steps: int | None = None) -> list[int]:
@@ -117,7 +117,7 @@ def test_skill_is_promised_only_as_far_as_it_was_tested(line: Convergence) -> No
     assert line.target_step is not None
     proposals = propose(line, methods=[line.way.method], targets=None)
     assert any(proposal.skill_at_least is not None for proposal in proposals)
-    assert all((item.skill_at_least is None) == (item.target_step > line.target_step) for item in proposals)
+    assert all((each.skill_at_least is None) == (each.target_step > line.target_step) for each in proposals)
 
 
 def test_a_method_of_the_settings_gets_skill_trust_and_targets(tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -51,8 +51,8 @@ class Points(Dataset[dict[str, torch.Tensor]]):
     def __len__(self) -> int:
         return len(self.x)
 
-    def __getitem__(self, item: int) -> dict[str, torch.Tensor]:
-        return {"x": self.x[item], "labels": self.labels[item : item + 1]}
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"x": self.x[index], "labels": self.labels[index : index + 1]}
 
 
 def make(out: Path, callbacks: Sequence[TrainerCallback], **more: Any) -> Any:
@@ -140,19 +140,19 @@ def run_shard(out: Path, rank: int) -> None:
         model(points.x, points.labels[:, None])
         place(model, now, before, share=2.0)
         loss = model(points.x, points.labels[:, None])["loss"]
-    found: dict[str, Any] = {"sharded": sharded(model)}
+    outcome: dict[str, Any] = {"sharded": sharded(model)}
     model.reshard()
     moved = {name: parameter.full_tensor() for name, parameter in model.named_parameters()}
     reference["layer.weight"] += 3.0
     whole = Curve().eval()
     whole.load_state_dict(reference)
     expected = whole(points.x, points.labels[:, None])["loss"]
-    found |= {
+    outcome |= {
         "alike": all(torch.equal(moved[name], reference[name]) for name in reference),
         "losses": [loss.item(), expected.item()],
         "stored": sum(tensor.numel() for tensor in now.values()),
     }
-    out.joinpath(f"result-{rank}.json").write_text(json.dumps(found))
+    out.joinpath(f"result-{rank}.json").write_text(json.dumps(outcome))
     torch.distributed.destroy_process_group()
 
 

@@ -34,8 +34,8 @@ class Points(Dataset[dict[str, torch.Tensor]]):
     def __len__(self) -> int:
         return 1000
 
-    def __getitem__(self, item: int) -> dict[str, torch.Tensor]:
-        return {"x": torch.tensor([item / 1000]), "labels": torch.tensor([item / 500])}
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"x": torch.tensor([index / 1000]), "labels": torch.tensor([index / 500])}
 
 
 class WriteAtStep(TrainerCallback):

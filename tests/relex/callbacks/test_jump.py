@@ -85,13 +85,15 @@ def test_a_run_that_goes_straight_gets_there_in_fewer_steps_and_says_so_in_its_l
 
 
 def test_jumps_that_do_not_pay_change_nothing_that_is_trained_logged_or_seen(tmp_path: Path) -> None:
-    found = []
+    collected = []
     for callbacks in ([], [JumpCallback(4, score=Noisy())]):
         events = Events()
         trainer = make(tmp_path, [*callbacks, events], eval_strategy="steps", eval_steps=3, logging_steps=2)
         trainer.train()
-        found.append((weights_of(trainer), lines(trainer, jumps=False), events.seen, trainer.model.dropout.training))
-    assert found[0] == found[1]
+        collected.append(
+            (weights_of(trainer), lines(trainer, jumps=False), events.seen, trainer.model.dropout.training)
+        )
+    assert collected[0] == collected[1]
     assert [line["jump/steps"] for line in lines(trainer, jumps=True)] == [0, 0, 0]
 
 
@@ -100,15 +102,15 @@ def test_evaluating_jumps_changes_nothing_either_and_is_no_evaluation_of_the_use
 ) -> None:
     # Below what the test can show, and above what it would take too few scores for a test for.
     monkeypatch.setattr(ladder, "LEVEL", 1e-5)
-    found = []
+    collected = []
     for callbacks in ([], [JumpCallback(4)]):
         events = Events()
         stopping = EarlyStoppingCallback(early_stopping_patience=8)
         settings = {"eval_strategy": "steps", "eval_steps": 3, "logging_steps": 2, "metric_for_best_model": "loss"}
         trainer = make(tmp_path, [*callbacks, events, stopping], save_strategy="best", **settings)
         trainer.train()
-        found.append((weights_of(trainer), lines(trainer, jumps=False), events.seen))
-    assert found[0] == found[1]
+        collected.append((weights_of(trainer), lines(trainer, jumps=False), events.seen))
+    assert collected[0] == collected[1]
     assert "prediction_step" not in vars(trainer)
 
 
@@ -221,11 +223,11 @@ def test_a_training_that_is_killed_goes_on_with_the_same_looks_and_ends_at_the_s
     assert run_trainer(killed, 23).returncode == -signal.SIGKILL
     done = run_trainer(killed, 0)
     assert done.returncode == 0, done.stderr
-    expected, found = (json.loads((out / "result-0.json").read_text()) for out in (whole, killed))
+    expected, content = (json.loads((out / "result-0.json").read_text()) for out in (whole, killed))
     assert len(expected["looks"]) > 3
-    assert found["looks"].items() <= expected["looks"].items()
-    assert found["looks"]
-    assert (found["weights"], found["step"], found["gained"]) == (
+    assert content["looks"].items() <= expected["looks"].items()
+    assert content["looks"]
+    assert (content["weights"], content["step"], content["gained"]) == (
         expected["weights"],
         expected["step"],
         expected["gained"],
@@ -268,8 +270,8 @@ def test_two_processes_decide_alike_and_end_at_the_same_weights(tmp_path: Path) 
 
 @pytest.mark.slow
 def test_of_weights_that_two_processes_share_each_moves_its_own_part(tmp_path: Path) -> None:
-    found = on_two_ranks(tmp_path, "shards")
-    assert all(each["alike"] and each["sharded"] for each in found)
-    assert sum(each["stored"] for each in found) == 5
+    ranks = on_two_ranks(tmp_path, "shards")
+    assert all(each["alike"] and each["sharded"] for each in ranks)
+    assert sum(each["stored"] for each in ranks) == 5
     # What the pass before had gathered is not used again.
-    assert all(each["losses"][0] == pytest.approx(each["losses"][1]) for each in found)
+    assert all(each["losses"][0] == pytest.approx(each["losses"][1]) for each in ranks)

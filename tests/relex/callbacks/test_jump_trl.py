@@ -76,14 +76,14 @@ def same(first: weights.Copies, second: weights.Copies) -> bool:
 def test_the_scores_are_the_rewards_of_single_problems_in_the_same_order_every_time(tmp_path: Path) -> None:
     trainer = make(tmp_path, [])
     drawn = scoring.RandomState.of(trainer)
-    found = []
+    collected = []
     for _ in range(2):
         drawn.put_back(trainer)
-        found.append(scoring.score(trainer, None))
-    assert found[0].shape == (PROBLEMS,)
-    assert np.array_equal(found[0], found[1])
+        collected.append(scoring.score(trainer, None))
+    assert collected[0].shape == (PROBLEMS,)
+    assert np.array_equal(collected[0], collected[1])
     drawn.put_back(trainer)
-    assert trainer.evaluate()["eval_reward"] == pytest.approx(found[0].mean(), abs=1e-6)
+    assert trainer.evaluate()["eval_reward"] == pytest.approx(collected[0].mean(), abs=1e-6)
     assert "_calculate_rewards" not in vars(trainer)
 
 
@@ -104,13 +104,13 @@ def test_jumps_that_do_not_pay_change_no_weight_and_no_line_of_the_log(
 ) -> None:
     # Below what the test can show, and above what it would take too few scores for a test for.
     monkeypatch.setattr(ladder, "LEVEL", 1e-5)
-    found = []
+    collected = []
     for callbacks in ([], [JumpCallback(4)]):
         trainer = make(tmp_path, callbacks, eval_strategy="steps", eval_steps=4)
         trainer.train()
-        found.append((weights.copies(trainer.model), lines(trainer)))
-    assert same(found[0][0], found[1][0])
-    assert found[0][1] == found[1][1]
+        collected.append((weights.copies(trainer.model), lines(trainer)))
+    assert same(collected[0][0], collected[1][0])
+    assert collected[0][1] == collected[1][1]
     (told,) = [line for line in trainer.state.log_history if "jump/steps" in line]
     # What waits for the trainer's next line is not in this one.
     assert not {"reward", "num_tokens", "entropy"} & set(told)

@@ -30,46 +30,46 @@ def test_the_ladder_ends_after_two_rungs_that_do_not_beat_the_best_and_scores_ea
         asked.append(steps)
         return right_of_100(right[steps])
 
-    found = climb(score, STEPS)
+    climbed = climb(score, STEPS)
     assert asked == [0, 12, 24, 36, 48, 72]
-    assert found.kept == 36
-    assert found.stay == pytest.approx(0.40)
-    assert [rung.steps for rung in found.rungs] == asked[1:]
-    assert found.p is not None
-    assert found.p < 0.01
+    assert climbed.kept == 36
+    assert climbed.stay == pytest.approx(0.40)
+    assert [rung.steps for rung in climbed.rungs] == asked[1:]
+    assert climbed.p is not None
+    assert climbed.p < 0.01
 
 
 def test_a_gain_that_chance_explains_is_not_kept() -> None:
     # One problem more is right, which is as likely one less.
-    found = climb(lambda steps: right_of_100(41 if steps else 40), STEPS)
-    assert found.kept == 0
-    assert found.p is not None
-    assert found.p > LEVEL
+    climbed = climb(lambda steps: right_of_100(41 if steps else 40), STEPS)
+    assert climbed.kept == 0
+    assert climbed.p is not None
+    assert climbed.p > LEVEL
 
 
 def test_of_one_number_the_best_is_kept_when_it_is_above_staying() -> None:
-    found = climb(lambda steps: np.array([1.0 if steps == 24 else 0.5]), STEPS)
-    assert (found.kept, found.p) == (24, None)
+    climbed = climb(lambda steps: np.array([1.0 if steps == 24 else 0.5]), STEPS)
+    assert (climbed.kept, climbed.p) == (24, None)
     assert climb(lambda steps: np.array([0.5]), STEPS).kept == 0
 
 
 def test_a_rung_that_is_no_model_or_has_no_score_is_not_kept_and_ends_the_ladder() -> None:
     broken = np.append(right_of_100(99), np.nan)
     for bad in (None, broken):
-        found = climb(lambda steps, bad=bad: bad if steps else np.append(right_of_100(40), 0.0), STEPS)  # type: ignore[misc]
-        assert found.kept == 0
-        assert len(found.rungs) == PATIENCE
+        climbed = climb(lambda steps, bad=bad: bad if steps else np.append(right_of_100(40), 0.0), STEPS)  # type: ignore[misc]
+        assert climbed.kept == 0
+        assert len(climbed.rungs) == PATIENCE
 
 
 def test_a_problem_that_staying_cannot_be_scored_on_decides_nothing() -> None:
-    found = climb(lambda steps: np.append(right_of_100(80 if steps == 12 else 40), np.nan), STEPS)
-    assert found.kept == 12
-    assert found.stay == pytest.approx(0.40)
+    climbed = climb(lambda steps: np.append(right_of_100(80 if steps == 12 else 40), np.nan), STEPS)
+    assert climbed.kept == 12
+    assert climbed.stay == pytest.approx(0.40)
 
 
 def test_nothing_is_tried_when_staying_has_no_score() -> None:
-    found = climb(lambda steps: np.array([np.nan]), STEPS)
-    assert (found.kept, found.rungs) == (0, ())
+    climbed = climb(lambda steps: np.array([np.nan]), STEPS)
+    assert (climbed.kept, climbed.rungs) == (0, ())
 
 
 def test_scores_of_other_problems_are_refused() -> None:

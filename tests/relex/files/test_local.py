@@ -22,7 +22,9 @@ DIGEST = "0123456789abcdef" * 4
 
 
 def scan(run: Run) -> dict[int, StoredCheckpoint]:
-    return {item.step: item for item in store.scan(run.run, store.open_base(run.base), now=time.time())}
+    return {
+        checkpoint.step: checkpoint for checkpoint in store.scan(run.run, store.open_base(run.base), now=time.time())
+    }
 
 
 def move_out(file: Path) -> Path:
@@ -39,9 +41,9 @@ def test_a_side_file_that_leads_out_is_refused_in_a_checkpoint_and_in_a_base(run
     step = run.run / "checkpoint-75"
     (step / name).symlink_to(target)
     quiet_links(step)
-    found = scan(run)
-    assert [item.state for item in found.values()] == [State.READY] * 4 + [State.BROKEN]
-    assert f"{step / name} is a link to {target.resolve()}, outside of it" in found[75].reason
+    checkpoints = scan(run)
+    assert [each.state for each in checkpoints.values()] == [State.READY] * 4 + [State.BROKEN]
+    assert f"{step / name} is a link to {target.resolve()}, outside of it" in checkpoints[75].reason
     base = store.open_base(run.base)
     (run.base / name).symlink_to(target)
     with pytest.raises(CheckpointMismatchError, match=f"base/{name} is a link to {target.resolve()}, outside"):
@@ -56,9 +58,9 @@ def test_what_is_read_of_a_checkpoint_does_not_lead_out(run: Run, name: str) -> 
     (step / "trainer_state.json").write_text("{}")
     outside = move_out(step / name)
     quiet_links(step)
-    found = scan(run)[75]
-    assert found.state is State.BROKEN
-    assert f"{step / name} is a link to {outside}, outside of it" in found.reason
+    checkpoint = scan(run)[75]
+    assert checkpoint.state is State.BROKEN
+    assert f"{step / name} is a link to {outside}, outside of it" in checkpoint.reason
 
 
 def test_a_step_directory_does_not_lead_out_of_the_run(run: Run) -> None:
@@ -66,9 +68,9 @@ def test_a_step_directory_does_not_lead_out_of_the_run(run: Run) -> None:
     elsewhere = step.rename(run.run.parent / "elsewhere")
     step.symlink_to(elsewhere)
     os.utime(step, (0, 0), follow_symlinks=False)
-    found = scan(run)[75]
-    assert found.state is State.BROKEN
-    assert f"{step}/config.json is a link to {elsewhere}/config.json, outside of it" in found.reason
+    checkpoint = scan(run)[75]
+    assert checkpoint.state is State.BROKEN
+    assert f"{step}/config.json is a link to {elsewhere}/config.json, outside of it" in checkpoint.reason
 
 
 def test_links_inside_a_checkpoint_and_inside_a_run_and_to_a_run_are_followed(run: Run, tmp_path: Path) -> None:
@@ -80,8 +82,8 @@ def test_links_inside_a_checkpoint_and_inside_a_run_and_to_a_run_are_followed(ru
     (run.run / "checkpoint-40").rename(run.run / "kept")
     (run.run / "checkpoint-40").symlink_to("kept")
     (tmp_path / "latest").symlink_to(run.run)
-    found = scan(Run(run.base, tmp_path / "latest"))
-    assert [item.state for item in found.values()] == [State.READY] * len(STEPS)
+    checkpoints = scan(Run(run.base, tmp_path / "latest"))
+    assert [each.state for each in checkpoints.values()] == [State.READY] * len(STEPS)
 
 
 def test_a_link_into_another_checkpoint_is_refused(run: Run) -> None:
@@ -156,9 +158,9 @@ def test_a_file_of_gigabytes_that_would_be_read_whole_is_not(run: Run, name: str
     with (step / name).open("ab") as file:
         file.truncate(8 << 30)
     quiet(step)
-    found = scan(run)[75]
-    assert found.state is State.BROKEN
-    assert f"{step / name} has {8 << 30} bytes, and what is read whole has at most {MOST_WHOLE}" in found.reason
+    checkpoint = scan(run)[75]
+    assert checkpoint.state is State.BROKEN
+    assert f"{step / name} has {8 << 30} bytes, and what is read whole has at most {MOST_WHOLE}" in checkpoint.reason
 
 
 def test_a_directory_that_is_moved_while_it_is_read_is_not_said_to_lead_out(tmp_path: Path) -> None:
@@ -193,27 +195,27 @@ def test_an_error_of_the_moment_is_not_seen(
     run: Run, monkeypatch: pytest.MonkeyPatch, function: str, number: int
 ) -> None:
     fail(monkeypatch, function, number=number, times=3)
-    assert {item.state for item in scan(run).values()} == {State.READY}
+    assert {checkpoint.state for checkpoint in scan(run).values()} == {State.READY}
 
 
 def test_a_step_whose_disk_fails_is_waited_for_and_the_others_are_read(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fail(monkeypatch, "open", number=errno.EIO, times=100, only="checkpoint-25/model.safetensors")
-    found = scan(run)
-    assert {step for step, item in found.items() if item.state is State.READY} == {10, 20, 40, 75}
-    assert found[25].state is State.NOT_YET
-    assert "checkpoint-25/model.safetensors cannot be read now (Input/output error)" in found[25].reason
+    checkpoints = scan(run)
+    assert {step for step, each in checkpoints.items() if each.state is State.READY} == {10, 20, 40, 75}
+    assert checkpoints[25].state is State.NOT_YET
+    assert "checkpoint-25/model.safetensors cannot be read now (Input/output error)" in checkpoints[25].reason
     with pytest.raises(UnreachableError, match=r"model.safetensors cannot be read now \(Input/output error\)"):
         LocalDirectory(run.run / "checkpoint-25").read("model.safetensors")
 
 
 def test_a_step_that_may_not_be_read_is_broken_and_no_other(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     fail(monkeypatch, "scandir", number=errno.EACCES, times=100, only="checkpoint-25")
-    found = scan(run)
-    assert {step for step, item in found.items() if item.state is State.READY} == {10, 20, 40, 75}
-    assert found[25].state is State.BROKEN
-    assert "checkpoint-25 cannot be read (Permission denied)" in found[25].reason
+    checkpoints = scan(run)
+    assert {step for step, each in checkpoints.items() if each.state is State.READY} == {10, 20, 40, 75}
+    assert checkpoints[25].state is State.BROKEN
+    assert "checkpoint-25 cannot be read (Permission denied)" in checkpoints[25].reason
 
 
 @pytest.mark.parametrize("place", ["checkpoint-25", "checkpoint-25/model.safetensors", "checkpoint-25/config.json"])
@@ -226,12 +228,12 @@ def test_a_link_to_itself_breaks_its_step_and_no_other(run: Run, place: str) -> 
     path.symlink_to(path.name)
     if place.endswith("/model.safetensors"):
         quiet_links(path.parent)
-    found = scan(run)
-    assert {10, 20, 40, 75} <= {step for step, item in found.items() if item.state is State.READY}
+    checkpoints = scan(run)
+    assert {10, 20, 40, 75} <= {step for step, each in checkpoints.items() if each.state is State.READY}
     # A checkpoint without a configuration of its own is read by the base's.
-    assert found[25].state is (State.READY if place.endswith(".json") else State.BROKEN)
+    assert checkpoints[25].state is (State.READY if place.endswith(".json") else State.BROKEN)
     if place == "checkpoint-25":
-        assert "checkpoint-25 cannot be read (Too many levels of symbolic links)" in found[25].reason
+        assert "checkpoint-25 cannot be read (Too many levels of symbolic links)" in checkpoints[25].reason
 
 
 def test_links_to_directories_above_do_not_multiply(run: Run) -> None:
@@ -240,9 +242,9 @@ def test_links_to_directories_above_do_not_multiply(run: Run) -> None:
     for name in ("a", "b", "c"):
         (step / name).symlink_to(".")
     began = time.monotonic()
-    found = scan(run)[25]
-    assert found.state is not State.READY
-    assert found.directory.newest_file() > 0
+    checkpoint = scan(run)[25]
+    assert checkpoint.state is not State.READY
+    assert checkpoint.directory.newest_file() > 0
     assert time.monotonic() - began < 20
 
 
@@ -264,10 +266,10 @@ def test_a_header_of_another_shape_breaks_its_step_and_no_other(run: Run, header
     step = run.run / "checkpoint-25"
     (step / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     quiet(step)
-    found = scan(run)
-    assert found[25].state is State.BROKEN
-    assert said in found[25].reason
-    assert {step for step, item in found.items() if item.state is State.READY} == {10, 20, 40, 75}
+    checkpoints = scan(run)
+    assert checkpoints[25].state is State.BROKEN
+    assert said in checkpoints[25].reason
+    assert {step for step, each in checkpoints.items() if each.state is State.READY} == {10, 20, 40, 75}
 
 
 def quiet_links(directory: Path) -> None:

@@ -56,11 +56,11 @@ def test_plain_containers_come_back_as_they_were(tree: object, protocol: int) ->
 
 def test_what_torch_would_make_is_recorded_and_not_made() -> None:
     content = pickle.dumps({"dtype": torch.float32, "device": torch.device("cpu"), "size": torch.Size([2, 3])}, 2)
-    found = load(content, where=WHERE)
-    assert found["dtype"] == Global("torch.float32")
-    assert isinstance(found["device"], Made)
-    assert (found["device"].name, found["device"].arguments) == ("torch.device", ("cpu",))
-    assert found["size"] == (2, 3)
+    loaded = load(content, where=WHERE)
+    assert loaded["dtype"] == Global("torch.float32")
+    assert isinstance(loaded["device"], Made)
+    assert (loaded["device"].name, loaded["device"].arguments) == ("torch.device", ("cpu",))
+    assert loaded["size"] == (2, 3)
 
 
 def test_an_ordered_dict_is_a_dict() -> None:
@@ -102,9 +102,9 @@ def test_a_call_inside_a_call_is_not_called() -> None:
     # That name is known at protocol 2, where FSDP1 writes it, and as inert as any other.
     with pytest.raises(CheckpointMismatchError, match=r"names __builtin__\.__import__"):
         load(pickle.dumps(nested, 2), where=WHERE)
-    found = load(pickle.dumps(nested, 2), where=WHERE, unknown="stub")
-    assert isinstance(found, Made)
-    assert found.name == "__builtin__.getattr"
+    loaded = load(pickle.dumps(nested, 2), where=WHERE, unknown="stub")
+    assert isinstance(loaded, Made)
+    assert loaded.name == "__builtin__.getattr"
 
 
 def test_the_settings_of_any_class_are_read_when_asked_for() -> None:
@@ -201,15 +201,15 @@ def test_what_nobody_could_walk_through_is_refused(content: bytes) -> None:
 
 
 def test_nesting_that_a_checkpoint_may_have_is_only_nesting() -> None:
-    found = load(b"\x80\x02)" + b"\x85" * 100 + b".", where=WHERE)
+    loaded = load(b"\x80\x02)" + b"\x85" * 100 + b".", where=WHERE)
     for _ in range(100):
-        (found,) = found
-    assert found == ()
+        (loaded,) = loaded
+    assert loaded == ()
 
 
 def test_what_contains_itself_is_read() -> None:
-    found = load(b"\x80\x02]q\x00h\x00a.", where=WHERE)
-    assert found[0] is found
+    loaded = load(b"\x80\x02]q\x00h\x00a.", where=WHERE)
+    assert loaded[0] is loaded
 
 
 def test_a_record_is_never_written_out_in_a_message() -> None:

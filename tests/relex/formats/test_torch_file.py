@@ -76,10 +76,10 @@ def raw(tensor: Tensor) -> bytes:
     return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
-def check_equal(found: Mapping[str, LocalTensor], expected: Mapping[str, Tensor], content: bytes) -> None:
-    assert found.keys() == expected.keys()
+def check_equal(result: Mapping[str, LocalTensor], expected: Mapping[str, Tensor], content: bytes) -> None:
+    assert result.keys() == expected.keys()
     for name, tensor in expected.items():
-        place = found[name]
+        place = result[name]
         assert (place.dtype, place.shape) == (tensor.dtype, tuple(tensor.shape)), name
         assert place.contiguous, name
         assert content[place.offset : place.offset + tensor.nbytes] == raw(tensor), name
@@ -110,9 +110,9 @@ def test_the_settings_of_a_trainer_are_read_when_asked_for(tmp_path: Path) -> No
     save(tmp_path, TrainingArguments(output_dir=str(tmp_path), save_total_limit=2, save_strategy="steps"))
     with pytest.raises(CheckpointMismatchError, match="TrainingArguments"):
         read(tmp_path)
-    found = read(tmp_path, unknown="stub")
-    assert found.state["save_total_limit"] == 2
-    assert found.state["save_strategy"].arguments == ("steps",)
+    loaded = read(tmp_path, unknown="stub")
+    assert loaded.state["save_total_limit"] == 2
+    assert loaded.state["save_strategy"].arguments == ("steps",)
 
 
 def test_a_file_of_many_gigabytes_is_read_in_a_few_reads(tmp_path: Path) -> None:
@@ -130,10 +130,10 @@ def test_a_file_of_many_gigabytes_is_read_in_a_few_reads(tmp_path: Path) -> None
         large = {"a": torch.empty(5 << 28), "b": torch.empty(10), "c": torch.empty(2, 5 << 26), "d": torch.empty(3)}
         torch.save(large, tmp_path / NAME)
     directory = Counting(tmp_path)
-    found = read_torch_file(directory, directory.identity(NAME))
+    loaded = read_torch_file(directory, directory.identity(NAME))
     assert len(directory.reads) <= 6
     assert sum(directory.reads) < 1 << 19
-    for number, place in enumerate(found.values()):
+    for number, place in enumerate(loaded.values()):
         with (tmp_path / NAME).open("r+b") as file:
             file.seek(place.offset)
             file.write(np.float32(number).tobytes())

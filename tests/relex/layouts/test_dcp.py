@@ -60,13 +60,15 @@ def tensor_bytes(weights: Weights, name: str) -> bytes:
 def test_every_tensor_of_two_processes_is_the_gathered_one(gloo: Path, kind: str) -> None:
     base = store.open_base(gloo / "base")
     stored = store.scan(gloo / kind, base, now=time.time() + 60)
-    assert [(item.step, item.state) for item in stored] == [(step, State.READY) for step in (10, 25, 40)]
-    for item in stored:
-        assert item.weights is not None
-        full = load_file(gloo / "full" / f"checkpoint-{item.step}" / "model.safetensors")
-        assert item.weights.tensors.keys() == full.keys()
+    assert [(checkpoint.step, checkpoint.state) for checkpoint in stored] == [
+        (step, State.READY) for step in (10, 25, 40)
+    ]
+    for checkpoint in stored:
+        assert checkpoint.weights is not None
+        full = load_file(gloo / "full" / f"checkpoint-{checkpoint.step}" / "model.safetensors")
+        assert checkpoint.weights.tensors.keys() == full.keys()
         for name, tensor in full.items():
-            assert tensor_bytes(item.weights, name) == tensor.numpy().tobytes(), (item.step, name)
+            assert tensor_bytes(checkpoint.weights, name) == tensor.numpy().tobytes(), (checkpoint.step, name)
 
 
 @pytest.mark.parametrize("kind", ["trainer", "nemo", "plain", "safetensors"])
@@ -127,9 +129,9 @@ def test_it_is_found_where_trainers_put_it(tmp_path: Path, place: str) -> None:
     step = tmp_path / "run" / "step_10"
     (step / place).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / "moved").rename(step / place)
-    found = dcp.find(LocalDirectory(step))
-    assert found is not None
-    assert str(found) == str(step / place)
+    loaded = dcp.find(LocalDirectory(step))
+    assert loaded is not None
+    assert str(loaded) == str(step / place)
 
 
 @pytest.fixture
@@ -140,7 +142,10 @@ def run(tmp_path: Path) -> Run:
 
 def _states(run: Run, *, now: float | None = None) -> dict[int, tuple[State, str]]:
     base = store.open_base(run.base)
-    return {item.step: (item.state, item.reason) for item in store.scan(run.run, base, now=now if now else time.time())}
+    return {
+        checkpoint.step: (checkpoint.state, checkpoint.reason)
+        for checkpoint in store.scan(run.run, base, now=now if now else time.time())
+    }
 
 
 def test_the_weights_are_ready_as_soon_as_metadata_is_there(run: Run) -> None:
@@ -214,9 +219,9 @@ def test_names_unlike_the_bases_are_shown(tmp_path: Path) -> None:
 def test_a_tensor_that_the_base_lacks_is_not_skipped(tmp_path: Path) -> None:
     run = write_dcp_run(tmp_path, {step: dict(state) for step, state in states().items()})
     base = store.open_base(write_model(tmp_path / "smaller", {k: v for k, v in _state().items() if "mlp" not in k}))
-    (item, *_) = store.scan(run.run, base, now=time.time())
-    assert item.state is State.BROKEN
-    assert "has tensor model.layers.0.mlp.down_proj.weight" in item.reason
+    (checkpoint, *_) = store.scan(run.run, base, now=time.time())
+    assert checkpoint.state is State.BROKEN
+    assert "has tensor model.layers.0.mlp.down_proj.weight" in checkpoint.reason
 
 
 def test_a_compressed_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
@@ -306,5 +311,5 @@ def _rewritten(root: Path, change: Callable[[Any], object]) -> Callable[[], Weig
 
 def _first_place(metadata: Any) -> dict[str, Any]:
     """Return the attributes of the place of the first box."""
-    found: dict[str, Any] = vars(next(iter(metadata.storage_data.values())))
-    return found
+    result: dict[str, Any] = vars(next(iter(metadata.storage_data.values())))
+    return result

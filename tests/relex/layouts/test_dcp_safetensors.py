@@ -111,7 +111,7 @@ def test_a_missing_rank_is_seen_in_the_store(run: Run) -> None:
     quiet(_place(run, 75))
     base = store.open_base(run.base)
     stored = store.scan(run.run, base, now=time.time())
-    assert [item.state for item in stored] == [State.READY] * 4 + [State.BROKEN]
+    assert [checkpoint.state for checkpoint in stored] == [State.READY] * 4 + [State.BROKEN]
 
 
 @pytest.mark.parametrize("leftover", [3, 4])
@@ -153,16 +153,16 @@ def test_a_part_that_is_said_to_lie_elsewhere_is_refused(run: Run, first: int) -
 def test_a_tensor_that_the_base_lacks_is_not_skipped(run: Run) -> None:
     smaller = {k: v for k, v in load_file(run.base / "model.safetensors").items() if "mlp" not in k}
     base = store.open_base(write_model(run.base, smaller))
-    (item, *_) = store.scan(run.run, base, now=time.time())
-    assert "has tensor model.layers.0.mlp.down_proj.weight" in item.reason
+    (checkpoint, *_) = store.scan(run.run, base, now=time.time())
+    assert "has tensor model.layers.0.mlp.down_proj.weight" in checkpoint.reason
 
 
 def test_it_is_ready_when_it_has_been_quiet(run: Run) -> None:
     base = store.open_base(run.base)
     quiet(_place(run), seconds=5)
-    (_, _, item, *_) = store.scan(run.run, base, now=time.time())
-    assert item.state is State.NOT_YET
-    assert "5 s ago" in item.reason
+    (_, _, checkpoint, *_) = store.scan(run.run, base, now=time.time())
+    assert checkpoint.state is State.NOT_YET
+    assert "5 s ago" in checkpoint.reason
 
 
 def test_a_sharded_scalar_and_integers_are_read(tmp_path: Path) -> None:

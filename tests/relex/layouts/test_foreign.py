@@ -71,7 +71,7 @@ def test_a_run_of_megatron_is_broken_at_every_step_and_says_why(tmp_path: Path) 
             (directory / name).write_bytes(b"anything")
         quiet(directory)
     stored = store.scan(tmp_path / "run", base, now=time.time())
-    assert [(item.step, item.state) for item in stored] == [(10, State.BROKEN), (25, State.BROKEN)]
+    assert [(checkpoint.step, checkpoint.state) for checkpoint in stored] == [(10, State.BROKEN), (25, State.BROKEN)]
     assert "holds Megatron: common.pt is not read" in stored[0].reason
 
 

@@ -19,8 +19,8 @@ PARTS = ("a", "b", ".", "*", "+", "?", "(", ")", "|", "(?:", r"\.", "[ab]", "{2,
 
 
 def read(patterns: Any, modules: list[str] = MODULES) -> list[float]:
-    found = read_patterns({"rank_pattern": patterns}, "rank_pattern", modules, otherwise=8, where="run/config")
-    return [found.of(module) for module in modules]
+    result = read_patterns({"rank_pattern": patterns}, "rank_pattern", modules, otherwise=8, where="run/config")
+    return [result.of(module) for module in modules]
 
 
 @pytest.mark.parametrize(

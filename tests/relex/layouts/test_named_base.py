@@ -44,5 +44,5 @@ def test_another_base_is_named_with_both(run: Run, tmp_path: Path) -> None:
 
 def test_inspect_warns_of_it(run: Run, tmp_path: Path) -> None:
     line = doubt(run, "Qwen/Qwen2.5-0.5B")
-    found = inspect(run.run, run.base, grams=tmp_path, memory=1 << 30, threads=1)
-    assert [(each.step, each.text) for each in found.findings if each.kind == "base"] == [(25, line)]
+    inspected = inspect(run.run, run.base, grams=tmp_path, memory=1 << 30, threads=1)
+    assert [(each.step, each.text) for each in inspected.findings if each.kind == "base"] == [(25, line)]

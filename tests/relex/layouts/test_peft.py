@@ -99,11 +99,11 @@ def test_an_adapter_on_its_base_is_what_peft_merges(kind: str, tmp_path: Path) -
         merged = states(merge(run.base, adapter(run, checkpoint.step)))
         for name, entry in weights.tensors.items():
             if isinstance(entry, Unchanged):
-                found = base[name]
+                loaded = base[name]
             else:
-                found = read(weights, entry).view(entry.shape)
-                found = base[name] + found if isinstance(entry, LowRank) else found
-            assert float((found - merged[name]).norm() / merged[name].norm()) < 1e-6, name
+                loaded = read(weights, entry).view(entry.shape)
+                loaded = base[name] + loaded if isinstance(entry, LowRank) else loaded
+            assert float((loaded - merged[name]).norm() / merged[name].norm()) < 1e-6, name
 
 
 @pytest.mark.parametrize("kind", ["plain", "dora", "embeddings", "conv1d dora"])
@@ -128,14 +128,14 @@ def test_methods_come_to_the_same_on_adapters_and_on_merged_models(kind: str, tm
     adapters, models = run.open(), write_merged(run, tmp_path / "merged").open()
     for method in ("hold", "relex:rank=2"):
         ours, theirs = predict(adapters, method), predict(models, method)
-        for name, item in ours.tensors.items():
-            assert item.coefficients == pytest.approx(theirs.tensors[name].coefficients, abs=1e-6)
-        found, wanted = (
+        for name, outcome in ours.tensors.items():
+            assert outcome.coefficients == pytest.approx(theirs.tensors[name].coefficients, abs=1e-6)
+        result, wanted = (
             load(write(trajectory, made, tmp_path / f"{kind} {method} {number}"))
             for number, (trajectory, made) in enumerate([(adapters, ours), (models, theirs)])
         )
-        assert found.keys() == wanted.keys()
-        for name, tensor in found.items():
+        assert result.keys() == wanted.keys()
+        for name, tensor in result.items():
             assert float((tensor - wanted[name]).norm() / wanted[name].norm()) < 1e-6, name
 
 
@@ -152,7 +152,7 @@ def test_a_regular_expression_that_never_ends_is_not_begun(key: str, tmp_path: P
 @pytest.mark.parametrize("kind", ["plain", "rslora", "patterns", "embeddings", "conv1d"])
 def test_a_gram_between_factors_is_that_between_deltas(kind: str, tmp_path: Path) -> None:
     trajectory = write_run(tmp_path, **KINDS[kind]).open()
-    found = measure(trajectory)
+    measured = measure(trajectory)
     between_factors = [spec for spec in trajectory.tensors if factor_gram.pays(spec)]
     assert between_factors
     for spec in between_factors:
@@ -160,7 +160,7 @@ def test_a_gram_between_factors_is_that_between_deltas(kind: str, tmp_path: Path
             [read(weights, entry).double() for weights, entry in zip(trajectory.adapters, spec.entries, strict=True)]
         )
         dense = deltas @ deltas.T
-        assert float((found.of(spec.name) - dense).abs().max() / dense.abs().max()) < 1e-6
+        assert float((measured.of(spec.name) - dense).abs().max() / dense.abs().max()) < 1e-6
 
 
 def test_factors_of_a_high_rank_are_multiplied_out(tmp_path: Path) -> None:
@@ -177,9 +177,9 @@ def test_the_bits_of_a_gram_depend_on_nothing_but_the_input(kind: str, tmp_path:
     wanted = measure(trajectory)
     least = least_memory(trajectory)
     for memory, threads in ((least, 1), (256 * MIB, 3)):
-        found = gram.measure(trajectory, memory=memory, threads=threads)
-        assert torch.equal(found.products, wanted.products)
-        assert (found.base_digest, found.digests) == (wanted.base_digest, wanted.digests)
+        measured = gram.measure(trajectory, memory=memory, threads=threads)
+        assert torch.equal(measured.products, wanted.products)
+        assert (measured.base_digest, measured.digests) == (wanted.base_digest, wanted.digests)
 
 
 def test_what_reading_an_adapter_takes_is_part_of_the_budget(tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_the_digest_is_of_what_an_adapter_holds_and_not_of_where_it_lies(tmp_pat
 
 def test_tensors_that_are_not_adapted_cost_no_reads(tmp_path: Path) -> None:
     trajectory = write_run(tmp_path, targets=["q_proj"]).open()
-    counting = [_Counting(Path(str(item.directory))) for item in trajectory.adapters]
+    counting = [_Counting(Path(str(each.directory))) for each in trajectory.adapters]
     checkpoints = tuple(
         replace(checkpoint, weights=replace(checkpoint.weights, directory=directory))
         for checkpoint, directory in zip(trajectory.checkpoints, counting, strict=True)
@@ -320,7 +320,7 @@ def test_a_start_that_leaves_the_base_alone_is_read(start: bool | str, tmp_path:
 def test_a_module_that_the_base_does_not_have_is_named(tmp_path: Path) -> None:
     run = write_run(tmp_path, steps=STEPS[:2])
     file = adapter(run, 20) / "adapter_model.safetensors"
-    save_file({name.replace("q_proj", "query"): item for name, item in load_file(file).items()}, file)
+    save_file({name.replace("q_proj", "query"): each for name, each in load_file(file).items()}, file)
     quiet(adapter(run, 20))
     assert "the adapter changes model.layers.0.self_attn.query, and the base" in refusal(run)
 
@@ -384,7 +384,7 @@ def test_a_run_that_adapts_other_modules_later_is_refused(tmp_path: Path) -> Non
 def test_an_adapter_before_its_first_update_is_read(tmp_path: Path) -> None:
     run = write_run(tmp_path)
     file = adapter(run, 10) / "adapter_model.safetensors"
-    save_file({name: item * (0 if "lora_B" in name else 1) for name, item in load_file(file).items()}, file)
+    save_file({name: each * (0 if "lora_B" in name else 1) for name, each in load_file(file).items()}, file)
     quiet(adapter(run, 10))
     assert float(measure(run.open()).products[:, 0].abs().max()) == 0.0
 
@@ -394,9 +394,9 @@ def test_a_factor_that_was_lost_is_named(step: int, part: str, tmp_path: Path) -
     run = write_run(tmp_path)
     name = f"layers_1_mlp_up_proj_{part}_weight"
     file = adapter(run, step) / "adapter_model.safetensors"
-    found = next(item for key, item in load_file(file).items() if key.replace(".", "_").endswith(name))
-    found.view(-1)[-9:] = 0.0
-    rewrite(adapter(run, step), **{name: found})
+    printed = next(each for key, each in load_file(file).items() if key.replace(".", "_").endswith(name))
+    printed.view(-1)[-9:] = 0.0
+    rewrite(adapter(run, step), **{name: printed})
     with pytest.raises(
         CheckpointDamagedError, match=rf"layers\.1\.mlp\.up_proj\.weight is all zeros at step {step}, and"
     ):

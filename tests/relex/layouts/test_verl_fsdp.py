@@ -107,10 +107,10 @@ def test_one_replica_is_read(kind: str, parts: int, trained: Path) -> None:
 def test_a_prediction_from_it_is_the_one_from_whole_files(kind: str, trained: Path, tmp_path: Path) -> None:
     ours = Run(trained / "base", trained / kind / "run").open()
     whole = Run(trained / "base", trained / kind / "full").open()
-    found, expected = predict(ours), predict(whole)
-    assert found.tensors == expected.tensors
-    assert found.digests == expected.digests
-    assert content(write(ours, found, tmp_path / "ours")) == content(write(whole, expected, tmp_path / "whole"))
+    prediction, expected = predict(ours), predict(whole)
+    assert prediction.tensors == expected.tensors
+    assert prediction.digests == expected.digests
+    assert content(write(ours, prediction, tmp_path / "ours")) == content(write(whole, expected, tmp_path / "whole"))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 40])
@@ -211,7 +211,7 @@ def test_a_step_that_is_being_written_is_not_ready_yet(run: Run) -> None:
     (run.run / "latest_checkpointed_iteration.txt").write_text("40")
     (actor_of(run, 75) / rank_file(1)).unlink()
     base = store.open_base(run.base)
-    states = {item.step: item.state for item in store.scan(run.run, base, now=time.time())}
+    states = {each.step: each.state for each in store.scan(run.run, base, now=time.time())}
     assert states == {10: State.READY, 20: State.READY, 25: State.READY, 40: State.READY, 75: State.NOT_YET}
 
 

@@ -69,12 +69,12 @@ def test_what_peft_makes_of_an_adapter_is_the_predicted_model(kind: str, method:
     assert record is not None
     assert record.error <= TOLERANCE
     wanted = deltas(run, load(write(trajectory, prediction, tmp_path / "model")))
-    found = deltas(run, states(merge(run.base, out)))
+    result = deltas(run, states(merge(run.base, out)))
     for name, delta in wanted.items():
         error = record.errors.get(name.removesuffix(".weight"), 0.0)
         # Peft adds to the base in fp32.
         rounding = 1e-6 * float(delta.norm() + 1.0)
-        assert float((found[name] - delta).norm()) <= error * float(delta.norm()) * 1.001 + rounding, name
+        assert float((result[name] - delta).norm()) <= error * float(delta.norm()) * 1.001 + rounding, name
 
 
 def test_the_rank_is_the_smallest_that_holds_the_prediction(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_a_module_that_never_moved_is_a_zero_of_rank_one(tmp_path: Path) -> None
         tensors = load(path)
         times = file.stat()
         save_file(
-            {name: item * (0 if "0.self_attn.v_proj.lora_B" in name else 1) for name, item in tensors.items()}, file
+            {name: each * (0 if "0.self_attn.v_proj.lora_B" in name else 1) for name, each in tensors.items()}, file
         )
         os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
     trajectory = run.open()
@@ -132,13 +132,13 @@ def test_tied_weights_that_are_adapted_together_stay_together(tmp_path: Path) ->
 def test_the_settings_are_the_runs_own_with_the_ranks_that_were_kept(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", trainer="verl", rslora=True)
     trajectory = run.open()
-    found = json.loads(
+    printed = json.loads(
         (write_one(trajectory, predict(trajectory), tmp_path / "out") / "adapter_config.json").read_bytes()
     )
-    assert "runtime_config" not in found
-    assert found["use_rslora"] is False
-    assert found["rank_pattern"] == found["alpha_pattern"]
-    assert sorted(found["target_modules"]) == sorted(
+    assert "runtime_config" not in printed
+    assert printed["use_rslora"] is False
+    assert printed["rank_pattern"] == printed["alpha_pattern"]
+    assert sorted(printed["target_modules"]) == sorted(
         json.loads((run.run / "global_step_10/actor/lora_adapter/adapter_config.json").read_bytes())["target_modules"]
     )
 

@@ -18,14 +18,14 @@ def out(run: Run, tmp_path: Path) -> Path:
 
 
 def test_the_manifest_says_what_was_predicted_from_what(run: Run, out: Path) -> None:
-    found = manifest.verify(out)
-    assert found.forecast == predict(run.open())
-    assert found.digest == found.forecast.digest
-    assert found.base == str(run.base)
-    assert found.checkpoints == tuple(str(run.run / f"checkpoint-{step}") for step in STEPS)
-    assert found.command == ("relex", "extrapolate")
-    assert found.versions.keys() == {"relex", "torch", "safetensors", "python"}
-    assert found.files.keys() == {file.name for file in out.iterdir()} - {"relex.json"}
+    stored = manifest.verify(out)
+    assert stored.forecast == predict(run.open())
+    assert stored.digest == stored.forecast.digest
+    assert stored.base == str(run.base)
+    assert stored.checkpoints == tuple(str(run.run / f"checkpoint-{step}") for step in STEPS)
+    assert stored.command == ("relex", "extrapolate")
+    assert stored.versions.keys() == {"relex", "torch", "safetensors", "python"}
+    assert stored.files.keys() == {file.name for file in out.iterdir()} - {"relex.json"}
     head = json.loads((out / "relex.json").read_text())
     assert (head["target_step"], head["window"], head["method"]["name"]) == (200, list(STEPS), "relex")
 

@@ -25,9 +25,9 @@ def written(tmp_path: Path, rms: float, *, dtype: str | None = None, spec: str =
     (made,) = extrapolate(
         write_run(tmp_path, states).open(), [request], grams=grams, memory=64 * MIB, threads=2, dtype=dtype
     )
-    found = manifest.read(request.directory).forecast
-    assert found == made
-    return found
+    stored = manifest.read(request.directory).forecast
+    assert stored == made
+    return stored
 
 
 @pytest.mark.parametrize(("rms", "share"), [(1e-6, 0.03), (1e-5, 0.28), (3e-5, 0.69), (1e-4, 0.99)])

@@ -105,7 +105,7 @@ def test_a_worker_that_is_killed_in_the_middle_costs_its_shard_alone(
     begun = written_by_processes(big, tmp_path / "out", workers=4, point=point)
     assert digests(tmp_path / "out") == expected
     assert not [name for name in tree(tmp_path / "out") if "tmp" in name or "partial" in name]
-    twice = [item for place, item in enumerate(begun) if item[1:] in {other[1:] for other in begun[:place]}]
+    twice = [each for place, each in enumerate(begun) if each[1:] in {other[1:] for other in begun[:place]}]
     assert twice
     assert {shard for _, _, shard in twice} == {sorted({shard for _, _, shard in begun})[1]}
     if point == "rename":

@@ -23,8 +23,8 @@ Y = np.array(STEPS, dtype=np.float64)
 
 def points(seed: int, *, size: int = 40) -> Array:
     generator = np.random.default_rng(seed)
-    found: Array = np.outer(Y, generator.standard_normal(size)) + 9.0 * generator.standard_normal((len(Y), size))
-    return found
+    result: Array = np.outer(Y, generator.standard_normal(size)) + 9.0 * generator.standard_normal((len(Y), size))
+    return result
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -34,9 +34,12 @@ def test_training_sees_nothing_past_the_window(tmp_path: Path) -> None:
     for name in SHAPES:
         states[40][name] = 1.5 * states[40][name]
     inside = write_run(tmp_path / "inside", states)
-    found = [content(predicted(item, item.base.parent / "found", window=40)) for item in (run, after, inside)]
-    assert found[1] == found[0]
-    assert found[2] != found[0]
+    prediction = [
+        content(predicted(checkpoint, checkpoint.base.parent / "found", window=40))
+        for checkpoint in (run, after, inside)
+    ]
+    assert prediction[1] == prediction[0]
+    assert prediction[2] != prediction[0]
 
 
 def test_a_window_that_holds_no_pair_is_refused_with_both_numbers(run: Run, tmp_path: Path) -> None:
@@ -74,8 +77,8 @@ def test_the_network_learns_which_direction_follows() -> None:
     seen, unseen = (directions[:, None] + 0.3 * torch.randn(3, 40, 64, generator=generator) for _ in range(2))
     cosines = []
     for epochs in (0, 300):
-        found = next_network.learn(*(seen / 8), *(unseen[:2] / 8), epochs=epochs, seed=0)
-        cosines.append(float(torch.cosine_similarity(found, unseen[2], dim=1).mean()))
+        network_output = next_network.learn(*(seen / 8), *(unseen[:2] / 8), epochs=epochs, seed=0)
+        cosines.append(float(torch.cosine_similarity(network_output, unseen[2], dim=1).mean()))
     assert cosines[0] < 0.3, cosines
     assert cosines[1] > 0.8, cosines
 
@@ -84,13 +87,13 @@ def test_a_batch_in_parts_is_the_batch() -> None:
     generator = torch.Generator().manual_seed(0)
     whole, local, target = (torch.randn(600, 4, generator=generator) for _ in range(3))
     network = next_network
-    found = network.learn(whole, local, target, whole[:3], local[:3], epochs=3, seed=0)
+    network_output = network.learn(whole, local, target, whole[:3], local[:3], epochs=3, seed=0)
     rows, network._ROWS = network._ROWS, 600
     try:
         expected = network.learn(whole, local, target, whole[:3], local[:3], epochs=3, seed=0)
     finally:
         network._ROWS = rows
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(network_output, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_signs_follow_one_difference_whose_own_largest_entry_is_positive() -> None:
@@ -98,19 +101,19 @@ def test_signs_follow_one_difference_whose_own_largest_entry_is_positive() -> No
     left, right = generator.standard_normal(5), generator.standard_normal(7)
     left[2] = -9.0
     signs = np.array([1.0, -1.0, 1.0])
-    item = Triplets(np.outer(signs, left), np.ones(3), np.outer(signs, right), np.ones(3))
+    entry = Triplets(np.outer(signs, left), np.ones(3), np.outer(signs, right), np.ones(3))
     for reference in range(3):
-        found = reference_signs(item, reference)
-        np.testing.assert_array_equal(found, -signs)
+        result = reference_signs(entry, reference)
+        np.testing.assert_array_equal(result, -signs)
 
 
 def test_a_tensor_with_a_longer_side_is_the_latest_checkpoints(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(family, "LONGEST", 100)
-    latest, found = load(run.run / f"checkpoint-{STEPS[-1]}"), load(predicted(run, tmp_path))
-    assert torch.equal(found["model.layers.0.mlp.weight"], latest["model.layers.0.mlp.weight"].float())
-    assert not torch.equal(found["lm_head.weight"], latest["lm_head.weight"].float())
+    latest, prediction = load(run.run / f"checkpoint-{STEPS[-1]}"), load(predicted(run, tmp_path))
+    assert torch.equal(prediction["model.layers.0.mlp.weight"], latest["model.layers.0.mlp.weight"].float())
+    assert not torch.equal(prediction["lm_head.weight"], latest["lm_head.weight"].float())
 
 
 def test_training_that_does_not_fit_is_refused_before_it_begins(tmp_path: Path) -> None:

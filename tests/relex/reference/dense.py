@@ -66,7 +66,7 @@ def polynomial(D: Array, steps: Sequence[int], target: int, *, degree: int, rank
     """A polynomial through each leading coordinate of the last checkpoints, read at the target."""
     values, directions = coordinates(D, rank)
     fits = [np.polyfit(np.array(steps[-last:], dtype=np.float64), row[-last:], degree) for row in values.T]
-    predicted: Array = np.array([np.polyval(found, target) for found in fits]) @ directions
+    predicted: Array = np.array([np.polyval(fit, target) for fit in fits]) @ directions
     return predicted
 
 

@@ -61,7 +61,7 @@ class Net:
                     (layer.weight.detach().double().requires_grad_(), layer.bias.detach().double().requires_grad_())
                 )
             self.parts.append(part)
-        self.parameters = [item for part in self.parts for pair in part for item in pair]
+        self.parameters = [each for part in self.parts for pair in part for each in pair]
 
     def __call__(self, whole: Tensor, local: Tensor) -> Tensor:
         def run(x: Tensor, part: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -73,19 +73,19 @@ class Net:
 
     def train(self, whole: Tensor, local: Tensor, target: Tensor, epochs: int) -> None:
         """AdamW (betas 0.9 and 0.999, decay 0.01) from 2e-5 along a cosine to 2e-6."""
-        first = [torch.zeros_like(item) for item in self.parameters]
-        second = [torch.zeros_like(item) for item in self.parameters]
+        first = [torch.zeros_like(each) for each in self.parameters]
+        second = [torch.zeros_like(each) for each in self.parameters]
         for epoch in range(epochs):
             rate = 2e-6 + (2e-5 - 2e-6) * (1 + math.cos(math.pi * epoch / epochs)) / 2
             gradients = torch.autograd.grad((self(whole, local) - target).abs().mean(), self.parameters)
             with torch.no_grad():
-                for place, (item, gradient) in enumerate(zip(self.parameters, gradients, strict=True)):
-                    item.mul_(1 - rate * 0.01)
+                for place, (each, gradient) in enumerate(zip(self.parameters, gradients, strict=True)):
+                    each.mul_(1 - rate * 0.01)
                     first[place] = 0.9 * first[place] + 0.1 * gradient
                     second[place] = 0.999 * second[place] + 0.001 * gradient**2
                     mean = first[place] / (1 - 0.9 ** (epoch + 1))
                     spread = second[place] / (1 - 0.999 ** (epoch + 1))
-                    item.sub_(rate * mean / (spread.sqrt() + 1e-8))
+                    each.sub_(rate * mean / (spread.sqrt() + 1e-8))
 
 
 def next_(W: Mapping[str, Sequence[Array]], *, ahead: int, epochs: int, seed: int, alpha: float) -> dict[str, Array]:
@@ -104,12 +104,12 @@ def next_(W: Mapping[str, Sequence[Array]], *, ahead: int, epochs: int, seed: in
             reference = (-reference[0], reference[1], -reference[2])
         groups: dict[str, list[list[Array]]] = {"u": [], "sigma": [], "v": []}
         for matrices in (global_, local, target):
-            found = []
+            collected = []
             for u, sigma, v in map(leading, matrices):
                 sign = -1.0 if u @ reference[0] + v @ reference[2] < 0 else 1.0
-                found.append((sign * u, np.array([sigma]), sign * v))
+                collected.append((sign * u, np.array([sigma]), sign * v))
             for place, key in enumerate(groups):
-                groups[key].append([item[place] for item in found])
+                groups[key].append([each[place] for each in collected])
         for key, (whole, local, target) in groups.items():
             data.setdefault((key, len(whole[0])), []).append((name, whole, local, target))
     vectors: dict[tuple[str, str], Array] = {}

@@ -28,7 +28,7 @@ NEXT = "next:ahead=2,alpha=0.7,epochs=25,seed=3"
 
 
 def dense(base: Mapping[str, Tensor], states: list[dict[str, Tensor]]) -> dict[str, list[matrix.Array]]:
-    return {name: [item[name].double().numpy() for item in (base, *states)] for name in base}
+    return {name: [each[name].double().numpy() for each in (base, *states)] for name in base}
 
 
 def predict(run: Run, root: Path, *specs: str, target: int = 200) -> list[dict[str, Tensor]]:
@@ -51,9 +51,9 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, dict[str, l
     return run, dense(load(merged.base), [load(merged.run / f"checkpoint-{step}") for step in STEPS])
 
 
-def close(found: Tensor, expected: matrix.Array, origin: matrix.Array, name: str, *, rtol: float) -> None:
+def close(result: Tensor, expected: matrix.Array, origin: matrix.Array, name: str, *, rtol: float) -> None:
     """Compare what was added to `origin`: of the weights themselves it is a small part."""
-    added, wanted = found.double().numpy() - origin, expected - origin
+    added, wanted = result.double().numpy() - origin, expected - origin
     np.testing.assert_allclose(added, wanted, atol=rtol * np.abs(wanted).max() + 1e-6, err_msg=name)
 
 
@@ -76,27 +76,27 @@ def test_alpha_rl_agrees_with_scikit_learn_on_full_decompositions(full: tuple[Ru
 
 def test_alpha_rl_agrees_on_adapters(adapters: tuple[Run, dict[str, list[matrix.Array]]], tmp_path: Path) -> None:
     run, W = adapters
-    (found,) = predict(run, tmp_path, "alpha-rl")
+    (prediction,) = predict(run, tmp_path, "alpha-rl")
     for name in (name for name in W if "_proj.weight" in name):
-        close(found[name], matrix.alpha_rl(W[name], STEPS, 200), W[name][0], name, rtol=1e-4)
+        close(prediction[name], matrix.alpha_rl(W[name], STEPS, 200), W[name][0], name, rtol=1e-4)
 
 
 def test_next_agrees_with_networks_written_out_in_double_precision(full: tuple[Run, Path]) -> None:
     run, root = full
-    (found,) = predict(run, root / "next", NEXT)
+    (prediction,) = predict(run, root / "next", NEXT)
     W = dense(load(run.base), [load(run.run / f"checkpoint-{step}") for step in STEPS])
     moving = {name: states for name, states in W.items() if name in SHAPES and states[0].ndim}
     expected = matrix.next_(moving, ahead=2, epochs=25, seed=3, alpha=0.7)
     for name, states in moving.items():
-        close(found[name], expected[name], states[-1], name, rtol=1e-3)
+        close(prediction[name], expected[name], states[-1], name, rtol=1e-3)
     for name in W.keys() - moving.keys():
-        np.testing.assert_array_equal(found[name].double().numpy(), W[name][-1], err_msg=name)
+        np.testing.assert_array_equal(prediction[name].double().numpy(), W[name][-1], err_msg=name)
 
 
 def test_next_agrees_on_adapters(adapters: tuple[Run, dict[str, list[matrix.Array]]], tmp_path: Path) -> None:
     run, W = adapters
-    (found,) = predict(run, tmp_path, NEXT)
+    (prediction,) = predict(run, tmp_path, NEXT)
     moving = {name: states for name, states in W.items() if "_proj.weight" in name}
     expected = matrix.next_(moving, ahead=2, epochs=25, seed=3, alpha=0.7)
     for name, states in moving.items():
-        close(found[name], expected[name], states[-1], name, rtol=1e-3)
+        close(prediction[name], expected[name], states[-1], name, rtol=1e-3)

@@ -86,8 +86,8 @@ def predicted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 def test_a_prediction_agrees_with_the_dense_reference_before_rounding(predicted: Path, method: str) -> None:
     base = load(predicted / "base")
     checkpoints = [load(predicted / "run" / f"checkpoint-{step}") for step in STEPS]
-    found = load(predicted / method)
-    assert found.keys() == base.keys()
+    loaded = load(predicted / method)
+    assert loaded.keys() == base.keys()
     for name in SHAPES.keys() - {FROZEN}:
         origin, stored = base[name], [checkpoint[name] for checkpoint in checkpoints]
         if method.startswith("weight-extrapolation") and name == NORM:
@@ -96,21 +96,21 @@ def test_a_prediction_agrees_with_the_dense_reference_before_rounding(predicted:
             expected = dense.wide(origin) + METHODS[method](dense.deltas(origin, stored), STEPS, TARGET)
         # Near zero the fp32 rounding of an element's terms remains, and those are as large as the largest element.
         atol = 1e-6 * np.abs(expected).max()
-        np.testing.assert_allclose(dense.wide(found[name]), expected, rtol=1e-5, atol=atol, err_msg=name)
-        assert found[name].shape == origin.shape
+        np.testing.assert_allclose(dense.wide(loaded[name]), expected, rtol=1e-5, atol=atol, err_msg=name)
+        assert loaded[name].shape == origin.shape
 
 
 def test_a_frozen_tensor_keeps_the_bytes_of_the_base(predicted: Path) -> None:
     base = load(predicted / "base")[FROZEN]
     for method in METHODS:
-        found = load(predicted / method)[FROZEN]
-        assert torch.equal(found, base.to(found.dtype))
+        loaded = load(predicted / method)[FROZEN]
+        assert torch.equal(loaded, base.to(loaded.dtype))
 
 
 def test_integers_and_booleans_come_from_the_latest_checkpoint(predicted: Path) -> None:
     latest = load(predicted / "run" / f"checkpoint-{STEPS[-1]}")
     for method in METHODS:
-        found = load(predicted / method)
+        loaded = load(predicted / method)
         for name in ("position_ids", "mask"):
-            assert found[name].dtype == latest[name].dtype
-            assert torch.equal(found[name], latest[name])
+            assert loaded[name].dtype == latest[name].dtype
+            assert torch.equal(loaded[name], latest[name])
