@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from flows.drift.due import reached
+from flows.drift.due import planned_end, reached
 from flows.drift.record import is_comparing, read_compared, was_shown
 from flows.settings import Settings
 from flows.state.events import TARGET_REACHED, Event, Sent, event
@@ -30,6 +30,10 @@ def announce(
         payload = {"training_run": settings.training_run, "key": row.key, "target": row.target, "step": row.step}
         methods = due.setdefault(name, payload | {"methods": []})["methods"]
         methods += [row.method] if row.method not in methods else []
+    end = planned_end(settings, tuple(stored), ledger.released | ledger.checkpoints)
+    if end is not None:
+        payload = {"training_run": settings.training_run, "key": "", "target": end.step, "step": end.step}
+        due[f"the planned end {end.step}"] = payload | {"methods": []}
     sent = {name: earlier for name, earlier in _read_sent(settings).items() if name in due}
     events = []
     for name, payload in due.items():

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from flows.drift.finish import unfinished
 from flows.drift.record import Compared, read_one
 from flows.settings import Settings
 from flows.state.decision import Decision, Model
@@ -49,6 +50,19 @@ def reached(settings: Settings, stored: Sequence[StoredCheckpoint], seen: Mappin
     one saved after it, at most 5 % of the jump beyond.
     """
     return [prediction for prediction in _status(settings, stored, seen) if isinstance(prediction, Reached)]
+
+
+def planned_end(settings: Settings, stored: Sequence[StoredCheckpoint], seen: Mapping[str, Seen]) -> Checkpoint | None:
+    """Return the real checkpoint of the planned end while there is a winner to compare with it, see `unfinished`."""
+    if settings.drift != "accuracy" or settings.total_steps is None:
+        return None
+    behind = left_behind(stored, seen)
+    newest = [checkpoint for checkpoint in stored if checkpoint.step not in behind]
+    for decision in unfinished(settings):
+        there = _stands_for(newest, settings.total_steps, decision.window)
+        if isinstance(there, Checkpoint) and _is_continued(decision, decision.window, seen, behind):
+            return there
+    return None
 
 
 def look(

@@ -7,16 +7,18 @@ import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from evaluation.answers.harness import Progress
 from evaluation.child import kept_children
 from flows.decide.score import reports
-from flows.drift.due import Reached, Waiting, look
-from flows.drift.finish import finish
+from flows.drift.due import Reached, Waiting, look, planned_end
+from flows.drift.finish import finish, unfinished
 from flows.drift.record import Compared, Paired, comparing, keep, read_compared
 from flows.settings import Settings
 from flows.state.decision import Model
+from flows.state.snapshot import look_at
 from flows.study.compare import difference
 from relex.drift import drift, write_as_predicted
 from relex.errors import (
@@ -28,6 +30,7 @@ from relex.errors import (
 from relex.files.block_cache import BlockCache
 from relex.layouts.weights import Weights
 from relex.progress import Tell, telling
+from relex.store import Checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +77,7 @@ def compare(settings: Settings, base: Weights, due: Sequence[Reached], *, tell: 
             logger.warning(
                 "%s cannot be compared with step %d: %s", prediction.before.title, prediction.real.step, error
             )
-    finish(settings)
+    finish(settings, partial(_at_end, settings, base, _end(settings), tell=tell))
     # Reports of its content are kept, the copy is of no more use.
     shutil.rmtree(_real_models(settings), ignore_errors=True)
     return compared
@@ -106,27 +109,59 @@ def _compare(settings: Settings, base: Weights, prediction: Reached, *, tell: Te
     return row
 
 
+def _end(settings: Settings) -> Checkpoint | None:
+    if not unfinished(settings):
+        return None
+    now = look_at(settings, settings.checkpoints)
+    return planned_end(settings, now.stored, now.ever)
+
+
+def _at_end(
+    settings: Settings, base: Weights, end: Checkpoint | None, winner: Model, benchmark: str, *, tell: Tell | None
+) -> tuple[int, Paired] | None:
+    if end is None:
+        return None
+    try:
+        (pair,) = _paired(settings, base, winner, end, [benchmark], tell=tell)
+    except (CheckpointChangedError, CheckpointDamagedError, CheckpointMismatchError, NonFiniteError) as error:
+        logger.warning("%s cannot be compared with the end, step %d: %s", winner.title, end.step, error)
+        return None
+    return end.step, pair
+
+
 def _accuracies(settings: Settings, base: Weights, prediction: Reached, tell: Tell | None) -> tuple[Paired, ...]:
     if not prediction.benchmarks:
         return ()
-    directory = _real_models(settings) / f"step-{prediction.real.step}"
+    return _paired(settings, base, prediction.predicted, prediction.real, prediction.benchmarks, tell=tell)
+
+
+def _paired(
+    settings: Settings,
+    base: Weights,
+    predicted: Model,
+    checkpoint: Checkpoint,
+    benchmarks: Sequence[str],
+    *,
+    tell: Tell | None,
+) -> tuple[Paired, ...]:
+    directory = _real_models(settings) / f"step-{checkpoint.step}"
     write_as_predicted(
         base,
-        prediction.real,
+        checkpoint,
         directory,
         memory=int(settings.memory),
         threads=settings.threads,
         dtype=settings.output_dtype,
     )
-    real = Model("observed", prediction.real.step, str(directory))
+    real = Model("observed", checkpoint.step, str(directory))
 
     def on_progress(step: Progress) -> None:
         if tell is not None:
-            tell(f"{step.benchmark} @ {prediction.real.step}", step.done, step.total)
+            tell(f"{step.benchmark} @ {checkpoint.step}", step.done, step.total)
 
     pairs = zip(
-        reports(settings, prediction.predicted, prediction.benchmarks),
-        reports(settings, real, prediction.benchmarks, on_progress=on_progress),
+        reports(settings, predicted, benchmarks),
+        reports(settings, real, benchmarks, on_progress=on_progress),
         strict=True,
     )
     return tuple(

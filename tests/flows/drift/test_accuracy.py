@@ -11,13 +11,16 @@ from safetensors.torch import load_file, save_file
 from evaluation.benchmarks.benchmark import write_benchmark
 from evaluation.verdict.report import Report
 from flows.drift import measure
-from flows.drift.due import look
+from flows.drift.announce import announce
+from flows.drift.due import look, planned_end
 from flows.drift.page import page
 from flows.drift.record import read_compared
 from flows.settings import Settings, load_settings
 from flows.state.decision import Decision, Model, Score
+from flows.state.finished import read_finished
 from flows.state.records import write_json
-from flows.state.windows import decision_path, window_directory
+from flows.state.snapshot import look_at
+from flows.state.windows import decision_path, read_decisions, window_directory
 from relex.extrapolation import Request, extrapolate
 from relex.predictors import parse_method
 from relex.trajectory import open_run
@@ -100,3 +103,32 @@ def test_the_winner_is_compared_on_gate_and_report_and_what_was_never_scored_is_
     again = look(decided)
     assert again is not None
     assert again[1] == []
+
+
+def test_a_run_is_on_record_at_its_planned_end_though_no_prediction_stands_for_it(decided: Settings) -> None:
+    settings = decided.model_copy(update={"total_steps": 100})
+    (decision,) = read_decisions(settings)
+    assert decision.winner is not None
+    # A ladder that ended early: what was registered stands for step 30, and the rest fell off.
+    winner = replace(decision.winner, step=30)
+    report = (replace(decision.report[0], model=winner),)
+    write_json(
+        decision_path(settings, KEY),
+        replace(decision, winner=winner, report=report, selection=decision.selection[:1]).to_json(),
+    )
+    now = look_at(settings, settings.checkpoints)
+    end = planned_end(settings, now.stored, now.ever)
+    assert end is not None
+    assert end.step == 100
+    events, _ = announce(settings, now.stored, now.ledger, now=now.now)
+    assert [event.payload["target"] for event in events] == [100]
+
+    measure.compare(settings, now.base, [])
+    ((look_at_end,),) = read_finished(settings.state)
+    assert (look_at_end.window, look_at_end.end, look_at_end.benchmark, look_at_end.n) == (25, 100, "report", 12)
+    kept = {Report.read(path).accuracy for path in (settings.home / "evaluations").glob("report-*/report.json")}
+    assert {look_at_end.winner, look_at_end.real} == kept
+    # Once: neither asked for nor announced again, and the copy of the end is gone.
+    assert planned_end(settings, now.stored, now.ever) is None
+    assert announce(settings, now.stored, now.ledger, now=now.now) == ([], {})
+    assert not (settings.home / "drift" / "real").exists()
