@@ -33,10 +33,13 @@ def test_a_size_is_read_as_people_write_it(config: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"task_runner": "ray"}, "task_runner: Input should be 'threads' or 'dask'"),
+        ({"task_runner": "ray"}, r"task_runner \(line \d+\): Input should be 'threads' or 'dask'"),
         ({"dask_address": "tcp://host:8786"}, "dask_address is tcp://host:8786 and task_runner is threads"),
-        ({"task_runner": "dask", "dask_address": "host:8786"}, "dask_address: String should match pattern"),
-        ({"shard_size": 0}, "shard_size: Input should be greater than 0"),
+        (
+            {"task_runner": "dask", "dask_address": "host:8786"},
+            r"dask_address \(line \d+\): String should match pattern",
+        ),
+        ({"shard_size": 0}, r"shard_size \(line \d+\): Input should be greater than 0"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_in_one_line(

@@ -378,10 +378,10 @@ def test_a_command_in_one_line_is_split_like_a_shell_does(tmp_path: Path) -> Non
     ("changes", "message"),
     [
         ({"command": "train {base}"}, r"the command does not say \{out\}, \{steps\}"),
-        ({"command": []}, "command: Tuple should have at least 1 item"),
+        ({"command": []}, r"command \(line \d+\): Tuple should have at least 1 item"),
         ({"method": "relx"}, "method 'relx' is not known"),
-        ({"real_step": 3}, "real_step: Extra inputs are not permitted"),
-        ({"trainer": "openrlhf"}, "trainer: Input should be 'own', 'trl' or 'verl'"),
+        ({"real_step": 3}, r"real_step \(line \d+\) is no key. Did you mean real_steps\?"),
+        ({"trainer": "openrlhf"}, r"trainer \(line \d+\): Input should be 'own', 'trl' or 'verl'"),
         ({"reference": {"steps": 30}}, "target_accuracy is missing"),
     ],
 )

@@ -41,8 +41,9 @@ def test_a_decision_of_an_earlier_version_is_read_number_by_number() -> None:
     # It counted no looks.
     before["gates"][0] |= dict.fromkeys(("look", "error", "candidate_at_least"))
     before["gates"][0]["comparisons"] = before["gates"][0].pop("looks")
-    # What it could not say: what a score cost, and what was climbed.
+    # What it could not say: what a score cost, what was climbed, and where the page is.
     assert now.pop("ladder") == []
+    assert now.pop("page_url") == ""
     for score in (*now["selection"], *now["dropped"], *now["report"]):
         assert (score.pop("answers"), score.pop("seconds")) == (0, 0.0)
     # One of the numbers is not a number.

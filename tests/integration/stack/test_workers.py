@@ -59,7 +59,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, server_environment: Mappin
             stack.callback(process.wait)
             stack.callback(process.kill)
             deadline = time.monotonic() + 240
-            while not file.exists() and time.monotonic() < deadline:
+            # It is there before its content is.
+            while not (file.exists() and file.read_text().strip().endswith("}")) and time.monotonic() < deadline:
                 time.sleep(0.05)
         yield str(yaml.safe_load(file.read_text())["address"])
 
