@@ -64,7 +64,8 @@ class Report:
         """Return the accuracy and the time it took: 155/400 = 0.388, 7 s."""
         total = math.fsum(score for _, score in self.scores)
         counted = f"{total:.0f}/{self.n}" if total.is_integer() else f"{total:.2f}/{self.n}"
-        return f"{counted} = {self.accuracy:.3f}, {self.seconds:.0f} s"
+        seconds = f"{self.seconds:.0f}" if self.seconds >= 1 else f"{self.seconds:.1f}"
+        return f"{counted} = {self.accuracy:.3f}, {seconds} s"
 
     def to_json(self) -> str:
         """Return the report as JSON that `from_json` reads back to an equal report."""
