@@ -1,19 +1,24 @@
 """A real, short RLVR run and a real stack, made once for all end-to-end tests."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import yaml
+from filelock import FileLock
 
 from deploy.local import stack
 from deploy.local.stack import Stack
 from evaluation.benchmarks.benchmark import write_benchmark
 from flows.demo.task import DIGITS, problems
+from tests.helpers import ROOT
 from tests.helpers.stacks import environment_given_back
 
 STEPS = 24
@@ -28,13 +33,29 @@ class TrainedRun:
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
-    root = tmp_path_factory.mktemp("trained")
-    run = TrainedRun(root / "base", root / "run")
-    demo(["flows.demo.pretrain", "--out", str(run.base)])
-    arguments = ["--base", str(run.base), "--out", str(run.checkpoints), "--steps", str(STEPS), "--save-steps", "2"]
-    demo(["flows.demo.trainer", *arguments])
-    return run
+def trained(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
+    """Train once for each version of the demo and of what it trains with; pytest's cache keeps it, tests copy it."""
+    made = tmp_path_factory.mktemp("trained") / "made"
+    cache = getattr(pytestconfig, "cache", None)
+    root = made if cache is None else cache.mkdir("trained") / _version()
+    with FileLock(root.with_suffix(".lock")):
+        if not root.exists():
+            demo(["flows.demo.pretrain", "--out", str(made / "base")])
+            steps = ["--steps", str(STEPS), "--save-steps", "2"]
+            demo(["flows.demo.trainer", "--base", str(made / "base"), "--out", str(made / "run"), *steps])
+            if root != made:
+                for former in root.parent.glob("*/"):
+                    shutil.rmtree(former)
+                # Complete or absent, on whichever disk it was made.
+                shutil.copytree(made, root.with_suffix(".part"), dirs_exist_ok=True)
+                root.with_suffix(".part").rename(root)
+    return TrainedRun(root / "base", root / "run")
+
+
+def _version() -> str:
+    content = [path.read_bytes() for path in sorted((ROOT / "flows" / "demo").glob("*.py"))]
+    content += [version(library).encode() for library in ("torch", "transformers", "trl")]
+    return sha256(b"\0".join([*content, str(STEPS).encode()])).hexdigest()[:16]
 
 
 def demo(command: list[str]) -> None:

@@ -111,6 +111,7 @@ def deployed(ready: Path, server: Stack) -> Path:
     return ready
 
 
+@pytest.mark.slow
 def test_an_approved_stop_survives_a_restart_and_happens_once(deployed: Path, server: Stack) -> None:
     sentence, run = offered(deployed, server)
     assert "140 steps are saved" in sentence

@@ -153,6 +153,7 @@ def test_workers_elsewhere_write_the_bytes_of_one_process_and_are_seen_in_the_fl
     assert sorted(run.name for run in runs) == files
 
 
+@pytest.mark.slow
 def test_a_refusal_on_a_worker_is_not_tried_again_and_takes_back_what_was_written(cluster: str, tmp_path: Path) -> None:
     write_run(tmp_path, drift(base=torch.float16, stored=torch.float16))
     settings = settings_of(tmp_path, dask_address=cluster, shard_size="100KB")

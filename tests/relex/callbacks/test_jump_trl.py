@@ -99,6 +99,7 @@ def test_a_run_jumps_and_gets_further_in_the_same_steps(tmp_path: Path) -> None:
     assert ends[1] > ends[0] + 0.1
 
 
+@pytest.mark.slow
 def test_jumps_that_do_not_pay_change_no_weight_and_no_line_of_the_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,6 +117,7 @@ def test_jumps_that_do_not_pay_change_no_weight_and_no_line_of_the_log(
     assert not {"reward", "num_tokens", "entropy"} & set(told)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_resumed_ends_where_it_would_have(tmp_path: Path) -> None:
     saving = {"save_strategy": "steps", "save_steps": 3}
     jump = JumpCallback(4)
@@ -149,6 +151,7 @@ class Engine:
         return None, written.tolist(), [[[0.0]] * len(row) for row in written], None
 
 
+@pytest.mark.slow
 def test_every_rung_and_what_is_kept_is_pushed_to_the_engine_that_generates(tmp_path: Path) -> None:
     jump = JumpCallback(4)
     trainer = make(tmp_path, [jump])
@@ -162,6 +165,7 @@ def test_every_rung_and_what_is_kept_is_pushed_to_the_engine_that_generates(tmp_
     assert engine.pushed == looked + STEPS - sum(step < STEPS for step in jump.looks)
 
 
+@pytest.mark.slow
 def test_after_a_jump_answers_of_the_model_before_it_are_not_trained_on(tmp_path: Path) -> None:
     jump = JumpCallback(2)
     asked: list[int] = []
