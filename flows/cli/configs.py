@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.cli.options import Config, Json, Run, err, print_json, print_sentence
+from flows.cli.options import RUN, Config, Json, Run, err, print_json, print_sentence
 from flows.errors import ConfigError
 
 if TYPE_CHECKING:
     from flows.check import Fault
 
 commands = typer.Typer(rich_markup_mode=None)
-_command = partial(commands.command, rich_help_panel="Watch runs and decide")
+_command = partial(commands.command, rich_help_panel=RUN)
 
 
 @_command()

@@ -9,17 +9,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from flows.cli.options import Benchmarks, Cache, Json, Limit, cache_directory, err, out, print_json
+from flows.cli.options import MODEL, Benchmarks, Cache, Json, Limit, cache_directory, err, out, print_json
 from flows.console import Bars, plain_table, print_line, print_warnings
 
 if TYPE_CHECKING:
     from evaluation.benchmarks.catalog import CatalogEntry
     from evaluation.verdict.report import Evaluated, Setting
 
-_HEADING = "Score models"
 
 commands = typer.Typer(rich_markup_mode=None)
-_command = partial(commands.command, rich_help_panel=_HEADING)
+_command = partial(commands.command, rich_help_panel=MODEL)
 
 
 @_command()
@@ -181,7 +180,7 @@ def show_evaluated(console: Console, scored: Sequence["Evaluated"]) -> None:
 
 
 benchmarks = typer.Typer(rich_markup_mode=None)
-commands.add_typer(benchmarks, name="benchmarks", rich_help_panel=_HEADING)
+commands.add_typer(benchmarks, name="benchmarks", rich_help_panel=MODEL)
 
 
 @benchmarks.callback(invoke_without_command=True)

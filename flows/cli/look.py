@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from flows.cli.options import EVERY_METHOD, Base, Json, ListsMethods, Reading, Run, grouped, out, print_json
+from flows.cli.options import EVERY_METHOD, RUN, STUDY, Base, Json, ListsMethods, Reading, Run, grouped, out, print_json
 from flows.console import plain_table, print_line, print_warnings
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from relex.inspection import Inspection
 
 commands = typer.Typer(rich_markup_mode=None)
-_command = partial(commands.command, rich_help_panel="Look at a run")
+_command = partial(commands.command, rich_help_panel=RUN)
 
 # Of a long run the first and last steps say what a reader needs; --json has them all.
 _ROWS = 12
@@ -154,7 +154,7 @@ def show_backtest(console: Console, tested: "Backtest") -> None:
     print_line(console, advice.reason)
 
 
-@_command()
+@_command(rich_help_panel=STUDY)
 @grouped
 def analyze(
     run: Run,

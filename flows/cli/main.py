@@ -11,7 +11,7 @@ from deploy.errors import DeployError
 from evaluation.errors import EvaluationError
 from flows.cli import configs, evaluate, look, models, operate, predict
 from flows.cli.light import WAY_OUT, check, lacking
-from flows.cli.options import err
+from flows.cli.options import HEADINGS, err
 from flows.console import PlainRecord, print_line
 from flows.errors import FlowError
 from relex import __version__
@@ -37,7 +37,7 @@ class Headed(TyperGroup):
         shown = [command for command in commands if not command.hidden]
         # Help begins in one column, below every heading.
         widest = max(len(command.name) for command in shown)
-        for heading in dict.fromkeys(command.rich_help_panel for command in shown):
+        for heading in HEADINGS:
             rows = [
                 (command.name.ljust(widest), command.get_short_help_str(formatter.width - 6 - widest))
                 for command in shown

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from flows.cli.options import HOME, Home, Json, Registered, out, print_json, print_sentence
+from flows.cli.options import HOME, MODEL, Home, Json, Registered, out, print_json, print_sentence
 from flows.console import plain_table, print_line, print_warnings
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from flows.promote.versions import ModelVersions
 
 commands = typer.Typer(rich_markup_mode=None)
-_command = partial(commands.command, rich_help_panel="Registered models")
+_command = partial(commands.command, rich_help_panel=MODEL)
 
 # What happened last, newest below.
 _ROWS = 12

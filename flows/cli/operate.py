@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from flows.cli.options import HOME, Config, Home, Json, err, out, print_json, print_sentence
+from flows.cli.options import DECISION, HOME, RUN, Config, Home, Json, err, out, print_json, print_sentence
 from flows.console import Bars, JsonLines, plain_table, print_line, print_warnings
 from flows.errors import ConfigError
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from deploy.local.stack import Daemon
 
 commands = typer.Typer(rich_markup_mode=None)
-_command = partial(commands.command, rich_help_panel="Watch runs and decide")
+_command = partial(commands.command, rich_help_panel=RUN)
 
 
 @_command()
@@ -275,7 +275,7 @@ def watch(
         watch_store(settings, seconds=seconds, on_look=lambda _, text: status.update(Text(text)))
 
 
-@_command()
+@_command(rich_help_panel=DECISION)
 def stop(
     config: Config,
     *,
@@ -320,7 +320,7 @@ def stop(
         print_sentence(standing.sentence)
 
 
-@_command()
+@_command(rich_help_panel=DECISION)
 def drift(config: Config, as_json: Json = False) -> None:
     """Show what was predicted next to what the run has reached since; what is missing is compared now, without servers.
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 out = Terminal()
 err = Terminal(stderr=True)
 
+# What a command is about: the headings of the help, in their order.
+RUN, DECISION, MODEL, STUDY = HEADINGS = ("A run", "A decision", "A model", "A study")
 HOME = Path.home() / ".relex"
 # Stands in a help for what the table of methods says, which comes with a library that takes seconds to import.
 EVERY_METHOD = "<methods>"

@@ -11,6 +11,8 @@ from rich.console import Console
 
 from flows.cli.options import (
     EVERY_METHOD,
+    MODEL,
+    STUDY,
     Base,
     Benchmarks,
     Json,
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     from relex.output.manifest import Manifest
 
 commands = typer.Typer(rich_markup_mode=None)
-_command = partial(commands.command, rich_help_panel="Predict and compare")
+_command = partial(commands.command, rich_help_panel=STUDY)
 
 
 @_command()
@@ -66,7 +68,7 @@ def methods(as_json: Json = False) -> None:
     out.print(table)
 
 
-@_command(cls=ListsMethods)
+@_command(cls=ListsMethods, rich_help_panel=MODEL)
 @grouped
 def extrapolate(
     run: Run,

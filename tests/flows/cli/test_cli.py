@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file, save_file
 
+from flows.cli.main import app
 from flows.console import markdown_table
 from relex import __version__, inspection
 from relex.predictors import METHODS
@@ -201,12 +203,14 @@ def test_the_help_groups_commands_and_imports_nothing_heavy() -> None:
     shown = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True).stdout
     assert re.findall(r"^(\w[^:\n]*):$", shown, re.MULTILINE) == [
         "Options",
-        "Look at a run",
-        "Predict and compare",
-        "Score models",
-        "Watch runs and decide",
-        "Registered models",
+        "A run",
+        "A decision",
+        "A model",
+        "A study",
     ]
+    # Every command stands below one of them.
+    listed = set(re.findall(r"^  ([a-z]+) ", shown.partition("A run:")[2], re.MULTILINE))
+    assert listed == set(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
     assert not {"torch", "mlflow", "prefect", "lm_eval", "numpy"} & set(shown.splitlines()[-1].split())
 
 
