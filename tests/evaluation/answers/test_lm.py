@@ -106,6 +106,7 @@ SAMPLED = "do_sample: true\n  temperature: 1.0\n  until: []\nrepeats: 3"
 GREEDY = "do_sample: false\n  temperature: 0.0\n  until: []"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("limits", "generated"),
     [

@@ -153,11 +153,13 @@ def _assert_same(pair: Scored, single: Scored) -> None:
         assert (ours.scores, ours.rates, ours.metric) == (theirs.scores, theirs.rates, theirs.metric)
 
 
+@pytest.mark.slow
 def test_a_benchmark_at_alpha_0_is_the_start_model_alone(alone: list[Scored], at_start: Scored) -> None:
     _assert_same(at_start, alone[0])
     assert alone[0].answers != alone[1].answers
 
 
+@pytest.mark.slow
 def test_a_benchmark_at_alpha_1_is_the_end_model_alone_though_it_was_killed(
     alone: list[Scored], killed_at_end: tuple[str, list[list[str]], Scored]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -29,6 +30,7 @@ def test_the_tokenizer_is_the_same_when_autotokenizer_opens_and_saves_it(tmp_pat
     assert (opened.pad_token, opened.eos_token, opened.padding_side) == ("<pad>", EOS, "left")
 
 
+@pytest.mark.slow
 def test_the_tokenizer_has_a_row_of_the_model_for_every_token(base: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(base)
     tokenizer = AutoTokenizer.from_pretrained(base)

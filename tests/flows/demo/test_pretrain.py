@@ -13,6 +13,9 @@ from flows.demo.errors import OutputExistsError
 from flows.demo.model import build_model, build_tokenizer
 from flows.demo.pretrain import publish
 
+# The end-to-end tests train too: these are for what make test leaves out.
+pytestmark = pytest.mark.slow
+
 Demo = Callable[..., subprocess.CompletedProcess[str]]
 
 

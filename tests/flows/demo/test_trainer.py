@@ -11,6 +11,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+# The end-to-end tests train too: these are for what make test leaves out.
+pytestmark = pytest.mark.slow
+
 Demo = Callable[..., subprocess.CompletedProcess[str]]
 
 
