@@ -1,5 +1,6 @@
 """What holds for every test: one thread a process, a home of its own, and nothing left running."""
 
+import logging
 import os
 import shutil
 import tempfile
@@ -33,6 +34,8 @@ hypothesis.settings.register_profile("soak", deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "gate"))
 
 STACK = "tests/integration/stack/"
+# Of these a flow that runs in this process shows more than warnings.
+OWN_LOGGERS = ("flows", "relex", "evaluation", "deploy")
 # How long a process that was told to end may take.
 _ENDING_SECONDS = 20.0
 
@@ -85,3 +88,10 @@ def _left() -> list[str]:
         except psutil.Error:
             continue
     return left
+
+
+@pytest.fixture(autouse=True)
+def levels_of_our_loggers() -> None:
+    """Begin every test with the levels of a fresh process, whatever ran in this one before."""
+    for name in OWN_LOGGERS:
+        logging.getLogger(name).setLevel(logging.NOTSET)
