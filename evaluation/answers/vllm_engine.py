@@ -22,6 +22,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 
 from evaluation.answers.backend import RUNNING, Backend
 from evaluation.answers.devices import NO_WEIGHTS, device_kind
+from evaluation.answers.fingerprint import TOKENIZER
 from evaluation.answers.lm import CUT, JournalledLM, load
 from evaluation.child import HandedBack
 from evaluation.errors import BenchmarkError, DeviceError, ModelError, WorkerError
@@ -32,16 +33,7 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 # What an engine has read once, and keeps whatever weights it is given.
-SHAPE = (
-    "config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-)
+SHAPE = ("config.json", *TOKENIZER)
 CANARY = "1 + 2 = 3, 12 + 34 = 46, 5 = 5"
 # How far the log-probabilities of the canary may be from those of transformers on the CPU, in nats, their mean.
 CANARY_TOLERANCE = {"float32": 0.01, "float16": 0.1, "bfloat16": 0.25}

@@ -54,11 +54,12 @@ def reached(settings: Settings, stored: Sequence[StoredCheckpoint], seen: Mappin
 
 def planned_end(settings: Settings, stored: Sequence[StoredCheckpoint], seen: Mapping[str, Seen]) -> Checkpoint | None:
     """Return the real checkpoint of the planned end while there is a winner to compare with it, see `unfinished`."""
-    if settings.drift != "accuracy" or settings.total_steps is None:
+    open_decisions = unfinished(settings)
+    if not open_decisions or settings.total_steps is None:
         return None
     behind = left_behind(stored, seen)
     newest = [checkpoint for checkpoint in stored if checkpoint.step not in behind]
-    for decision in unfinished(settings):
+    for decision in open_decisions:
         there = _stands_for(newest, settings.total_steps, decision.window)
         if isinstance(there, Checkpoint) and _is_continued(decision, decision.window, seen, behind):
             return there

@@ -32,7 +32,12 @@ def finish(settings: Settings, at_end: AtEnd | None = None) -> list[Finished]:
 
 
 def unfinished(settings: Settings) -> list[Decision]:
-    """Return the decisions whose registered winner is there and was not compared with the planned end."""
+    """Return the decisions whose registered winner is there and was not compared with the planned end.
+
+    None where nothing is asked for: without `drift: accuracy`, and without a planned end.
+    """
+    if settings.drift != "accuracy" or settings.total_steps is None:
+        return []
     done = {look.key for look in _recorded(settings)}
     return [
         decision
