@@ -66,18 +66,15 @@ def _overruled(decision: Decision) -> str:
     if winner is None or backtested is None:
         return ""
     scored = {score.model: score for score in (*decision.dropped, *decision.selection)}
-    ours = scored.get(winner)
+    ours, limit = scored.get(winner), backtested.trusted_step
+    if ours is None or (limit is not None and winner.step <= limit):
+        return ""
     trusted = [
         score
         for model, score in scored.items()
-        if backtested.trusted_step is not None
-        and model.role == "candidate"
-        and model.step <= backtested.trusted_step
-        and score.n == (ours.n if ours else 0)
+        if limit is not None and model.role == "candidate" and model.step <= limit and score.n == ours.n
     ]
-    if ours is None or (backtested.trusted_step is not None and winner.step <= backtested.trusted_step):
-        return ""
-    bound = "no step" if backtested.trusted_step is None else f"no step beyond {backtested.trusted_step}"
+    bound = "no step" if limit is None else f"no step beyond {limit}"
     best = max(trusted, key=lambda score: score.accuracy, default=None)
     against = "" if best is None else f", and the best of those that it trusts, {best.model.title}, {best.accuracy:.4f}"
     return (

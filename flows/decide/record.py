@@ -1,6 +1,6 @@
 """A decision in MLflow: a run with what decided, a run below it for each candidate, and accuracy by step as curves."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from deploy import runs
@@ -135,21 +135,19 @@ def metrics(decision: Decision) -> dict[str, float]:
 
 def curves(decision: Decision) -> dict[str, dict[int, float]]:
     """Return accuracy on the first report benchmark by training step: the observed curve, and one for each method."""
-    accuracies: dict[str, dict[int, float]] = {}
-    for score in decision.report:
-        if score.benchmark == decision.report[0].benchmark:
-            method = score.model.method
-            name = f"{method} from step {decision.window}" if method else OBSERVED
-            accuracies.setdefault(name, {})[score.model.step] = score.accuracy
-    return accuracies
+    return _by_method(decision, [score for score in decision.report if score.benchmark == decision.report[0].benchmark])
 
 
 def chosen_by(decision: Decision) -> dict[str, dict[int, float]]:
     """Return the same of the selection problems: the observed point, and what was scored on all of them."""
+    return {f"{name} on selection": points for name, points in _by_method(decision, decision.selection).items()}
+
+
+def _by_method(decision: Decision, scores: Sequence[Score]) -> dict[str, dict[int, float]]:
     accuracies: dict[str, dict[int, float]] = {}
-    for score in decision.selection:
+    for score in scores:
         name = f"{score.model.method} from step {decision.window}" if score.model.method else OBSERVED
-        accuracies.setdefault(f"{name} on selection", {})[score.model.step] = score.accuracy
+        accuracies.setdefault(name, {})[score.model.step] = score.accuracy
     return accuracies
 
 

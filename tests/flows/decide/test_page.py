@@ -1,11 +1,11 @@
 import json
 from dataclasses import replace
 
-from evaluation.verdict.gate import Gate
 from flows.decide.choose import choose
 from flows.decide.page import page
 from flows.settings import Settings
 from flows.state.decision import Backtested, Decision, Model, Score
+from tests.helpers.gates import GATE
 
 SETTINGS = Settings(
     training_run="tiny",
@@ -50,9 +50,6 @@ def test_a_margin_lets_a_candidate_through_that_is_a_little_behind() -> None:
 
 def test_a_decision_survives_its_json_and_its_page_has_every_number() -> None:
     winner = score(0.71, step=240)
-    gate = Gate(
-        "relex @ 240", "last observed @ 48", "gate", 1000, 0.7, 0.4, 0.3, 0.27, 0.95, 0.0, "exact McNemar", "passed"
-    )
     decision = Decision(
         "tiny",
         "0123",
@@ -62,7 +59,7 @@ def test_a_decision_survives_its_json_and_its_page_has_every_number() -> None:
         "because",
         selection=(score(0.4, role="observed"), winner),
         report=(score(0.41, role="observed"),),
-        gates=(gate,),
+        gates=(GATE,),
         winner=winner.model,
         registered="tiny-candidates version 1",
     )
@@ -73,11 +70,6 @@ def test_a_decision_survives_its_json_and_its_page_has_every_number() -> None:
     assert "| 0.61 |" in page(replace(decision, selection=(score(0.4, role="observed"), promised)), SETTINGS)
     for piece in ("0.7100", "0.4100", "+27.00", "tiny-candidates version 1", "steps 8 to 48"):
         assert piece in text
-
-
-GATE = Gate(
-    "relex @ 240", "last observed @ 48", "gate", 1000, 0.7, 0.4, 0.3, 0.27, 0.95, 0.0, "exact McNemar", "passed"
-)
 
 
 def registered() -> Decision:

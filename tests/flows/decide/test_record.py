@@ -9,16 +9,11 @@ import pytest
 from deploy import champions, registry
 from deploy.tracking import connect, prepare
 from evaluation.benchmarks.benchmark import resolve_benchmark, write_benchmark
-from evaluation.verdict.gate import Gate
 from flows.decide.record import chosen_by, datasets, describe, metrics, record, tags
 from flows.settings import Settings
 from flows.state.decision import Decision, Model, Score
+from tests.helpers.gates import GATE
 from tests.helpers.predictions import write_prediction
-
-GATE = Gate(
-    "relex @ 240", "last observed @ 48", "gate", 1000, 0.7, 0.4, 0.3, 0.27, 0.95, 0.0, "exact McNemar", "passed"
-)
-
 
 _NUMBERS = itertools.count()
 
