@@ -51,6 +51,7 @@ __all__ = [
     "models",
     "names",
     "register",
+    "tag",
     "unknown_name",
     "verified",
 ]
@@ -148,6 +149,17 @@ def models(name: str, *, tracking_uri: str) -> list[RegisteredModelVersion]:
         candidates = versions(client, f"name = '{name}{CANDIDATES}'")
         rows = [row(client, version, champion=version.tags[DIGEST] == digest) for version in candidates]
     return sorted(rows, key=lambda listed: listed.version, reverse=True)
+
+
+def tag(name: str, version: int, tags: Mapping[str, str], *, tracking_uri: str) -> None:
+    """Set tags on version `version` of `<name>-candidates` and on what was promoted of it, where it is there."""
+    client = connect(tracking_uri)
+    with refusals(client):
+        for candidate in versions(client, f"name = '{name}{CANDIDATES}' and version_number = {version}"):
+            promoted = versions(client, f"name = '{name}' and tags.`{DIGEST}` = '{candidate.tags[DIGEST]}'")
+            for each in (candidate, *promoted):
+                for key, value in tags.items():
+                    client.set_model_version_tag(each.name, str(each.version), key, value)
 
 
 def champion(name: str, *, tracking_uri: str) -> RegisteredModelVersion | None:

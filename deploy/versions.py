@@ -19,6 +19,8 @@ STEP = "relex.target_step"
 MODEL_ID = "relex.logged_model_id"
 FILES = "relex.files"
 AUDIT = "relex.audit"
+# For people: by which real step, and how many points.
+OVERTAKEN = "overtaken"
 # MLflow's pages find the versions of a LoggedModel through this tag; a server sets it, the bare database does not.
 VERSIONS_TAG = "mlflow.modelVersions"
 

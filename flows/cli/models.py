@@ -75,12 +75,14 @@ def show_models(console: Console, listed: "ModelVersions") -> None:
             f"v{row.version}",
             str(row.target_step),
             row.digest[:12],
-            row.tags.get("verdict", ""),
+            "overtaken" if version.overtaken else row.tags.get("verdict", ""),
             "" if version.promoted is None else f"{listed.name} v{version.promoted}{', champion' * row.champion}",
             version.state.split(":", maxsplit=1)[0],
         )
     console.print(table)
     for version in listed.versions:
+        if version.overtaken:
+            print_line(console, f"v{version.row.version} is overtaken: {version.overtaken}")
         if version.gate:
             print_line(console, f"gate of v{version.row.version}: {version.gate}")
         print_line(console, f"weights of v{version.row.version}: {version.row.weights}")

@@ -15,10 +15,11 @@ from prefect.client.schemas.objects import State
 from prefect.events import emit_event
 from prefect.states import Completed
 
-from deploy import runs
+from deploy import registry, runs
+from deploy.versions import OVERTAKEN
 from flows.drift.due import look
 from flows.drift.measure import compare
-from flows.drift.page import page, summary, warnings
+from flows.drift.page import overtaken, page, summary, warnings
 from flows.drift.record import Compared, comparing, mark_shown, read_compared, was_shown
 from flows.log import show_own_lines
 from flows.progress import ProgressArtifact
@@ -42,7 +43,10 @@ def compare_reached(settings: Settings) -> int:
 
 
 def log_compared(settings: Settings, tracking_uri: str) -> None:
-    """Log the skill of every prediction in MLflow, a curve a method and window, and the real accuracy beside it."""
+    """Log the skill of every prediction in MLflow, a curve a method and window, and the real accuracy beside it.
+
+    A registered version that a real checkpoint beats is tagged with its step and by how much.
+    """
     curves: dict[tuple[str, str], dict[int, float]] = {}
     for row in read_compared(settings):
         # A comma is no letter of MLflow's keys.
@@ -53,6 +57,15 @@ def log_compared(settings: Settings, tracking_uri: str) -> None:
             curves.setdefault((series, f"real_accuracy/{pair.benchmark}"), {})[row.step] = pair.real
     for (series, metric), points in curves.items():
         runs.log_series(settings.registered_model, points, tracking_uri=tracking_uri, series=series, metric=metric)
+    for row in read_compared(settings):
+        beaten = row.overtaken
+        if beaten is not None:
+            registry.tag(
+                settings.registered_model,
+                int(row.registered.rpartition(" ")[2]),
+                {OVERTAKEN: f"real step {row.step} by {-100 * beaten.difference:.1f} points on {beaten.benchmark}"},
+                tracking_uri=tracking_uri,
+            )
 
 
 compare_task = task(name="compare", retries=2, retry_delay_seconds=5, cache_policy=NO_CACHE)(compare_reached)
@@ -74,16 +87,18 @@ def drift(config: str, tracking_uri: str, step: int = 0) -> State[Any]:
             return Completed(message="nothing new is to be compared")
         log_task(settings, tracking_uri)
         create_markdown_artifact(
-            page(settings.training_run, rows), key=f"drift-{settings.training_run}", description=summary(rows)
+            page(settings.training_run, rows),
+            key=f"drift-{settings.training_run}",
+            description=" ".join([*overtaken(rows), summary(rows)]),
         )
         for row in new:
             _warn(settings, row)
             mark_shown(settings, row)
-    return Completed(message=summary(rows))
+    return Completed(message=" ".join([*overtaken(rows), summary(rows)]))
 
 
 def _warn(settings: Settings, row: Compared) -> None:
-    for text in warnings([row]):
+    for text in (*overtaken([row]), *warnings([row])):
         logger.warning("%s", text)
     if row.broken:
         drifted = event(PREDICTION_DRIFTED, settings, f"{row.key} {row.method} {row.target}", _payload(settings, row))

@@ -15,6 +15,9 @@ HEADINGS = ("prediction", "from", "real step", "skill", "expected", "cosine", "n
 
 def show(console: Console, rows: Sequence[Compared], waiting: Sequence[Waiting]) -> None:
     """Print it on a terminal."""
+    rows = _registered_first(rows)
+    for line in overtaken(rows):
+        console.print(line, soft_wrap=True, highlight=False)
     if rows:
         # What came of each first, then the numbers.
         print_fitting(console, HEADINGS, [cells(row) for row in rows], [0, 2, 7, 8], [0, 1, 3, 4, 5, 6])
@@ -28,6 +31,7 @@ def to_json(training_run: str, rows: Sequence[Compared], waiting: Sequence[Waiti
     """Return it as plain JSON types."""
     return {
         "training_run": training_run,
+        "overtaken": overtaken(rows),
         "summary": summary(rows),
         "compared": [asdict(row) | {"verdict": verdict(row)} for row in rows],
         "waiting": [asdict(row) for row in waiting],
@@ -36,7 +40,9 @@ def to_json(training_run: str, rows: Sequence[Compared], waiting: Sequence[Waiti
 
 def page(training_run: str, rows: Sequence[Compared]) -> str:
     """Return it as Markdown."""
+    rows = _registered_first(rows)
     lines = [f"# {training_run}: predictions and reality", "", summary(rows), ""]
+    lines[2:2] = [text for line in overtaken(rows) for text in (line, "")]
     lines += [*(f"- Warning: {text}" for text in warnings(rows)), ""]
     lines += markdown_table(HEADINGS, map(cells, rows))
     lines += [
@@ -70,6 +76,17 @@ def verdict(row: Compared) -> str:
     if row.promised is not None:
         return "as expected"
     return "nearer than waiting" if row.drift.skill > 0 else "no nearer than waiting"
+
+
+def overtaken(rows: Sequence[Compared]) -> list[str]:
+    """Return one line for each registered version that a real checkpoint beats, the latest step first."""
+    beaten = [(row, pair) for row in rows if (pair := row.overtaken) is not None]
+    return [
+        f"Real step {row.step} scores {-100 * pair.difference:.1f} points more than {row.registered} ({row.title}):"
+        f" {pair.real:.4f} and {pair.predicted:.4f} on {pair.n} problems of {pair.benchmark},"
+        f" {-100 * pair.high:.1f} to {-100 * pair.low:.1f} points with 95 % confidence."
+        for row, pair in sorted(beaten, key=lambda each: -each[0].step)
+    ]
 
 
 def warnings(rows: Sequence[Compared]) -> list[str]:
@@ -107,12 +124,21 @@ def _count(number: int, one: str, many: str) -> str:
     return f"{number} {one if number == 1 else many}"
 
 
+def _named(row: Compared) -> str:
+    return f"{row.registered} ({row.title})" if row.registered else row.title
+
+
+def _registered_first(rows: Sequence[Compared]) -> list[Compared]:
+    return sorted(rows, key=lambda row: not row.registered)
+
+
 def _accuracies(rows: Sequence[Compared]) -> list[str]:
     return [
-        f"{row.title} scores {pair.predicted:.4f} on {pair.n} problems of {pair.benchmark}, real step {row.step}"
+        f"{_named(row)} scores {pair.predicted:.4f} on {pair.n} problems of {pair.benchmark}, real step {row.step}"
         f" {pair.real:.4f}: {pair.difference:+.4f} ({pair.low:+.4f} to {pair.high:+.4f}, 95 %)."
         for row in rows
         for pair in row.accuracies
+        if pair != row.overtaken
     ]
 
 

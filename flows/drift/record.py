@@ -64,6 +64,11 @@ class Compared:
             and self.drift.skill + self.drift.rounding < self.promised
         )
 
+    @property
+    def overtaken(self) -> Paired | None:
+        """The first comparison in which the real checkpoint beats the registered version, at 95 %; None without one."""
+        return next((pair for pair in self.accuracies if self.registered and pair.high < 0), None)
+
 
 @contextmanager
 def comparing(settings: Settings) -> Iterator[bool]:

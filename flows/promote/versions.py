@@ -9,6 +9,7 @@ from deploy.audit import Entry
 from deploy.errors import CandidateError
 from deploy.registry import RegisteredModelVersion
 from deploy.tracking import local_path
+from deploy.versions import OVERTAKEN
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,11 @@ class ListedVersion:
     row: RegisteredModelVersion
     state: str
     promoted: int | None
+
+    @property
+    def overtaken(self) -> str:
+        """Return by which real step it is beaten, and by how many points; "" where none is known to beat it."""
+        return self.row.tags.get(OVERTAKEN, "")
 
     @property
     def gate(self) -> str:

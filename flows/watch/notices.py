@@ -1,4 +1,4 @@
-"""Notices: what was decided, drifted or stopped is told to the addresses of `notify`, once each.
+"""Notices: what was decided, drifted, overtaken or stopped is told to the addresses of `notify`, once each.
 
 What there is to tell is read from the state directory, and what was told is kept there: a watcher that is killed tells
 nothing twice but what it was telling then. A thread sends; a receiver that does not answer delays nothing else.
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from flows.drift.page import overtaken
 from flows.drift.record import read_compared
 from flows.settings import Settings
 from flows.state.records import read_json, write_json
@@ -100,6 +101,9 @@ def due(settings: Settings) -> Iterator[Notice]:
                 f"{row.title}: at step {row.step} its skill is {row.drift.skill:.2f}, {row.promised:.2f} was promised."
             )
             yield Notice(f"drift {row.key} {row.title} {row.step}", f"{run}: drifted", text)
+        if row.overtaken is not None:
+            (text,) = overtaken([row])
+            yield Notice(f"overtaken {row.key} {row.title} {row.step}", f"{run}: overtaken", text)
     stop = read_stop(settings)
     if stop is not None and stop.state in ("stopped", "failed"):
         what = "the training was stopped" if stop.state == "stopped" else "the training could not be stopped"

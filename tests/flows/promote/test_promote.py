@@ -17,8 +17,11 @@ from deploy.errors import CandidateError, NoSuchVersionError
 from deploy.registry import CHAMPION
 from deploy.tracking import connect, prepare
 from deploy.versions import VERSIONS_TAG
+from flows.drift.flow import log_compared
+from flows.drift.record import Compared, Paired, keep
 from flows.errors import PromotionError
 from flows.promote.versions import list_versions
+from flows.settings import Settings
 from tests.helpers import ROOT, cli
 from tests.helpers.mlflow_server import serve
 from tests.helpers.predictions import write_prediction
@@ -380,3 +383,29 @@ def test_a_process_killed_at_any_step_leaves_a_champion_and_nothing_unfinished(t
     )
     assert ran.returncode == 0, ran.stderr
     assert all(kills >= 4 for kills in json.loads(ran.stdout).values()), ran.stdout
+
+
+def test_a_version_that_the_run_has_overtaken_is_tagged_and_told(
+    store: Registry, settings: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store.add(1, GOOD)
+    store.promote()
+    store.add(2, GOOD)
+    pair = Paired("gate", 400, 0.5, 0.744, -0.244, -0.29, -0.2)
+    rows = [
+        Compared("key", 40, method, 100, 130, None, registered, "accuracy", None, accuracies=(pair,))
+        for method, registered in (("relex", "tiny-candidates version 1"), ("expo", ""))
+    ]
+    for row in rows:
+        keep(settings, row)
+    log_compared(settings, store.uri)
+    told = "real step 130 by 24.4 points on gate"
+    newer, beaten = list_versions("tiny", tracking_uri=store.uri, downloads=store.home).versions
+    assert (beaten.overtaken, newer.overtaken) == (told, "")
+    assert connect(store.uri).get_model_version("tiny", "1").tags["overtaken"] == told
+    status, out, _ = cli.relex(capsys, "models", "tiny", "--home", store.home)
+    assert status == 0
+    assert f"v1 is overtaken: {told}" in out
+    # A version that is gone since is no failure.
+    connect(store.uri).delete_model_version("tiny-candidates", "1")
+    log_compared(settings, store.uri)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from flows.drift.record import Compared, Paired, keep
 from flows.settings import Settings
 from flows.watch import notices
 from flows.watch.notices import Notices
@@ -128,3 +129,14 @@ def test_an_address_that_takes_nothing_is_named_without_its_secret(config: Path,
         "notify: nosuch://… is no address that apprise knows",
         "notify: http://127.0.0.1 did not take a message; it is sent again",
     ]
+
+
+def test_a_registered_version_that_the_run_has_overtaken_is_told(settings: Settings) -> None:
+    pair = Paired("gate", 400, 0.5, 0.744, -0.244, -0.29, -0.2)
+    keep(
+        settings,
+        Compared("key", 40, "relex", 100, 130, None, "tiny-candidates version 1", "accuracy", None, accuracies=(pair,)),
+    )
+    (notice,) = notices.due(settings)
+    assert notice.title == "tiny: overtaken"
+    assert notice.text.startswith("Real step 130 scores 24.4 points more than tiny-candidates version 1")
