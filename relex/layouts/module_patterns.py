@@ -6,13 +6,13 @@ beforehand in how many ways one may fit a name, and what has too many is refused
 
 import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from re import _constants, _parser  # type: ignore[attr-defined]
 from typing import Any
 
 from relex.errors import CheckpointMismatchError
-from relex.formats.pickled import brief, shown
+from relex.formats.pickled import shown
 
 # A hundred million take about a second.
 _MOST_WAYS = 1 << 24
@@ -33,39 +33,44 @@ class ModulePatterns:
         return next((number for pattern, number in self.numbers if pattern.match(module)), self.otherwise)
 
 
-def read_patterns(settings: Any, key: str, modules: Collection[str], *, otherwise: Any, where: str) -> ModulePatterns:
+def read_patterns(
+    given: Mapping[str, float], key: str, modules: Collection[str], *, otherwise: float, where: str
+) -> ModulePatterns:
     """Return the patterns under `key`, to be asked for `modules`; `otherwise` is the number of all others.
 
-    Raises CheckpointMismatchError for what is no number, no regular expression, or might take for ever.
+    Raises CheckpointMismatchError for what is no regular expression, or might take for ever.
     """
-    given = settings.get(key) or {}
-    if not isinstance(given, dict):
-        raise CheckpointMismatchError(f"{where}: {key} holds {brief(given)}, not patterns. Save the adapter again.")
-    longest = max(map(len, modules), default=0)
     numbers, of_all = [], 0
     for pattern, number in given.items():
-        try:
-            ways = _ways(pattern, longest)
-            of_all += ways * len(modules)
-            compiled = re.compile(rf"(.*\.)?({pattern})$") if max(ways, of_all >> 8) <= _MOST_WAYS else None
-        except (re.error, RecursionError, OverflowError) as error:
-            raise CheckpointMismatchError(
-                f"{where}: {key} has {shown(pattern)}, which is no regular expression ({error}). Save the"
-                " adapter again."
-            ) from error
-        if compiled is None:
-            raise CheckpointMismatchError(
-                f"{where}: {key} has {shown(pattern)}, which fits a name of {longest} characters in too many ways to"
-                " try. Train with the modules' own names instead."
-            )
-        numbers.append((compiled, _number(number, f"{key} of {shown(pattern)}", where)))
-    return ModulePatterns(numbers, _number(otherwise, "r" if key == "rank_pattern" else "lora_alpha", where))
+        compiled, ways = compile_bounded(pattern, rf"(.*\.)?({pattern})$", modules, so_far=of_all, key=key, where=where)
+        of_all += ways
+        numbers.append((compiled, number))
+    return ModulePatterns(numbers, otherwise)
 
 
-def _number(value: Any, what: str, where: str) -> float:
-    if type(value) not in (int, float) or not 0 <= value <= 1e9:
-        raise CheckpointMismatchError(f"{where}: {what} is {brief(value)}, no number of use. Save the adapter again.")
-    return float(value)
+def compile_bounded(
+    pattern: str, expression: str, modules: Collection[str], *, key: str, where: str, so_far: int = 0
+) -> tuple[re.Pattern[str], int]:
+    """Return an expression made of the pattern under `key`, and a bound on the ways to try it on all `modules`.
+
+    `so_far` are those of the patterns before it. Raises CheckpointMismatchError for what is no regular expression, or
+    might take for ever.
+    """
+    longest = max(map(len, modules), default=0)
+    try:
+        ways = _ways(pattern, longest)
+        of_all = ways * len(modules)
+        compiled = re.compile(expression) if ways <= _MOST_WAYS and so_far + of_all <= _MOST_WAYS_OF_ALL else None
+    except (re.error, RecursionError, OverflowError) as error:
+        raise CheckpointMismatchError(
+            f"{where}: {key} has {shown(pattern)}, which is no regular expression ({error}). Save the adapter again."
+        ) from error
+    if compiled is None:
+        raise CheckpointMismatchError(
+            f"{where}: {key} has {shown(pattern)}, which fits a name of {longest} characters in too many ways to try."
+            " Train with the modules' own names instead."
+        )
+    return compiled, of_all
 
 
 def _ways(pattern: str, length: int) -> int:

@@ -3,22 +3,20 @@
 Trainer's and TRL's `checkpoint-N` of an adapter run, and verl's `global_step_N/actor/lora_adapter`.
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from relex.errors import CheckpointIncompleteError, CheckpointMismatchError
 from relex.files.directory import Directory
 from relex.formats.safetensors_header import StoredTensor, read_header
+from relex.layouts.adapter_settings import MERGE, AdapterSettings, read_settings
 from relex.layouts.factors import AdapterWeights, Factor, LowRank, Unchanged
 from relex.layouts.foreign import refuse_known
 from relex.layouts.hf import descend, read_json
-from relex.layouts.module_patterns import read_patterns
 from relex.layouts.weights import TensorEntry, Weights, embedding_name, whole
 
 NAME = "peft"
@@ -29,20 +27,6 @@ PREFIX = "base_model.model."
 
 _PLACES = ("", "actor/lora_adapter", "lora_adapter")
 HEAD = "lm_head.weight"
-_MERGE = "Let the trainer save merged models (peft's merge_and_unload)"
-
-# What a configuration may say: what is read here, and what does not change the meaning of what is stored.
-_READ = {
-    "peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "bias",
-    "init_lora_weights", "ensure_weight_tying", "modules_to_save",
-}  # fmt: skip
-_NEUTRAL = {
-    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-    "target_modules", "exclude_modules", "lora_dropout", "layers_to_transform", "layers_pattern", "megatron_core",
-    "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config",
-}  # fmt: skip
-# Where training starts from, without a change of the base: PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA all make one.
-_STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 # Their linear layers are stored as (in, out), and of a square one the shape does not tell.
 _CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
 
@@ -56,7 +40,7 @@ class _Opened:
     """One adapter directory while it is being read: its settings, its tensors by their names, and its base."""
 
     directory: Directory
-    settings: Mapping[str, Any]
+    settings: AdapterSettings
     stored: Mapping[str, StoredTensor]
     base: Weights
 
@@ -89,8 +73,8 @@ def open_weights(directory: Directory, *, base: Weights) -> AdapterWeights:
                 f"{directory} holds an adapter without {name}. If the trainer is still writing, wait; otherwise save"
                 " it again."
             )
-    settings = read_json(directory, CONFIG_FILE)
-    _check_settings(directory, settings)
+    content = read_json(directory, CONFIG_FILE)
+    settings = read_settings(content, where=f"{directory}/{CONFIG_FILE}")
     header = read_header(directory, present[WEIGHTS_FILE]).tensors
     stored = {name.replace("_fsdp_wrapped_module.", "").removeprefix(PREFIX): entry for name, entry in header.items()}
     opened = _Opened(directory, settings, stored, base)
@@ -103,26 +87,7 @@ def open_weights(directory: Directory, *, base: Weights) -> AdapterWeights:
     _check_tied(opened, adapted, alias)
     tensors |= adapted | replaced
     files = (present[CONFIG_FILE], present[WEIGHTS_FILE])
-    return AdapterWeights(NAME, directory, tensors, files, alias, base.config, base, settings, keys)
-
-
-def _check_settings(directory: Directory, settings: Mapping[str, Any]) -> None:
-    where = f"{directory}/{CONFIG_FILE}"
-    kind = settings.get("peft_type")
-    if kind != "LORA":
-        raise CheckpointMismatchError(f"{where} has peft_type {kind!r}, and of adapters only LORA is read. {_MERGE}.")
-    start = settings.get("init_lora_weights", True)
-    if start not in _STARTS:
-        raise CheckpointMismatchError(
-            f"{where} has init_lora_weights {start!r}, which changes the base: the adapter belongs to one that is"
-            " stored nowhere. Save it with peft's path_initial_model_for_weight_conversion, or train with"
-            " init_lora_weights true."
-        )
-    for key in sorted(settings.keys() - _READ - _NEUTRAL):
-        if settings[key]:
-            raise CheckpointMismatchError(
-                f"{where} sets {key} to {json.dumps(settings[key])}, which is not read. {_MERGE}, or train without it."
-            )
+    return AdapterWeights(NAME, directory, tensors, files, alias, base.config, base, content, keys)
 
 
 def _adapted(opened: _Opened) -> dict[str, TensorEntry]:
@@ -133,26 +98,32 @@ def _adapted(opened: _Opened) -> dict[str, TensorEntry]:
         if match is not None:
             part = whole(name, entry.dtype, entry.shape, WEIGHTS_FILE, entry.offset)
             modules.setdefault(match["module"], {})[match["part"]] = part
-    tied = opened.settings.get("ensure_weight_tying")
     settings, where = opened.settings, f"{opened.directory}/{CONFIG_FILE}"
-    ranks = read_patterns(settings, "rank_pattern", modules, otherwise=settings.get("r", 8), where=where)
-    alphas = read_patterns(settings, "alpha_pattern", modules, otherwise=settings.get("lora_alpha", 8), where=where)
-    return {
+    if settings.ensure_weight_tying and opened.embedding:
         # A tied head is given the embedding's own factors.
+        modules.pop(HEAD.removesuffix(".weight"), None)
+    ranks, alphas = settings.ranks(modules, where=where), settings.alphas(modules, where=where)
+    adapted: dict[str, TensorEntry] = {
         f"{module}.weight": _low_rank(opened, module, parts, rank=ranks.of(module), alpha=alphas.of(module))
         for module, parts in modules.items()
-        if not (tied and opened.embedding and f"{module}.weight" == HEAD)
     }
+    others = sorted(modules.keys() - settings.targets(modules, where=where))
+    if others:
+        raise CheckpointMismatchError(
+            f"{where} does not target {others[0]}, which has factors in {WEIGHTS_FILE}: peft would leave them out. Save"
+            " the adapter again."
+        )
+    return adapted
 
 
 def _low_rank(opened: _Opened, module: str, parts: Mapping[str, TensorEntry], *, rank: float, alpha: float) -> LowRank:
     directory, settings, name = opened.directory, opened.settings, f"{module}.weight"
     needed = [side for side in ("A", "B", "embedding_A", "embedding_B") if side in parts]
-    wanted = {"magnitude_vector"} if settings.get("use_dora") else set()
+    wanted = {"magnitude_vector"} if settings.use_dora else set()
     if needed not in (["A", "B"], ["embedding_A", "embedding_B"]) or parts.keys() - set(needed) != wanted:
         raise CheckpointMismatchError(
             f"{directory}/{WEIGHTS_FILE} holds of {module} only {', '.join(f'lora_{part}' for part in sorted(parts))},"
-            f" with use_dora {json.dumps(bool(wanted))}. Save the adapter again."
+            f" with use_dora {str(bool(wanted)).lower()}. Save the adapter again."
         )
     if name == HEAD and opened.embedding:
         raise _tied(opened, "lm_head", opened.embedding)
@@ -168,9 +139,7 @@ def _low_rank(opened: _Opened, module: str, parts: Mapping[str, TensorEntry], *,
     turned = _fits(shape[::-1], b, a)
     magnitude = parts.get("magnitude_vector")
     if straight and turned:
-        straight = not (
-            settings.get("fan_in_fan_out") or opened.base.config.get("model_type") in _CONV1D_MODELS
-        ) or module.endswith("lm_head")
+        straight = _stored_straight(opened, module)
     length = shape[0 if straight else 1] if len(shape) == 2 else 0
     if not (straight or turned) or (magnitude is not None and magnitude.shape != (length,)):
         held = " and ".join(f"lora_{part} {list(entry.shape)}" for part, entry in sorted(parts.items()))
@@ -178,14 +147,26 @@ def _low_rank(opened: _Opened, module: str, parts: Mapping[str, TensorEntry], *,
             f"{directory}: {module} has {held}, and {name} of the base {opened.base.directory} has shape"
             f" {list(shape)}. Give the base this run was started from; with ZeRO-3 or FSDP, gather before saving."
         )
-    if a.shape[0] != rank or rank == 0:
+    if a.shape[0] != rank:
         raise CheckpointMismatchError(
             f"{directory}: {module} has rank {a.shape[0]} in {WEIGHTS_FILE} and {rank:g} in {CONFIG_FILE}. Save the"
             " adapter again."
         )
-    scale = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+    scale = alpha / (math.sqrt(rank) if settings.use_rslora else rank)
     left, right = (Factor(b, False), Factor(a, True)) if straight else (Factor(a, True), Factor(b, False))
     return LowRank(name, torch.float32, shape, (), left, right, scale, magnitude, embedding)
+
+
+def _stored_straight(opened: _Opened, module: str) -> bool:
+    """Whether a square layer is stored as (out, in): peft goes by its class, whatever fan_in_fan_out says."""
+    if opened.base.config.get("model_type") in _CONV1D_MODELS:
+        return module.endswith("lm_head")
+    if opened.settings.fan_in_fan_out:
+        raise CheckpointMismatchError(
+            f"{opened.directory}/{CONFIG_FILE} sets fan_in_fan_out, and of {module}, which is square, in a"
+            f" {opened.base.config.get('model_type')!r:.40} nothing tells whether it is turned. {MERGE}."
+        )
+    return True
 
 
 def _fits(shape: Sequence[int], b: TensorEntry, a: TensorEntry) -> bool:
@@ -220,9 +201,9 @@ def _check_tied(opened: _Opened, adapted: Mapping[str, TensorEntry], head: Tenso
     if not opened.embedding:
         return
     module = opened.embedding.removesuffix(".weight")
-    saved = opened.settings.get("modules_to_save") or []
-    trained = opened.embedding in adapted or any(module.endswith(str(name)) for name in saved)
-    if trained and head is None and not opened.settings.get("ensure_weight_tying"):
+    saved = opened.settings.modules_to_save or []
+    trained = opened.embedding in adapted or any(module.endswith(name) for name in saved)
+    if trained and head is None and not opened.settings.ensure_weight_tying:
         raise _tied(opened, module, HEAD)
 
 
