@@ -268,7 +268,7 @@ def _logged_model(
         source_run_id=run_id,
         tags={DIGEST: candidate.digest},
         params={"target_step": str(candidate.target_step), **_method(candidate)},
-        model_type="prediction",
+        model_type="checkpoint" if _method(candidate).get("method.name") == "observed" else "prediction",
     )
 
 
@@ -319,7 +319,9 @@ def _create_version(
 ) -> "ModelVersion":
     promoted = registered.removesuffix(CANDIDATES)
     ensure_registered_model(
-        client, registered, f"Every prediction that was registered; what is promoted of them is in `{promoted}`."
+        client,
+        registered,
+        f"Every model that was registered; what is promoted of them is in `{promoted}`.",
     )
     # The source is the artifact location and not models:/m-…: the database resolves that one through the process-wide
     # tracking URI, which belongs to the caller.

@@ -8,6 +8,7 @@ FlowError
 ├── WindowError      the store is no longer what the window was announced with
 ├── StopError        the training cannot be stopped, or it is not known whether it was
 ├── PromotionError   a candidate does not become the champion
+├── ObservedError    a real checkpoint cannot be registered
 ├── RegroundError    the cycles of a re-grounding are at work elsewhere, or were begun with other settings
 │   └── AtWorkError     another process is at work on them
 ├── TrainerError     the user's trainer failed, or left no checkpoints to predict from
@@ -51,6 +52,10 @@ class StopError(FlowError):
 
 class PromotionError(FlowError):
     """A candidate does not become the champion: it is damaged, or its stored gate results do not say that it should."""
+
+
+class ObservedError(FlowError):
+    """A real checkpoint is not registered: it is not there, or the gate does not say that it should be."""
 
 
 class RegroundError(FlowError):

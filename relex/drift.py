@@ -10,7 +10,7 @@ Shape suffix: N = elements of a chunk.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +30,8 @@ from relex.store import Checkpoint, check_same_tensors, open_base
 from relex.streaming import CHUNK, Block, Unit, Workspace, as_bytes, in_order, units, workspaces
 from relex.trajectory import TensorSpec, Trajectory
 
+# What a manifest calls the method of a real checkpoint: nothing is predicted.
+OBSERVED = "observed"
 # What a thread holds besides the workspace: chunks as they are stored, their deltas, and what becomes of those.
 _BUFFERS = 10
 
@@ -142,11 +144,16 @@ def write_as_predicted(
 
     It is stored in `dtype` (None: in the base's).
 
-    That is a plain model directory, whatever the layout and wherever it lies. Raises as `materialise` does.
+    That is a plain model directory, whatever the layout and wherever it lies; its manifest says that it was observed.
+    Raises as `materialise` does.
     """
     trajectory = _alone(base, real)
     gram = measure(trajectory, memory=memory, threads=threads)
-    made = forecast(trajectory, gram, parse_method("hold"), target_step=real.step, dtype=dtype)
+    made = replace(
+        forecast(trajectory, gram, parse_method("hold"), target_step=real.step, dtype=dtype),
+        method=OBSERVED,
+        description={"name": OBSERVED},
+    )
     materialise(trajectory, [Output(made, out)], contents=gram.contents, memory=memory, threads=threads)
 
 

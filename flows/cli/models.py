@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from flows.cli.options import HOME, MODEL, Home, Json, Registered, out, print_json, print_sentence
+from flows.cli.options import HOME, MODEL, Home, Json, Registered, err, out, print_json, print_sentence
 from flows.console import plain_table, print_line, print_warnings
 
 if TYPE_CHECKING:
@@ -96,6 +96,34 @@ def show_models(console: Console, listed: "ModelVersions") -> None:
         what = f"{entry.action} {'' if entry.candidate is None else f'candidate v{entry.candidate} '}{before} → {after}"
         trail.add_row(str(entry.number), when, entry.by, what, entry.verdict)
     console.print(trail)
+
+
+@_command()
+def register(
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A real checkpoint, RUN/checkpoint-N.")],
+    config: Annotated[Path, typer.Option(help="The relex.yaml of its training run.")] = Path("relex.yaml"),
+    home: Home = HOME,
+    as_json: Json = False,
+) -> None:
+    """Put a real checkpoint through the gate of predictions, and register it beside them.
+
+    Example: relex register runs/qwen/checkpoint-130
+    """
+    from deploy.local import stack
+    from flows.observed.register import register as put
+    from flows.settings import load_settings
+
+    settings = load_settings(config)
+    with err.status("scoring"):
+        done = put(settings, checkpoint, tracking_uri=stack.tracking_uri(home))
+    if as_json:
+        print_json(asdict(done))
+        return
+    name, version = settings.registered_model, done.registered.version
+    for line in (done.sentence, *(each.sentence for each in done.gates), done.registered.url):
+        if line:
+            print_sentence(line)
+    print_sentence(f"relex promote {name} {version} makes it the champion.")
 
 
 @_command()

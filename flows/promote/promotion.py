@@ -85,10 +85,14 @@ def _judge(
         )
     # Of several decisions on the same bytes the last one stands.
     latest = ours[-1]
-    observed = [scored for scored in latest.references if scored.model.role == "observed"]
+    # A real checkpoint of a run without a decision was compared with the base, which it has to beat.
+    observed = [scored for scored in latest.references if scored.model.role in ("observed", "base")]
     if not observed and champion is None:
         return _refusal(f"{candidate.title} has no gate results of a last observed checkpoint. Decide again.")
-    gates = [_gate(latest, latest.candidate, scored, margin=latest.margin) for scored in observed]
+    gates = [
+        _gate(latest, latest.candidate, scored, margin=latest.margin if scored.model.role == "observed" else 0.0)
+        for scored in observed
+    ]
     if champion is not None:
         theirs = [GateResults.from_json(text) for text in registry.gate_reports(champion, tracking_uri=tracking_uri)]
         compared = _compared(champion, candidate, latest, [*reversed(ours), *reversed(theirs)])

@@ -4,75 +4,24 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-import yaml
-from safetensors.torch import load_file, save_file
 
-from evaluation.benchmarks.benchmark import write_benchmark
 from evaluation.verdict.report import Report
 from flows.drift import measure
 from flows.drift.announce import announce
 from flows.drift.due import look, planned_end
 from flows.drift.page import page
 from flows.drift.record import read_compared
-from flows.settings import Settings, load_settings
-from flows.state.decision import Decision, Model, Score
+from flows.settings import Settings
 from flows.state.finished import read_finished
 from flows.state.records import write_json
 from flows.state.snapshot import look_at
-from flows.state.windows import decision_path, read_decisions, window_directory
-from relex.extrapolation import Request, extrapolate
-from relex.predictors import parse_method
-from relex.trajectory import open_run
-from tests.evaluation.conftest import write_model
-from tests.helpers.straight_run import make_old
-
-KEY = "0123456789abcdef"
+from flows.state.windows import decision_path, read_decisions
+from tests.helpers.decided_run import KEY, write_decided
 
 
 @pytest.fixture
 def decided(tmp_path: Path) -> Settings:
-    """A run of a tiny model, a decision on its first two checkpoints, and the real later one in the store."""
-    base = write_model(tmp_path / "base", seed=0)
-    origin = load_file(base / "model.safetensors")
-    generator = torch.Generator().manual_seed(0)
-    slope = {name: torch.randn(tensor.shape, generator=generator) for name, tensor in origin.items()}
-    for step in (10, 25, 100):
-        path = tmp_path / "run" / f"checkpoint-{step}"
-        path.mkdir(parents=True)
-        save_file(
-            {name: tensor + 2e-3 * step * slope[name] for name, tensor in origin.items()}, path / "model.safetensors"
-        )
-        path.joinpath("trainer_state.json").write_text("{}")
-        make_old(path)
-    for name, first in {"selection": 0, "gate": 100, "report": 200}.items():
-        rows = [{"prompt": f"{number}+1=", "answer": str(number + 1)} for number in range(first, first + 12)]
-        write_benchmark(tmp_path, name, rows, max_new_tokens=3)
-    content = {"training_run": "tiny", "checkpoints": "run", "base": "base", "window": 25, "targets": [100, 101]}
-    content |= {"selection": "selection.yaml", "gate": "gate.yaml", "report": ["report.yaml"]}
-    content |= {"registered_model": "tiny", "drift": "accuracy"}
-    (tmp_path / "relex.yaml").write_text(yaml.safe_dump(content))
-    settings = load_settings(tmp_path / "relex.yaml")
-    models = window_directory(settings, KEY) / "models"
-    wanted = {"hold": 25, "relex": 100, "expo": 100}
-    requests = [Request(parse_method(name), step, models / name) for name, step in wanted.items()]
-    extrapolate(
-        open_run(settings.checkpoints, settings.base, window=25),
-        requests,
-        grams=settings.home / "grams",
-        memory=64 << 20,
-        threads=1,
-    )
-    scores = [
-        Score(
-            Model("candidate" if name != "hold" else "observed", step, str(models / name), name), "selection", 0, 0, 12
-        )
-        for name, step in wanted.items()
-    ]
-    decision = Decision("tiny", KEY, 25, (10, 25), "registered", "because", selection=tuple(scores))
-    decision = replace(decision, winner=scores[1].model, report=(replace(scores[1], benchmark="report"),))
-    write_json(decision_path(settings, KEY), decision.to_json())
-    return settings
+    return write_decided(tmp_path, drift="accuracy")
 
 
 def test_the_winner_is_compared_on_gate_and_report_and_what_was_never_scored_is_not(decided: Settings) -> None:

@@ -17,15 +17,17 @@ from deploy.errors import CandidateError, NoSuchVersionError
 from deploy.registry import CHAMPION
 from deploy.tracking import connect, prepare
 from deploy.versions import VERSIONS_TAG
+from flows.decide.gate_results import write_gate_results
 from flows.drift.flow import log_compared
 from flows.drift.record import Compared, Paired, keep
 from flows.errors import PromotionError
 from flows.promote.versions import list_versions
 from flows.settings import Settings
+from flows.state.decision import Model
 from tests.helpers import ROOT, cli
 from tests.helpers.mlflow_server import serve
 from tests.helpers.predictions import write_prediction
-from tests.helpers.registry import BEST, BETTER, GOOD, PROBLEMS, Registry
+from tests.helpers.registry import BEST, BETTER, GOOD, OBSERVED, PROBLEMS, Registry, report
 
 
 @pytest.fixture(scope="module")
@@ -409,3 +411,19 @@ def test_a_version_that_the_run_has_overtaken_is_tagged_and_told(
     # A version that is gone since is no failure.
     connect(store.uri).delete_model_version("tiny-candidates", "1")
     log_compared(settings, store.uri)
+
+
+def test_a_real_checkpoint_of_a_run_without_a_decision_has_to_beat_the_base_by_whatever_margin(store: Registry) -> None:
+    for number, solved in ((1, OBSERVED), (2, BEST)):
+        path = write_prediction(store.home / f"prediction-{number}", number=number)
+        results = write_gate_results(
+            store.home / f"gate-{number}.json",
+            (Model("candidate", 240, str(path), "observed", store.digest(number)), report(solved)),
+            [(Model("base", 0, "there"), report(OBSERVED))],
+            margin=0.9,
+            confidence=0.95,
+        )
+        registry.register(path, name="tiny", tracking_uri=store.uri, gate_reports=[results])
+    with pytest.raises(PromotionError, match=r"base @ 0 0\.2000.*not shown"):
+        store.promote(1)
+    assert store.promote(2).entry.metrics["gate_base_lower_bound"] > 0

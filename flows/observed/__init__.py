@@ -1,0 +1,1 @@
+"""Observed: real checkpoints as models that are scored, gated and registered like predictions."""

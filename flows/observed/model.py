@@ -1,0 +1,37 @@
+"""A real checkpoint as a model directory: in the base's precision, with its tokenizer, as predictions are."""
+
+from flows.errors import ObservedError
+from flows.settings import Settings
+from flows.state.decision import Model
+from flows.state.snapshot import Snapshot
+from relex.drift import OBSERVED, write_as_predicted
+from relex.files.location import open_directory
+from relex.layouts.weights import Weights
+from relex.output import manifest
+from relex.store import Checkpoint
+
+
+def find(settings: Settings, run: Snapshot, location: str) -> Checkpoint:
+    """Return the checkpoint that is called `location`; ObservedError where the run has none there that is complete."""
+    wanted = str(open_directory(location))
+    for stored in run.stored:
+        if str(open_directory(str(stored.directory))) == wanted:
+            if stored.weights is None:
+                raise ObservedError(f"{location} is {stored.state}: {stored.reason}")
+            return Checkpoint(stored.step, stored.weights)
+    steps = ", ".join(str(stored.directory.name) for stored in run.stored)
+    raise ObservedError(f"{location} is no checkpoint of {settings.checkpoints}, which has {steps or 'none'}.")
+
+
+def write(settings: Settings, base: Weights, checkpoint: Checkpoint) -> Model:
+    """Write the checkpoint below `observed` in the training run's state, unless it is there, and return its model."""
+    directory = settings.home / "observed" / f"step-{checkpoint.step}"
+    write_as_predicted(
+        base,
+        checkpoint,
+        directory,
+        memory=int(settings.memory),
+        threads=settings.threads,
+        dtype=settings.output_dtype,
+    )
+    return Model("candidate", checkpoint.step, str(directory), OBSERVED, manifest.read(directory).digest)
