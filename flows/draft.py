@@ -23,6 +23,9 @@ _WINDOW_SHARE = 0.2
 _MOST_NAME = 60
 # Shipped, made for one another, and to be fetched.
 _SHIPPED = ("math_select", "math_gate")
+# What people call a benchmark that chooses, and one that decides.
+_CHOOSE = ("sel", "val", "dev")
+_DECIDE = ("gate", "test")
 
 
 def draft(run: str, config: Path, *, base: str | None, selection: str | None, gate: str | None) -> str:
@@ -41,7 +44,7 @@ def draft(run: str, config: Path, *, base: str | None, selection: str | None, ga
         raise ConfigError(f"nothing in {run} says which model it started from. Give it with --base.")
     root = config.absolute().parent
     name = _name(directory.name)
-    chosen = _benchmarks(root, selection, gate)
+    chosen = _benchmarks(root, name, selection, gate)
     rows = [
         ("training_run", name, "lower-case letters, digits, dashes"),
         ("checkpoints", _place(run, root), "where the trainer writes its checkpoints"),
@@ -108,22 +111,32 @@ def _place(text: str, root: Path) -> str:
     return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
 
 
-def _benchmarks(root: Path, selection: str | None, gate: str | None) -> tuple[str, str]:
-    """Return what chooses and what decides: as given, else by name from the tasks here and those that were fetched.
+def _benchmarks(root: Path, run: str, selection: str | None, gate: str | None) -> tuple[str, str]:
+    """Return what chooses and what decides: as given, else by name from the tasks here or those that were fetched.
 
-    Of two that no name tells apart the larger decides.
+    Of several pairs the one whose name stands in the run's; of two that no name tells apart the larger decides.
     """
     given = [_place(each, root) if each is not None and Path(each).is_file() else each for each in (selection, gate)]
-    names = [name for name in (*_tasks(root), *_fetched()) if name not in given]
-    first = given[0] or _pick(names, ("sel", "val", "dev"), last=False) or _SHIPPED[0]
-    left = [name for name in names if name != first]
-    return first, given[1] or _pick(left, ("gate", "test"), last=True) or _SHIPPED[1]
+    here = _tasks(root)
+    names = [name for name in (here if len(here) > 1 else (*here, *_fetched())) if name not in given]
+    choosing, deciding = [given[0]] if given[0] else _called(names, _CHOOSE), _called(names, _DECIDE)
+    pairs = [(one, other) for one in choosing for other in deciding if one != other and _topic(one) == _topic(other)]
+    pairs.sort(key=lambda pair: -len(_topic(pair[0])) if _topic(pair[0]) in run else 0)
+    if pairs and given[1] is None:
+        return pairs[0]
+    first = (choosing or names or _SHIPPED)[0]
+    left = [name for name in deciding or names if name != first]
+    return first, given[1] or (left or _SHIPPED)[-1]
 
 
-def _pick(names: Sequence[str], words: Sequence[str], *, last: bool) -> str | None:
-    called = [name for name in names if any(word in Path(name).stem.lower() for word in words)]
-    candidates = called or list(names)
-    return None if not candidates else candidates[-1 if last else 0]
+def _called(names: Sequence[str], words: Sequence[str]) -> list[str]:
+    return [name for name in names if any(word in Path(name).stem.lower() for word in words)]
+
+
+def _topic(name: str) -> str:
+    """Return what a benchmark's name says besides what it is for: `sort` of sort-select."""
+    words = re.split(r"[^a-z0-9]+", Path(name).stem.lower())
+    return "-".join(word for word in words if not any(part in word for part in (*_CHOOSE, *_DECIDE)))
 
 
 def _tasks(root: Path) -> list[str]:

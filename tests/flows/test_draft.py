@@ -44,6 +44,28 @@ def test_what_init_writes_is_accepted(place: Path, capsys: pytest.CaptureFixture
     assert cli.relex(capsys, "check", "relex.yaml")[0] == 0
 
 
+def test_of_several_pairs_of_benchmarks_that_of_the_run_is_taken(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for topic in ("add", "sort", "text"):
+        for name in ("gate", "select"):
+            problems = [{"prompt": f"{topic} {name} =", "answer": "1"}]
+            write_benchmark(place / "benchmarks", f"{topic}-{name}", problems, max_new_tokens=1)
+    (place / "run").rename(place / "qwen-sort-2")
+    cli.relex(capsys, "init", "qwen-sort-2", "--base", "base")
+    settings = load_settings(place / "relex.yaml")
+    assert [Path(settings.selection).stem, Path(settings.gate).stem] == ["sort-select", "sort-gate"]
+    # Where no name is the run's, both are of one kind at least; what is given has its own partner.
+    (place / "qwen-sort-2").rename(place / "other")
+    cli.relex(capsys, "init", "other", "--base", "base", "--out", "any.yaml")
+    settings = load_settings(place / "any.yaml")
+    assert [Path(settings.selection).stem, Path(settings.gate).stem] == ["add-select", "add-gate"]
+    given = "benchmarks/text-select.yaml"
+    cli.relex(capsys, "init", "other", "--base", "base", "--out", "given.yaml", "--selection", given)
+    settings = load_settings(place / "given.yaml")
+    assert [Path(settings.selection).stem, Path(settings.gate).stem] == ["text-select", "text-gate"]
+
+
 def test_what_stands_in_an_adapter_is_the_base(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for checkpoint in (place / "run").iterdir():
         (checkpoint / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "Qwen/Qwen2.5-0.5B"}))
