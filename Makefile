@@ -37,8 +37,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/relex demo
 
-# Both cores: what shares servers runs on one of two workers, a file at a time on either.
-PYTEST = $(BIN)/pytest -n 2
+# Three workers keep two cores busy, since tests also wait: what shares servers runs on one, a file at a time on each.
+PYTEST = $(BIN)/pytest -n 3
 
 test: setup
 	$(BIN)/ruff check
