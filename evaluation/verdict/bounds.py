@@ -36,13 +36,15 @@ POWER = 0.8
 class PairedBounds:
     """What n paired differences show about their mean, in score units.
 
-    `lower_bound` is one-sided; `interval` two-sided at the same confidence, never narrower on its lower side.
+    `lower_bound` and `upper_bound` are one-sided, each by itself; `interval` is two-sided at the same confidence, never
+    narrower on its lower side.
     `needed` is how many problems put a lower bound above -margin with probability POWER if d goes on as it was, None if
     no number does.
     """
 
     difference: float
     lower_bound: float
+    upper_bound: float
     interval: tuple[float, float]
     wins: int
     losses: int
@@ -50,8 +52,18 @@ class PairedBounds:
     needed: int | None
 
 
-def paired_bounds(ours: Sequence[float], theirs: Sequence[float], *, margin: float, confidence: float) -> PairedBounds:
-    """Return the bounds on the mean of ours - theirs; scores are in 0..1, at least two problems, in one order."""
+def paired_bounds(
+    ours: Sequence[float],
+    theirs: Sequence[float],
+    *,
+    margin: float,
+    confidence: float,
+    clusters: Sequence[str] | None = None,
+) -> PairedBounds:
+    """Return the bounds on the mean of ours - theirs; scores are in 0..1, at least two problems, in one order.
+
+    `clusters` names the cluster of each problem, at least two; None: problems are independent.
+    """
     difference_N = np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64)
     # Scores averaged over repeats carry rounding.
     difference_N[np.abs(difference_N) < 1e-9] = 0.0
@@ -64,15 +76,27 @@ def paired_bounds(ours: Sequence[float], theirs: Sequence[float], *, margin: flo
         lower, method = _tango_bound, "Tango score"
     else:
         lower, method = _hall_bound, "Hall's t"
-    lower_bound = lower(difference_N, confidence)
-    if lower is _tango_bound and binary and margin == 0 and wins + losses < FEW_DISCORDANT:
-        # The exact bound has the sign of the test, and says little where it is not near 0.
-        lower_bound = min(lower_bound, _mcnemar_bound(wins, losses, n=n, confidence=confidence))
-        method = "exact McNemar"
+    # The exact bound has the sign of the test, and says little where it is not near 0.
+    exact = lower is _tango_bound and binary and margin == 0 and wins + losses < FEW_DISCORDANT
+    method = "exact McNemar" if exact else method
+    bound, units = lower, n
+    if clusters is not None:
+        names, cluster_N = np.unique(np.asarray(clusters), return_inverse=True)
+        units, method = len(names), f"t over {len(names)} clusters"
+
+        def bound(difference_N: FloatArray, confidence: float) -> float:
+            return min(lower(difference_N, confidence), _cluster_bound(difference_N, cluster_N, confidence))
+
+    def one_sided(difference_N: FloatArray, wins: int, losses: int) -> float:
+        alone = bound(difference_N, confidence)
+        return min(alone, _mcnemar_bound(wins, losses, n=n, confidence=confidence)) if exact else alone
+
+    lower_bound = one_sided(difference_N, wins, losses)
     room = mean + margin
     needed = None
     if room > 0 and lower is _unseen_bound:
-        needed = math.ceil(math.log(1 - confidence) / math.log1p(-room / (1 + mean)))
+        # Of as many problems a cluster as there are.
+        needed = math.ceil(n / units * math.ceil(math.log(1 - confidence) / math.log1p(-room / (1 + mean))))
     elif room > 0:
         # At room / (quantile / sqrt(n)) alone half of all draws would pass.
         quantile = float(stats.norm.ppf(confidence))
@@ -83,7 +107,8 @@ def paired_bounds(ours: Sequence[float], theirs: Sequence[float], *, margin: flo
     return PairedBounds(
         difference=mean,
         lower_bound=lower_bound,
-        interval=(min(lower(difference_N, sided), lower_bound), -lower(-difference_N, sided)),
+        upper_bound=-one_sided(-difference_N, losses, wins),
+        interval=(min(bound(difference_N, sided), lower_bound), -bound(-difference_N, sided)),
         wins=wins,
         losses=losses,
         method=method,
@@ -145,6 +170,22 @@ def _hall_bound(difference_N: FloatArray, confidence: float) -> float:
         root = np.cbrt(1 + skewness * (quantile / math.sqrt(n) - skewness / (6 * n)))
         quantile = 3 * math.sqrt(n) / skewness * (float(root) - 1)
     return min(mean - quantile * deviation / math.sqrt(n), _unseen_bound(difference_N, confidence))
+
+
+def _cluster_bound(difference_N: FloatArray, cluster_N: npt.NDArray[np.intp], confidence: float) -> float:
+    mean = float(difference_N.mean())
+    size_C, net_C = np.bincount(cluster_N), np.bincount(cluster_N, weights=difference_N)
+    clusters, typical = len(size_C), float(size_C.mean())
+    pull_C = mean + (net_C - size_C * mean) / typical
+    if np.ptp(pull_C) < 1e-9:
+        return _unseen_bound(pull_C, confidence)
+    bound = mean - float(stats.t.ppf(confidence, clusters - 1) * pull_C.std(ddof=1)) / math.sqrt(clusters)
+    differing = int((np.abs(net_C) > 1e-9).sum())
+    if differing >= FEW_DISCORDANT:
+        return bound
+    # Where most clusters differ, the largest difference tells how far they do; where few do, one may differ wholly.
+    largest = float(np.abs(net_C).max() if 2 * differing >= clusters else size_C.max())
+    return min(bound, _tango_bound(net_C / largest, confidence) * largest / typical)
 
 
 def _mcnemar_bound(wins: int, losses: int, *, n: int, confidence: float) -> float:

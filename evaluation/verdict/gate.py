@@ -1,8 +1,8 @@
 """Gate: is a candidate shown to be no worse than a reference, problem by problem, with stated confidence?
 
 The statistic is the paired difference of the scores on each problem. A one-sided lower confidence bound on its mean,
-see evaluation.verdict.bounds, is compared with -margin: above it the gate is passed, otherwise nothing is shown. Margin
-0 asks whether the candidate is better.
+see evaluation.verdict.bounds, is compared with -margin: above it the gate is passed. Margin 0 asks whether the candidate
+is better. An upper bound below -margin shows that it is worse; otherwise nothing is shown.
 
 Who compares several times on the same problems, several candidates or several windows of one run, passes one by luck
 more often. Of `comparisons` in all, each is made with an error of (1 - confidence) / comparisons (Bonferroni), or with
@@ -10,6 +10,7 @@ that of its `look` (see evaluation.verdict.looks).
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -31,7 +32,8 @@ class Gate:
     `confidence` is that of all `comparisons` together; bounds and interval are at `confidence_each`, which is that of
     `error` where looks are counted: this is the `look`-th at these problems. `needed` is how many problems pass it four
     times in five if the differences go on as they were; None where it is passed or no number does. `candidate_at_least`
-    bounds the candidate's own accuracy at that confidence. What a gate of an earlier version did not hold is None.
+    bounds the candidate's own accuracy at that confidence, None where problems are of `clusters`. What a gate of an
+    earlier version did not hold is None.
     """
 
     candidate: str
@@ -45,7 +47,7 @@ class Gate:
     confidence: float
     margin: float
     method: str
-    verdict: Literal["passed", "not shown"]
+    verdict: Literal["passed", "not shown", "worse"]
     # Decisions of earlier versions hold it as looks.
     comparisons: Annotated[int, Field(validation_alias=AliasChoices("comparisons", "looks"))] = 1
     interval_low: float | None = None
@@ -56,6 +58,8 @@ class Gate:
     look: int | None = None
     error: float | None = None
     candidate_at_least: float | None = None
+    upper_bound: float | None = None
+    clusters: int | None = None
 
     @property
     def passed(self) -> bool:
@@ -84,6 +88,10 @@ class Gate:
             return "it is better: passed"
         if self.passed:
             return f"a loss of {100 * self.margin:g} point{'' if self.margin == 0.01 else 's'} is ruled out: passed"
+        if self.verdict == "worse" and self.upper_bound is not None:
+            at_most = f"with {_percent(self.confidence_each)} confidence the difference is at most"
+            beyond = "" if self.margin == 0 else f", beyond the margin {_points(-self.margin)}"
+            return f"it is worse: {at_most} {_points(self.upper_bound)} points{beyond}"
         limit = "0" if self.margin == 0 else f"the margin {_points(-self.margin)}"
         if self.interval_low is None or self.interval_high is None:
             return f"not shown: the lower bound is not above {limit}"
@@ -114,13 +122,14 @@ def gate(
     confidence: float = 0.95,
     comparisons: int = 1,
     look: Look | None = None,
+    clusters: Sequence[str] | None = None,
 ) -> Gate:
     """Return whether `candidate` is shown to be worse than `reference` by less than `margin` (score units; 0: better).
 
-    `comparisons` is their number on these problems, this one included, of which none may pass by luck. A `look` has an
+    `clusters` names the cluster of each problem, in their order, where they are not independent. `comparisons` is their number on these problems, this one included, of which none may pass by luck. A `look` has an
     error of its own; one without any shows nothing.
     Refuses with ComparisonError what cannot be paired: another benchmark, digest, metric, set of problems or setting;
-    fewer than two problems; scores outside 0..1; a margin outside [0, 1), a confidence outside (0.5, 1), no comparison.
+    fewer than two problems or clusters; scores outside 0..1; a margin outside [0, 1), a confidence outside (0.5, 1), no comparison.
     """
     _refuse_unpaired(candidate, reference)
     if not 0 <= margin < 1:
@@ -129,6 +138,11 @@ def gate(
         raise ComparisonError(f"confidence is {confidence} and must be between 0.5 and 1, such as 0.95.")
     if comparisons < 1:
         raise ComparisonError(f"comparisons is {comparisons} and must be at least 1: it counts this one.")
+    if clusters is not None and len({*clusters}) < 2:
+        raise ComparisonError(
+            f"all {candidate.n} problems of {candidate.benchmark} are of the cluster {clusters[0]}: a comparison needs at"
+            " least 2, take another column."
+        )
     error = (1 - confidence) / comparisons if look is None else look.error
     confidence_each = 1 - max(error, _LEAST_ERROR)
     ours = [score for _, score in candidate.scores]
@@ -137,6 +151,7 @@ def gate(
         [score for _, score in reference.scores],
         margin=margin,
         confidence=confidence_each,
+        clusters=clusters,
     )
     passed = error > 0 and bounds.lower_bound > -margin
     return Gate(
@@ -151,7 +166,7 @@ def gate(
         confidence=confidence,
         margin=margin,
         method=bounds.method,
-        verdict="passed" if passed else "not shown",
+        verdict="passed" if passed else "worse" if error > 0 and bounds.upper_bound < -margin else "not shown",
         comparisons=comparisons,
         interval_low=bounds.interval[0],
         interval_high=bounds.interval[1],
@@ -160,7 +175,9 @@ def gate(
         needed=None if passed else bounds.needed,
         look=None if look is None else look.number,
         error=None if look is None else look.error,
-        candidate_at_least=mean_lower_bound(ours, confidence=confidence_each),
+        candidate_at_least=None if clusters is not None else mean_lower_bound(ours, confidence=confidence_each),
+        upper_bound=bounds.upper_bound,
+        clusters=None if clusters is None else len({*clusters}),
     )
 
 

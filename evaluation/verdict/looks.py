@@ -14,8 +14,6 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from filelock import FileLock
-
 from evaluation.errors import ReportError
 from evaluation.files import write_file
 from evaluation.verdict.report import Report
@@ -50,6 +48,9 @@ def spend(path: Path, reports: Sequence[Report], *, confidence: float, planned: 
 
     `planned` looks share most of the error 1 - `confidence`. Raises ReportError where `path` holds something else.
     """
+    # Who compares without counting looks does without it: a light installation lacks it.
+    from filelock import FileLock
+
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f"{path.name}.lock")):
         before = read_looks(path)

@@ -90,6 +90,20 @@ def test_a_bound_that_is_the_margin_itself_shows_nothing(margin: float, monkeypa
     assert not gate(*reports, margin=margin).passed
 
 
+@pytest.mark.parametrize(("wins", "losses"), [(0, 4), (0, 5), (2, 9), (2, 10), (30, 60)])
+@pytest.mark.parametrize("margin", [0.0, 0.02])
+def test_what_is_worse_is_said_where_the_other_would_be_shown_to_be_better(
+    wins: int, losses: int, margin: float
+) -> None:
+    decision = gate(*paired(wins, losses, 400), margin=margin)
+    if margin == 0:
+        ours, theirs = paired(wins, losses, 400)
+        assert (decision.verdict == "worse") == gate(theirs, ours, margin=0.0).passed
+    else:
+        assert decision.verdict == ("worse" if losses == 60 else "not shown")
+    assert not decision.passed
+
+
 def test_rounding_is_no_variance() -> None:
     ours, theirs = [0.7] * 4 + [0.4] * 4, [0.4] * 4 + [0.1] * 4
     assert 0.7 - 0.4 != 0.4 - 0.1
@@ -110,8 +124,7 @@ def test_the_sentence_has_the_numbers_and_says_whether_more_problems_would_help(
     )
     worse = gate(*paired(6, 30, 500), margin=0.01).sentence
     assert worse.endswith(
-        "not shown: the interval -7.38 to -2.60 points lies below the margin -1.00; "
-        "the difference points the wrong way, more problems would not help."
+        "; it is worse: with 95 % confidence the difference is at most -2.95 points, beyond the margin -1.00."
     )
     level = gate(*paired(5, 5, 500), margin=0.0).sentence
     assert "points includes 0; the difference points the wrong way" in level
