@@ -1,8 +1,8 @@
 """Gate: is a candidate shown to be no worse than a reference, problem by problem, with stated confidence?
 
 The statistic is the paired difference of the scores on each problem. A one-sided lower confidence bound on its mean,
-see evaluation.verdict.bounds, is compared with -margin: above it the gate is passed. Margin 0 asks whether the candidate
-is better. An upper bound below -margin shows that it is worse; otherwise nothing is shown.
+see evaluation.verdict.bounds, is compared with -margin: above it the gate is passed. Margin 0 asks whether the
+candidate is better. An upper bound below -margin shows that it is worse; otherwise nothing is shown.
 
 Who compares several times on the same problems, several candidates or several windows of one run, passes one by luck
 more often. Of `comparisons` in all, each is made with an error of (1 - confidence) / comparisons (Bonferroni), or with
@@ -126,10 +126,12 @@ def gate(
 ) -> Gate:
     """Return whether `candidate` is shown to be worse than `reference` by less than `margin` (score units; 0: better).
 
-    `clusters` names the cluster of each problem, in their order, where they are not independent. `comparisons` is their number on these problems, this one included, of which none may pass by luck. A `look` has an
-    error of its own; one without any shows nothing.
+    `clusters` names the cluster of each problem, in their order, where they are not independent. `comparisons` is their
+    number on these problems, this one included, of which none may pass by luck. A `look` has an error of its own; one
+    without any shows nothing.
     Refuses with ComparisonError what cannot be paired: another benchmark, digest, metric, set of problems or setting;
-    fewer than two problems or clusters; scores outside 0..1; a margin outside [0, 1), a confidence outside (0.5, 1), no comparison.
+    fewer than two problems or clusters; scores outside 0..1; a margin outside [0, 1), a confidence outside (0.5, 1), no
+    comparison.
     """
     _refuse_unpaired(candidate, reference)
     if not 0 <= margin < 1:
@@ -140,8 +142,8 @@ def gate(
         raise ComparisonError(f"comparisons is {comparisons} and must be at least 1: it counts this one.")
     if clusters is not None and len({*clusters}) < 2:
         raise ComparisonError(
-            f"all {candidate.n} problems of {candidate.benchmark} are of the cluster {clusters[0]}: a comparison needs at"
-            " least 2, take another column."
+            f"all {candidate.n} problems of {candidate.benchmark} are of the cluster {clusters[0]}: a comparison needs"
+            " at least 2, take another column."
         )
     error = (1 - confidence) / comparisons if look is None else look.error
     confidence_each = 1 - max(error, _LEAST_ERROR)

@@ -1,6 +1,7 @@
-"""Commands that score models on benchmarks, and fetch benchmarks."""
+"""Commands that score models on benchmarks, judge what was scored, and fetch benchmarks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -14,26 +15,51 @@ from flows.console import Bars, plain_table, print_line, print_warnings
 
 if TYPE_CHECKING:
     from evaluation.benchmarks.catalog import CatalogEntry
+    from evaluation.verdict.gate import Gate
     from evaluation.verdict.report import Evaluated, Setting
+    from evaluation.verdict.results import Compared
 
 
 commands = typer.Typer(rich_markup_mode=None)
 _command = partial(commands.command, rich_help_panel=MODEL)
 
+# Exit status of a comparison: shown better (or worse by less than the margin), shown worse, not shown, no comparison.
+_STATUS = {"passed": 0, "worse": 1, "not shown": 2}
+_INCOMPARABLE = 3
+
+Margin = Annotated[float, typer.Option(help="How much worse the first may be, in accuracy; 0: must be better.")]
+Confidence = Annotated[float, typer.Option(help="One-sided confidence of the verdict.")]
+Metric = Annotated[str | None, typer.Option(help="Metric to compare (default: the first that both have).")]
+Filter = Annotated[
+    str | None, typer.Option("--filter", help="Filter of lm-eval to compare after (default: the first that both have).")
+]
+Cluster = Annotated[
+    str | None,
+    typer.Option(
+        metavar="COLUMN",
+        help="Column that says which problems belong together: a text, a subject (default: problems are independent).",
+    ),
+]
+
 
 @_command()
 def evaluate(
-    model: Annotated[list[Path], typer.Argument(metavar="MODEL_DIR", help="A model directory; two with --against.")],
+    model: Annotated[
+        list[Path],
+        typer.Argument(metavar="MODEL_DIR", help="A model directory; with --against two, or the file of a result."),
+    ],
     benchmark: Benchmarks,
     *,
     compared: Annotated[
-        bool, typer.Option("--against", help="Compare two models problem by problem, the first against the second.")
+        bool,
+        typer.Option(
+            "--against", help="Compare problem by problem, the first against the second; exit status as relex gate."
+        ),
     ] = False,
-    margin: Annotated[
-        float, typer.Option(help="With --against: how much worse the first may be, in accuracy; 0: must be better.")
-    ] = 0.0,
-    confidence: Annotated[float, typer.Option(help="With --against: one-sided confidence of the verdict.")] = 0.95,
+    margin: Margin = 0.0,
+    confidence: Confidence = 0.95,
     problems: Annotated[int, typer.Option(min=0, help="With --against: show so many problems that differ.")] = 10,
+    cluster: Cluster = None,
     logits_from: Annotated[
         Path | None,
         typer.Option(
@@ -77,6 +103,7 @@ def evaluate(
 
     Example: relex evaluate predicted/step-500 --benchmark my-benchmark.yaml
     Two models: relex evaluate --against predicted/step-500 runs/qwen/checkpoint-75 --benchmark my-benchmark.yaml
+    A stored result: relex evaluate --against predicted/step-500 results/samples_gsm8k.jsonl --benchmark gsm8k
     Eight GPUs: relex evaluate predicted/step-500 --benchmark math --backend vllm:tensor_parallel_size=2
     --device cuda:0,cuda:1,cuda:2,cuda:3,cuda:4,cuda:5,cuda:6,cuda:7
     Logits Extrapolation: relex evaluate runs/qwen/checkpoint-75 --logits-from models/qwen-base --alpha 4 --benchmark …
@@ -94,6 +121,11 @@ def evaluate(
         raise typer.BadParameter(f"{len(model)} models are given: one, or two with --against")
     if compared and logits_from is not None:
         raise typer.BadParameter("--against is for two directories, without --logits-from")
+    stored = compared and model[1].is_file()
+    if stored and len(benchmark) != 1:
+        raise typer.BadParameter(f"{len(benchmark)} benchmarks are given and {model[1]} is a result on one")
+    if cluster is not None and not stored:
+        raise typer.BadParameter("--cluster is for --against the file of a result")
     names = [name if not chat_template or name.endswith(CHAT) else name + CHAT for name in benchmark]
 
     def score(subject: Path | LogitsExtrapolation) -> list[Evaluated]:
@@ -119,20 +151,28 @@ def evaluate(
             print_line(err, f"wrote {path}")
         return scored
 
-    with Bars(err) as bars:
-        if compared:
-            pairs = compare_pair(
-                model, score, margin=margin, confidence=confidence, looks=cache_directory(cache) / "looks"
-            )
-        elif logits_from is None or alpha is None:
-            scored = score(model[0])
+    if compared:
+        with _refusing(), Bars(err) as bars:
+            if stored:
+                result = judge_stored(
+                    score(model[0])[0], model[1], margin=margin, confidence=confidence, cluster=cluster
+                )
+            else:
+                pairs = compare_pair(
+                    model, score, margin=margin, confidence=confidence, looks=cache_directory(cache) / "looks"
+                )
+        if stored:
+            show_compared(result, as_json=as_json)
+        elif as_json:
+            print_json([each.to_json() for each in pairs])
         else:
-            scored = score(LogitsExtrapolation(logits_from, model[0], alpha))
-    if compared and as_json:
-        print_json([each.to_json() for each in pairs])
-    elif compared:
-        show_versus(out, pairs, problems=problems)
-    elif as_json:
+            show_versus(out, pairs, problems=problems)
+        raise typer.Exit(_status([result.gate] if stored else [each.gate for each in pairs]))
+    with Bars(err) as bars:
+        scored = score(
+            model[0] if logits_from is None or alpha is None else LogitsExtrapolation(logits_from, model[0], alpha)
+        )
+    if as_json:
         print_json(
             [
                 asdict(each.report)
@@ -146,6 +186,96 @@ def evaluate(
         )
     else:
         show_evaluated(out, scored)
+
+
+@_command("gate")
+def judge(
+    ours: Annotated[Path, typer.Argument(metavar="A", help="A result: a report, samples_*.jsonl, JSONL of id, score.")],
+    theirs: Annotated[Path, typer.Argument(metavar="B", help="The result that A is compared with.")],
+    *,
+    margin: Margin = 0.0,
+    confidence: Confidence = 0.95,
+    metric: Metric = None,
+    filter_name: Filter = None,
+    cluster: Cluster = None,
+    as_json: Json = False,
+) -> None:
+    """Judge two stored results problem by problem: is A shown to be better than B, or worse? No model is needed.
+
+    Exit status 0: shown better (with --margin, shown to lose less than that). 1: shown worse. 2: not shown. 3: they
+    cannot be compared. A result is relex's report or samples, lm-eval's samples_*.jsonl or the directory they lie in,
+    or JSONL with an id and a score in 0..1 a line.
+
+    Example: relex gate new/samples_gsm8k_2026-11-22T10-00-00.jsonl main/samples_gsm8k_2026-11-20T10-00-00.jsonl
+    """
+    from evaluation.verdict.results import compare, read_result
+
+    with _refusing():
+        compared = compare(
+            read_result(ours),
+            read_result(theirs),
+            margin=margin,
+            confidence=confidence,
+            metric=metric,
+            filter_name=filter_name,
+            cluster=cluster,
+        )
+    show_compared(compared, as_json=as_json)
+    raise typer.Exit(_status([compared.gate]))
+
+
+def judge_stored(
+    scored: "Evaluated", stored: Path, *, margin: float, confidence: float, cluster: str | None
+) -> "Compared":
+    """Return the verdict on what was scored now against the result in the file `stored`."""
+    from evaluation.verdict.results import compare, read_result, result_of
+
+    reference, report = read_result(stored), scored.report
+    ours = (
+        result_of(report)
+        if reference.kind == "report"
+        else read_result(scored.samples, name=report.model, benchmark=report.benchmark)
+    )
+    # As in the report: the first metric, after the first filter.
+    return compare(
+        ours,
+        reference,
+        margin=margin,
+        confidence=confidence,
+        metric=report.metric,
+        filter_name=next(iter(ours.filters), None),
+        cluster=cluster,
+    )
+
+
+def show_compared(compared: "Compared", *, as_json: bool) -> None:
+    """Print the verdict on two results and, where there was a choice, what was compared."""
+    result = compared.gate
+    if as_json:
+        chosen = {"metric": compared.metric, "filter": compared.filter}
+        print_json(asdict(result) | chosen | {"sentence": result.sentence})
+        return
+    if compared.choice:
+        print_line(out, compared.choice)
+    print_line(out, result.sentence)
+
+
+def _status(gates: "Sequence[Gate]") -> int:
+    """Return the exit status of all comparisons: one that is worse decides, then one that shows nothing."""
+    verdicts = [gate.verdict for gate in gates]
+    return _STATUS[next((each for each in ("worse", "not shown") if each in verdicts), "passed")]
+
+
+@contextmanager
+def _refusing() -> "Iterator[None]":
+    """Say in one line why nothing can be compared, with a status that is no verdict."""
+    from evaluation.errors import EvaluationError
+
+    try:
+        yield
+    except (EvaluationError, OSError) as error:
+        print_line(err, f"relex: {type(error).__name__}: {' '.join(str(error).split())}")
+        raise typer.Exit(_INCOMPARABLE) from None
 
 
 def show_evaluated(console: Console, scored: Sequence["Evaluated"]) -> None:

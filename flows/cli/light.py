@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from flows.errors import InstallationError
 
 # The commands that need no more.
-COMMANDS = frozenset({"inspect", "backtest", "analyze", "methods", "extrapolate"})
+COMMANDS = frozenset({"inspect", "backtest", "analyze", "methods", "extrapolate", "gate"})
 WAY_OUT = "pip install 'relex-rlvr[all]' brings every command."
 
 

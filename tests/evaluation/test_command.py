@@ -66,11 +66,32 @@ def test_two_models_are_compared_problem_by_problem(
     ]
     assert rest[-1] == "1 more problems of plus differ: --problems or --json"
 
-    (comparison,) = json.loads(relex(cache, *command, "--json").stdout)
+    judged = relex(cache, *command, "--json")
+    assert judged.exit_code == 2
+    (comparison,) = json.loads(judged.stdout)
     assert (comparison["gate"]["verdict"], comparison["gate"]["margin"]) == ("not shown", 0.0)
     assert comparison["gate"]["sentence"].endswith("would show it with 80 % probability if it stays as it is.")
     assert [each["problem"] for each in comparison["differences"]] == [0, 3, 6, 9]
     assert comparison["differences"][1]["candidate_answers"] == [problems[3]["answer"]]
+
+
+def test_a_model_is_compared_with_a_stored_result_as_relex_gate_does_it(
+    model: Path, other_model: Path, benchmark: Path, cache: Path, tmp_path: Path
+) -> None:
+    assert relex(cache, other_model, "--benchmark", benchmark, "--out", tmp_path).exit_code == 0
+    (stored,) = tmp_path.rglob("samples_*.jsonl")
+    command = ("--against", model, stored, "--benchmark", benchmark)
+    shown = relex(cache, *command)
+    assert shown.exit_code == 2, shown.output
+    assert f"On 12 problems of plus, {model} scores 0.3333 and {stored} 0.0000" in shown.stdout
+    listed = tmp_path / "report.json"
+    listed.write_text(relex(cache, other_model, "--benchmark", benchmark, "--json").stdout)
+    judged = relex(cache, "--against", model, listed, "--benchmark", benchmark, "--margin", "0.2", "--json")
+    assert (judged.exit_code, json.loads(judged.stdout)["wins"]) == (0, 4)
+    stored.write_text("nothing")
+    refused = relex(cache, *command)
+    assert refused.exit_code == 3
+    assert f"{stored}: line 1 is no object" in refused.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Clusters: what a bound promises where problems of one cluster are right or wrong together, counted over many draws."""
+"""Clusters: what a bound promises where problems of one cluster go together, counted over many draws."""
 
 import math
 from collections.abc import Callable
