@@ -185,22 +185,23 @@ def rollback(name: Registered, home: Home = HOME, as_json: Json = False) -> None
 @_command()
 def export(
     name: Registered,
-    out_directory: Annotated[Path, typer.Option("--out", help="New directory for the model and its card.")],
+    place: Annotated[str, typer.Option("--out", help="New directory for the model and its card, or hf://ORG/NAME.")],
     home: Home = HOME,
     as_json: Json = False,
 ) -> None:
-    """Write the champion with a model card, ready to be uploaded: base, method, window, numbers, how it was decided.
+    """Write the champion with a model card: base, method, window, numbers, how it was decided.
 
     Example: relex export qwen --out qwen-500
+    To the Hub: relex export qwen --out hf://org/qwen-500
     """
     from deploy.local import stack
     from flows.promote.export import export as write
 
-    card = write(name, out_directory, tracking_uri=stack.tracking_uri(home), downloads=home / "models")
+    card = write(name, place, tracking_uri=stack.tracking_uri(home), downloads=home / "models")
     if as_json:
-        print_json({"directory": str(out_directory), "card": str(card)})
+        print_json({"out": place, "card": card})
     else:
-        print_line(out, f"wrote {out_directory}, its card is {card}; hf upload ORG/NAME {out_directory} publishes it")
+        print_line(out, f"wrote {place}: {card}")
 
 
 def _show_promotion(done: "Promotion", *, as_json: bool) -> None:

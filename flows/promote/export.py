@@ -1,4 +1,4 @@
-"""Export: the champion as a directory to upload, with a README.md that says what it is and how it was decided.
+"""Export: the champion as a directory or a repository of the Hub, with a README.md: what it is, how it was decided.
 
 The registered files are copied and stay as they are; only the copy has the card.
 """
@@ -13,41 +13,39 @@ from deploy import champions, registry
 from deploy.registry import RegisteredModelVersion
 from flows.decide.gate_results import GateResults, Scored
 from flows.errors import ExportError
+from flows.promote.publish import CARD, HUB, publish
+from relex.drift import OBSERVED
 from relex.output import manifest
 from relex.output.manifest import Manifest
 
-CARD = "README.md"
-_HUB = "hf://"
 
-
-def export(name: str, out: Path, *, tracking_uri: str, downloads: Path) -> Path:
-    """Write the champion of `name` to the directory `out`, which is made, and return its card's path.
+def export(name: str, out: str, *, tracking_uri: str, downloads: Path) -> str:
+    """Write the champion of `name` to `out`, a new directory or `hf://org/repo`, and return where its card is.
 
     The weights are verified first, a CandidateError where they are not what was registered. ExportError where there is
-    no champion, and where `out` is there already. Complete or not there at all.
+    no champion, where the directory is there already, and where the Hub refuses. Complete or not there at all.
     """
-    if str(out).startswith((_HUB, _HUB.replace("//", "/"))):
-        raise ExportError(
-            f"{out}: relex does not write to the Hub. Give a directory, then: hf upload ORG/NAME DIRECTORY."
-        )
-    if out.exists():
+    directory = None if out.startswith(HUB) else Path(out)
+    if directory is not None and directory.exists():
         raise ExportError(f"{out} is there already. Give --out another directory.")
     if unknown := registry.unknown_name(name, tracking_uri=tracking_uri):
         raise ExportError(unknown)
     champion = registry.champion(name, tracking_uri=tracking_uri)
     if champion is None:
         raise ExportError(f"{name} has no champion. Promote a candidate: relex promote {name}.")
-    directory = registry.verified(champion, tracking_uri=tracking_uri, downloads=downloads)
-    card = write_card(name, champion, manifest.read(directory), tracking_uri=tracking_uri)
-    unfinished = out.with_name(f".{out.name}.partial")
+    weights = registry.verified(champion, tracking_uri=tracking_uri, downloads=downloads)
+    card = write_card(name, champion, manifest.read(weights), tracking_uri=tracking_uri)
+    if directory is None:
+        return publish(weights, card, out, title=f"{champion.title}, {champion.digest[:12]}")
+    unfinished = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        shutil.copytree(directory, unfinished)
+        shutil.copytree(weights, unfinished)
         (unfinished / CARD).write_text(card, encoding="utf-8")
-        unfinished.replace(out)
+        unfinished.replace(directory)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    return out / CARD
+    return str(directory / CARD)
 
 
 def write_card(name: str, champion: RegisteredModelVersion, made: Manifest, *, tracking_uri: str) -> str:
@@ -62,13 +60,13 @@ def write_card(name: str, champion: RegisteredModelVersion, made: Manifest, *, t
 
 def _head(name: str, made: Manifest, results: GateResults | None) -> str:
     # A directory of one's own is no model of the Hub's.
-    base = made.base.removeprefix(_HUB).partition("@")[0] if made.base.startswith(_HUB) else None
+    base = made.base.removeprefix(HUB).partition("@")[0] if made.base.startswith(HUB) else None
     data = ModelCardData(
         model_name=name,
         base_model=base,
         library_name="peft" if made.adapter is not None else "transformers",
         pipeline_tag="text-generation",
-        tags=["relex", "rlvr", "weight-extrapolation"],
+        tags=["relex", "rlvr", *([] if made.forecast.method == OBSERVED else ["weight-extrapolation"])],
         eval_results=None if results is None else [_result(results.candidate)],
     )
     return str(data.to_yaml())
@@ -92,18 +90,26 @@ def _body(
     forecast = made.forecast
     steps = forecast.steps
     yield f"# {name}"
-    yield (
-        f"Weights as they were predicted for training step {forecast.target_step} of a reinforcement learning run with"
-        f" verifiable rewards, from its first {steps[-1]} steps. They were not trained to that step."
-    )
+    if forecast.method == OBSERVED:
+        yield f"Training step {forecast.target_step} of a reinforcement learning run with verifiable rewards."
+        predicted = {}
+    else:
+        yield (
+            f"Weights as they were predicted for training step {forecast.target_step} of a reinforcement learning run"
+            f" with verifiable rewards, from its first {steps[-1]} steps. They were not trained to that step."
+        )
+        length = forecast.norm / (forecast.norm_latest or 1.0)
+        predicted = {
+            "window": f"{len(steps)} checkpoints, steps {steps[0]} to {steps[-1]}",
+            "length of the step from the base": f"{length:.2f} times the latest's",
+            "rank-1 energy, R²": f"{forecast.energy:.3f}, {forecast.r_squared:.3f}",
+        }
     rows = {
-        "base": f"`{made.base.removeprefix(_HUB)}`",
+        "base": f"`{made.base.removeprefix(HUB)}`",
         "method": f"`{forecast.method}`",
-        "window": f"{len(steps)} checkpoints, steps {steps[0]} to {steps[-1]}",
-        "target": f"step {forecast.target_step}",
-        "length of the step from the base": f"{forecast.norm / (forecast.norm_latest or 1.0):.2f} times the latest's",
-        "rank-1 energy, R²": f"{forecast.energy:.3f}, {forecast.r_squared:.3f}",
-        "registered as": f"{champion.title}, prediction `{champion.digest[:12]}`",
+        "step": str(forecast.target_step),
+        **predicted,
+        "registered as": f"{champion.title}, digest `{champion.digest[:12]}`",
         "relex": made.versions.get("relex", ""),
     }
     yield "\n".join(["| | |", "|---|---|", *(f"| {what} | {value} |" for what, value in rows.items())])

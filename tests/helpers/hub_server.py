@@ -1,9 +1,10 @@
-"""A server that speaks the Hub's API, with repositories made in the test: refs, revisions, trees in pages, files.
+"""A server that speaks the Hub's API, its repositories made in the test: refs, revisions, trees in pages, commits.
 
 A repository is a model or, when its name begins with datasets/, a data set. Large files are redirected to an address of
 their own that is signed and expires, as the Hub does it.
 """
 
+import base64
 import hashlib
 import json
 import re
@@ -49,6 +50,7 @@ class Hub:
     uses: int = 1 << 30
     signatures: dict[str, int] = field(default_factory=dict)
     leaked: list[str] = field(default_factory=list)
+    large: dict[str, bytes] = field(default_factory=dict)
 
     def make(self, name: str, *, access: str = "public") -> Repository:
         """Make a repository with an empty main branch."""
@@ -94,6 +96,59 @@ def serve() -> Iterator[Hub]:
                 self._refuse(404, "no such page")
 
         do_HEAD = do_GET
+
+        def do_POST(self) -> None:
+            content = self.rfile.read(int(self.headers["Content-Length"]))
+            with lock:
+                hub.requests.append(self.path)
+            path = unquote(urlsplit(self.path).path)
+            if path == "/api/validate-yaml":
+                self._json({"errors": [], "warnings": []})
+            elif self.headers.get("Authorization") != f"Bearer {TOKEN}":
+                self._refuse(401, "")
+            elif path == "/api/repos/create":
+                self._create(json.loads(content))
+            elif match := re.fullmatch(rf"/api/models/({_NAME})/(preupload|commit)/main", path):
+                lines = [json.loads(line) for line in content.splitlines()]
+                if match[2] == "commit":
+                    self._commit(match[1], lines)
+                else:
+                    self._json({"files": [_upload(each) for each in lines[0]["files"]]})
+            elif match := re.fullmatch(rf"/({_NAME})\.git/info/lfs/objects/batch", path):
+                objects = json.loads(content)["objects"]
+                href = f"http://{self.headers['Host']}/lfs/"
+                actions = [{"actions": {"upload": {"href": href + each["oid"]}}} for each in objects]
+                self._json({"objects": [each | action for each, action in zip(objects, actions, strict=True)]})
+            else:
+                self._refuse(404, "no such page")
+
+        def do_PUT(self) -> None:
+            content = self.rfile.read(int(self.headers["Content-Length"]))
+            with lock:
+                hub.requests.append(self.path)
+                hub.large[hashlib.sha256(content).hexdigest()] = content
+            self._answer(200, b"", {})
+
+        def _create(self, wanted: dict[str, Any]) -> None:
+            name = f"{wanted['organization']}/{wanted['name']}"
+            known = name in hub.repositories
+            if not known:
+                hub.make(name, access=wanted.get("visibility", "public"))
+            self._answer(409 if known else 200, json.dumps({"url": f"{hub.url}/{name}"}).encode(), {})
+
+        def _commit(self, name: str, lines: list[dict[str, Any]]) -> None:
+            repository = hub.repositories[name]
+            files = dict(repository.commits[repository.branches["main"]])
+            for line in lines[1:]:
+                value = line["value"]
+                if line["key"] == "deletedFile":
+                    del files[value["path"]]
+                elif line["key"] == "lfsFile":
+                    files[value["path"]] = hub.large[value["oid"]]
+                else:
+                    files[value["path"]] = base64.b64decode(value["content"])
+            sha = repository.commit(files)
+            self._json({"commitUrl": f"{hub.url}/{name}/commit/{sha}", "commitOid": sha, "success": True})
 
         def _repository(self, name: str) -> Repository | None:
             result = hub.repositories.get(name)
@@ -211,6 +266,11 @@ def _tree(held: Mapping[str, bytes], folder: str, *, flat: bool) -> list[dict[st
     folders = sorted({name[len(inside) :].split("/")[0] for name in below if "/" in name[len(inside) :]})
     direct = [_item(name, content) for name, content in below.items() if "/" not in name[len(inside) :]]
     return [_folder(inside + name) for name in folders] + direct
+
+
+def _upload(asked: Mapping[str, Any]) -> dict[str, Any]:
+    mode = "lfs" if asked["size"] >= _LFS_BYTES else "regular"
+    return {"path": asked["path"], "uploadMode": mode, "shouldIgnore": False}
 
 
 def _folder(name: str) -> dict[str, Any]:
