@@ -16,10 +16,15 @@ _CONFIG = 3
 def spawn_watcher(running: Stack, training_run: str, config: Path) -> Daemon:
     """Start the process that serves one training run's watcher and extrapolation; a live one is left alone.
 
-    One whose config was moved away is stopped first.
+    One whose config was moved away is stopped first; WatchError where another config of that training run is watched.
     """
     live = find(running.home, f"{_WATCHER}{training_run}")
-    if live is not None and live.state == "running" and not _config(live).exists():
+    if live is not None and live.state == "running" and _config(live) != config.absolute():
+        if _config(live).exists():
+            raise WatchError(
+                f"training run {training_run} is watched by {_config(live)} already, and {config} names the same one."
+                f" Give it another training_run, or stop the other with `relex down {training_run}`."
+            )
         halt(running.home, live.name)
     argv = [sys.executable, "-m", "flows.deployments", str(config.absolute()), "--tracking-uri", running.mlflow_url]
     return spawn(running.home, f"{_WATCHER}{training_run}", argv, environment=environment(running))

@@ -1,6 +1,7 @@
 """What `relex status` and `relex down NAME` say of single training runs; no server is needed for it."""
 
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 from deploy.local import daemon, stack
 from deploy.local.stack import Stack
 from flows.decide.page import page
+from flows.errors import WatchError
 from flows.processes import revive_watchers, spawn_watcher
 from flows.settings import Settings
 from flows.state.decision import Decision
@@ -119,6 +121,16 @@ def test_a_watcher_whose_config_was_moved_is_started_from_where_it_is_now(home: 
     moved = config.rename(config.with_name("moved.yaml"))
     again = spawn_watcher(running, "tiny", moved)
     assert (again.argv[3], again.pid == first.pid) == (str(moved), False)
+
+
+def test_another_config_of_a_run_that_is_watched_is_refused(home: Path, config: Path) -> None:
+    running = Stack(home, "http://127.0.0.1:9", "http://127.0.0.1:9/api", "http://127.0.0.1:9")
+    first = watcher(home, config)
+    other = config.with_name("other.yaml")
+    other.write_text(config.read_text())
+    with pytest.raises(WatchError, match=re.escape(f"is watched by {config} already, and {other} names the same one.")):
+        spawn_watcher(running, "tiny", other)
+    assert [process.pid for process in stack.status(home)] == [first.pid]
 
 
 def test_a_first_look_is_waited_for_as_long_as_the_watcher_lives(settings: Settings) -> None:
