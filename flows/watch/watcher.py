@@ -254,8 +254,12 @@ def describe(
     ready = [checkpoint.step for checkpoint in newest if checkpoint.state is State.READY]
     latest = max(ready, default=0)
     inside = [step for step in ready if step <= settings.end]
-    most = "at most " if settings.window == "auto" else ""
-    text = f"{settings.training_run}: step {latest} of window {most}{settings.end}, {len(inside)} checkpoints observed"
+    window = f"window {'at most ' if settings.window == 'auto' else ''}{settings.end}"
+    text = f"{settings.training_run}: step {latest}" + (
+        f" of {window}, {len(inside)} checkpoints observed"
+        if latest <= settings.end
+        else f", {len(inside)} checkpoints in {window}"
+    )
     if due.text:
         text += f"; {due.text}"
     if ledger.released:

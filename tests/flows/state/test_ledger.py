@@ -184,6 +184,20 @@ def behind(settings: Settings, ledger: Ledger, now: float) -> set[int]:
     return left_behind(store(settings, now)[1], ledger.checkpoints)
 
 
+def test_a_run_beyond_its_window_is_not_said_to_be_in_it(settings: Settings, write_checkpoint: WriteCheckpoint) -> None:
+    lines = []
+    for steps in ((0, 10, 20), (30, 40, 50)):
+        for step in steps:
+            write_checkpoint(step)
+        _, ledger = look(settings, Ledger(), time.time())
+        due = DueWindow(settings.end)
+        lines.append(describe(settings, store(settings, time.time())[1], ledger, due)[1])
+    assert lines == [
+        "tiny: step 20 of window 40, 2 checkpoints observed",
+        "tiny: step 50, 4 checkpoints in window 40; window full",
+    ]
+
+
 def rewrite(settings: Settings, write_checkpoint: WriteCheckpoint, step: int) -> None:
     shutil.rmtree(Path(settings.checkpoints) / f"checkpoint-{step}")
     write_checkpoint(step)
