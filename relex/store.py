@@ -65,12 +65,18 @@ def open_base(location: str | Path | Directory, *, blocks: BlockCache | None = N
         raise CheckpointIncompleteError(
             f"base {location} is not a directory. Give the directory of the model the run started from."
         )
-    if "config.json" not in directory.files():
+    try:
+        if "config.json" not in directory.files():
+            raise CheckpointIncompleteError(
+                f"base {location} has no config.json. Give the directory of the model the run started from."
+            )
+        side_names(directory)
+        return hf.open_model(directory, config={})
+    except OSError as error:
         raise CheckpointIncompleteError(
-            f"base {location} has no config.json. Give the directory of the model the run started from."
-        )
-    side_names(directory)
-    return hf.open_model(directory, config={})
+            f"base {location}: {error.filename or directory} cannot be read ({error.strerror}). Let it be read, or"
+            " give a whole copy of the model."
+        ) from error
 
 
 def scan(

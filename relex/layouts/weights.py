@@ -107,6 +107,11 @@ class Weights:
                     f"{path} was removed while it was read. Raise the trainer's number of kept checkpoints, then run"
                     " again."
                 ) from None
+            except OSError as error:
+                raise CheckpointChangedError(
+                    f"{path} was replaced while it was read ({error.strerror}). Let it be read, or save the checkpoint"
+                    " again."
+                ) from error
             if not now.is_still(was):
                 raise CheckpointChangedError(
                     f"{path} changed while it was read (size {was.size} → {now.size} bytes, mtime {was.mtime_ns} →"

@@ -6,12 +6,15 @@ it reads as if nothing had happened (a file that nobody reads was hit). It is ne
 
 import json
 import os
+import pickletools
 import random
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,10 @@ import torch
 
 from relex import gram, store
 from relex.errors import RelexError
+from relex.files.local import LocalDirectory
 from relex.gram import Gram
+from relex.layouts.planned import planned
+from relex.layouts.pruning import warning
 from relex.trajectory import open_trajectory
 from tests.helpers.trajectories import MIB, Run, State, drift
 
@@ -120,12 +126,35 @@ def payload(file: Path, chance: random.Random) -> str:
     return ""
 
 
+def circle(file: Path, chance: random.Random) -> str:
+    """Put a link in the place of the file that leads to itself, by one step or by two, or to its directory."""
+    file.unlink()
+    target = chance.choice([file.name, f"{file.name}.link", "."])
+    file.symlink_to(target)
+    if target.endswith(".link"):
+        file.with_name(target).symlink_to(file.name)
+    return f"by {target}"
+
+
+def special(file: Path, chance: random.Random) -> str:
+    """Put something that is no regular file in its place: a pipe nobody writes to, a socket, an empty directory."""
+    file.unlink()
+    kind = chance.choice(["pipe", "socket", "directory"])
+    if kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "directory":
+        file.mkdir()
+    else:
+        os.mknod(file, stat.S_IFSOCK | 0o600)
+    return kind
+
+
 def _root(file: Path) -> Path:
     return next(parent for parent in file.parents if (parent / "base").is_dir())
 
 
 FAULTS: tuple[Callable[[Path, random.Random], str], ...] = (
-    truncate, truncate, truncate, delete, zero, zero, punch, claim_an_exabyte, link_out, payload,
+    truncate, truncate, truncate, delete, zero, zero, punch, claim_an_exabyte, link_out, payload, circle, special,
 )  # fmt: skip
 
 
@@ -168,6 +197,22 @@ def mutate_header(file: Path, chance: random.Random) -> str:
     return f"{key} is {value!r:.80}"
 
 
+def mutate_metadata(file: Path, chance: random.Random) -> str:
+    """Put another number or name in one place of DCP's pickle, or another byte anywhere."""
+    raw = bytearray(file.read_bytes())
+    codes = [(opcode.name, place or 0) for opcode, _, place in pickletools.genops(bytes(raw))]
+    values = [
+        (place + 1, after)
+        for (name, place), (_, after) in pairwise(codes)
+        if name in {"BININT", "BININT1", "BININT2", "SHORT_BINUNICODE", "BINUNICODE", "LONG1"}
+    ]
+    start, stop = chance.choice(values) if chance.random() < 0.8 else (0, len(raw))
+    place = chance.randrange(start, stop)
+    raw[place] ^= 1 << chance.randrange(8)
+    file.write_bytes(raw)
+    return f"byte {place}"
+
+
 def mutated(content: Any, chance: random.Random) -> tuple[str, Any]:
     """Change one place of what a JSON file holds, and return which key it belongs to and its new value."""
     places = [place for place in _places(content, "") if place[1] is not None]
@@ -206,11 +251,15 @@ def _is_safetensors(path: Path) -> bool:
     return path.suffix == ".safetensors"
 
 
+def _is_metadata(path: Path) -> bool:
+    return path.name == ".metadata"
+
+
 def check_mutated_json(write: Callable[[Path], Run], tmp_path: Path, *, cases: int, seed: int) -> dict[str, int]:
-    """Do as `check_random_faults` to the JSON of every small file and of every header that a layout has."""
+    """Do as `check_random_faults` to every small file and header that a layout has: its JSON, its `.metadata`."""
 
     def damage(files: Sequence[Path], chance: random.Random) -> tuple[Callable[[Path, random.Random], str], Path]:
-        kinds = ((mutate_json, _is_json), (mutate_header, _is_safetensors))
+        kinds = ((mutate_json, _is_json), (mutate_header, _is_safetensors), (mutate_metadata, _is_metadata))
         hit, fitting = chance.choice([(hit, fit) for hit, fits in kinds if (fit := [*filter(fits, files)])])
         return hit, chance.choice(fitting)
 
@@ -261,6 +310,9 @@ def _check(
             same = measured.products.shape == truth.products.shape and torch.equal(measured.products, truth.products)
             meant = file.name == "adapter_config.json" and done[0].detail.split(" ")[0] in MEANING
             assert meant or (same and measured.digests == truth.digests), f"case {number}, {done}: read wrong"
+        # What the trainer's files say of the run is a hint, and never a reason to fail.
+        planned(LocalDirectory(run.run))
+        warning(LocalDirectory(run.run), window=75)
         # A hang: a good case takes some hundredths of a second.
         assert time.monotonic() - began < 60, (number, done)
         assert not (root / CANARY).exists(), (number, done)
@@ -279,6 +331,6 @@ def inflict(
     """Damage `file` and note it; silent is as after a crash long ago, when nothing but the content tells."""
     times = {path: path.stat() for path in (file, file.parent)}
     done.append(Fault(hit.__name__, str(file), hit(file, chance)))
-    for path, stat in times.items():
-        if silent and path.exists() and not path.is_symlink():
-            os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    for path, was in times.items():
+        if silent and not path.is_symlink() and path.exists():
+            os.utime(path, ns=(was.st_atime_ns, was.st_mtime_ns))

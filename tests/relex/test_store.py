@@ -277,3 +277,14 @@ def test_a_config_that_is_half_written_is_waited_for(run: Run) -> None:
     path = run.run / "checkpoint-75"
     (path / "config.json").write_text(json.dumps({"a": 1})[:-1])
     assert _scan(run)[75].state is State.NOT_YET
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_base_with_links_in_a_circle_is_named_in_one_line(name: str, tmp_path: Path) -> None:
+    run = write_run(tmp_path, drift())
+    (run.base / name).unlink()
+    (run.base / name).symlink_to(name)
+    with pytest.raises(CheckpointIncompleteError, match=r"^base \S+(: | has no )\S+") as caught:
+        store.open_base(run.base)
+    assert "\n" not in str(caught.value)
+    assert name in str(caught.value)

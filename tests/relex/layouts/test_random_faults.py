@@ -74,9 +74,8 @@ def test_no_random_fault_is_read_wrong(write: Callable[[Path], Run], tmp_path: P
     assert sum(refused.values()) > cases // 3, refused
 
 
-# What DCP writes has no JSON.
 @pytest.mark.parametrize("cases", [15, pytest.param(CASES, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("write", [write for write in WRITERS if write is not write_dcp])
+@pytest.mark.parametrize("write", WRITERS)
 def test_no_mutated_json_is_read_wrong(write: Callable[[Path], Run], tmp_path: Path, cases: int) -> None:
     refused = check_mutated_json(write, tmp_path, cases=cases, seed=0)
     assert sum(refused.values()) > cases // 10, refused
