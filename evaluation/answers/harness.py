@@ -18,7 +18,7 @@ from evaluation.errors import BackendError, BenchmarkError, DeviceError, ModelEr
 from evaluation.verdict.report import Evaluated, Report, Setting
 
 # A version of any of these can change a score.
-LIBRARIES = ("antlr4-python3-runtime", "lm_eval", "math-verify", "torch", "transformers")
+LIBRARIES = ("antlr4-python3-runtime", "lm_eval", "math-verify", "sympy", "torch", "transformers")
 log = logging.getLogger(__name__)
 
 DTYPES = ("float32", "float16", "bfloat16")

@@ -16,7 +16,9 @@ SHIPPED = Path(__file__).parent
 _MOST_INCLUDES = 100
 # What else decides a grade.
 ALSO = {
-    "evaluation.grading": ("evaluation.grading.score", "evaluation.grading.notation", "evaluation.grading.equality")
+    "evaluation.grading": tuple(
+        f"evaluation.grading.{name}" for name in ("score", "notation", "equality", "structure", "formula")
+    )
 }
 
 

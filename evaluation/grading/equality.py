@@ -2,13 +2,11 @@
 
 What a model writes can take a computer algebra system for ever, in code that no signal handler of Python's interrupts,
 or all memory. So it is read in a process of its own, which the kernel bounds in memory and ends after seconds of
-computing, and which is started again for the next answer. It is not executed: of math-verify only the LaTeX grammar is
-used.
+computing, and which is started again for the next answer. It is never executed.
 """
 
 import atexit
 import json
-import logging
 import resource
 import select
 import signal
@@ -25,8 +23,8 @@ MEMORY = 4 << 30
 # Only for a process that neither computes nor answers.
 LONGEST_WAIT = 120.0
 READY = b"ready\n"
-# Digits after the point to which an exact and a decimal number must agree, and digits computed for it.
-ROUNDING, PRECISION = 12, 50
+# What sympy raises where an expression has no value that it finds.
+UNDECIDED = (ArithmeticError, AttributeError, NotImplementedError, RecursionError, TypeError, ValueError)
 
 
 class Comparer:
@@ -66,7 +64,7 @@ class Comparer:
     def _start(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-P", "-m", "evaluation.grading.equality", str(SECONDS)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        # Without this an installation that lacks math-verify would score every model zero.
+        # Without this an installation that lacks sympy would score every model zero.
         if _line(self._process) != READY:
             self.close()
             raise WorkerError(
@@ -96,11 +94,8 @@ def main() -> None:
     # Whoever started the parent may have ignored or blocked it, which children inherit.
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
-    # Libraries log every answer that they cannot parse.
-    logging.disable(logging.CRITICAL)
-    import math_verify
+    from evaluation.grading.structure import same_answer
 
-    configuration = [math_verify.LatexExtractionConfig(boxed_match_priority=0)]
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     sys.stdout.write(READY.decode())
     sys.stdout.flush()
@@ -108,14 +103,13 @@ def main() -> None:
     for line in sys.stdin.buffer:
         # Its default action ends the process wherever it computes.
         signal.setitimer(signal.ITIMER_PROF, seconds)
-        answer, gold = (
-            math_verify.parse(rf"$\boxed{{{text}}}$", configuration, parsing_timeout=None) for text in json.loads(line)
-        )
-        verdict = math_verify.verify(
-            gold, answer, float_rounding=ROUNDING, numeric_precision=PRECISION, timeout_seconds=None
-        )
+        answer, gold = json.loads(line)
+        try:
+            verdict = same_answer(answer, gold)
+        except UNDECIDED:
+            verdict = False
         signal.setitimer(signal.ITIMER_PROF, 0)
-        sys.stdout.write(json.dumps(bool(verdict)) + "\n")
+        sys.stdout.write(json.dumps(verdict) + "\n")
         sys.stdout.flush()
 
 

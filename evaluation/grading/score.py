@@ -12,6 +12,8 @@ from evaluation.grading import notation
 from evaluation.grading.equality import comparer
 
 LONGEST_ANSWER = 500
+# Without a letter or digit, and an answer.
+BARE = r"\{\}"
 # A loop: at least so many characters at the end that are one passage, at least so many times over. Read are the last
 # LONGEST_TAIL characters, so no longer passage than a quarter of them is found.
 SHORTEST_LOOP, TIMES, LONGEST_TAIL = 200, 4, 4000
@@ -91,14 +93,14 @@ def equal_math(answer: str, gold: str) -> bool:
     if len(answer) > LONGEST_ANSWER:
         return False
     answer, gold = notation.plain(answer), notation.plain(gold)
-    if answer == gold:
+    if not re.search(r"\w", answer) and answer != BARE:
+        return False
+    if answer == gold or re.sub(r"\s*,\s*", ",", answer) == re.sub(r"\s*,\s*", ",", gold):
         return True
     for same in (notation.same_text(answer, gold), notation.same_decimal(answer, gold)):
         if same is not None:
             return same
-    if not re.search(r"\w", answer) or not notation.comparable(answer, gold):
-        return False
-    return all(comparer().equal(side, gold) for side in notation.sides(answer, gold))
+    return comparer().equal(answer, gold)
 
 
 def _repeats(results: Sequence[str | Sequence[str]]) -> Sequence[str]:
