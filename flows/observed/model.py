@@ -1,11 +1,13 @@
 """A real checkpoint as a model directory: in the base's precision, with its tokenizer, as predictions are."""
 
+from pathlib import Path
+
 from flows.errors import ObservedError
 from flows.settings import Settings
 from flows.state.decision import Model
 from flows.state.snapshot import Snapshot
 from relex.drift import OBSERVED, write_as_predicted
-from relex.files.location import open_directory
+from relex.files.location import is_remote
 from relex.layouts.weights import Weights
 from relex.output import manifest
 from relex.store import Checkpoint
@@ -13,14 +15,20 @@ from relex.store import Checkpoint
 
 def find(settings: Settings, run: Snapshot, location: str) -> Checkpoint:
     """Return the checkpoint that is called `location`; ObservedError where the run has none there that is complete."""
-    wanted = str(open_directory(location))
+    wanted = _place(location)
     for stored in run.stored:
-        if str(open_directory(str(stored.directory))) == wanted:
+        if _place(str(stored.directory)) == wanted:
             if stored.weights is None:
                 raise ObservedError(f"{location} is {stored.state}: {stored.reason}")
             return Checkpoint(stored.step, stored.weights)
-    steps = ", ".join(str(stored.directory.name) for stored in run.stored)
-    raise ObservedError(f"{location} is no checkpoint of {settings.checkpoints}, which has {steps or 'none'}.")
+    names = [stored.directory.name for stored in run.stored]
+    there = names[0] if len(names) == 1 else f"{len(names)}, {names[0]} to {names[-1]}" if names else "none"
+    raise ObservedError(f"{location} is no checkpoint of {settings.checkpoints}, which has {there}.")
+
+
+def _place(location: str) -> str:
+    """Return what all ways of writing a location have in common: a local path without links and relative parts."""
+    return location.rstrip("/") if is_remote(location) else str(Path(location).expanduser().resolve())
 
 
 def write(settings: Settings, base: Weights, checkpoint: Checkpoint) -> Model:

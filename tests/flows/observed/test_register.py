@@ -68,13 +68,18 @@ def test_it_is_compared_with_the_last_observed_of_the_newest_decision_and_withou
     assert reference(settings, 100).title == "base @ 0"
 
 
-def test_what_is_no_checkpoint_of_the_run_is_refused(settings: Settings, tmp_path: Path) -> None:
+def test_what_is_no_checkpoint_of_the_run_is_refused(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "run" / "checkpoint-10" / "model.safetensors").write_bytes(b"half")
 
     def refused(place: str) -> str:
         with pytest.raises(ObservedError) as error:
-            register(settings, str(tmp_path / place), tracking_uri="sqlite:///nowhere.db")
+            register(settings, place, tracking_uri="sqlite:///nowhere.db")
         return str(error.value)
 
-    assert refused("base").endswith("which has checkpoint-10, checkpoint-25, checkpoint-100.")
-    assert "checkpoint-10 is not yet: " in refused("run/checkpoint-10")
+    assert refused("base").endswith("which has 3, checkpoint-10 to checkpoint-100.")
+    # However it is written.
+    monkeypatch.chdir(tmp_path / "run")
+    for place in (str(tmp_path / "run" / "checkpoint-10"), "checkpoint-10", "../run/checkpoint-10/"):
+        assert "checkpoint-10 is not yet: " in refused(place)
