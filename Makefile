@@ -18,7 +18,7 @@ GPU := $(firstword $(wildcard /dev/nvidiactl /dev/kfd))
 # torch goes first and alone: what asks for it later is content with what is there. Elsewhere than on Linux the plain
 # build is the one for the CPU; on Linux it is the one for GPUs, with gigabytes of libraries: pip then says each file
 # and its size before it downloads it.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt $(wildcard relex/_kernel.c)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@if [ -n "$(GPU)" ] || [ "$$(uname)" != Linux ] || $(BIN)/pip freeze | grep -q '^$(TORCH)'; then \
 	  $(BIN)/pip install --quiet $(TORCH); \

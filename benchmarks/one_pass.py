@@ -1,12 +1,13 @@
 """How far one extrapolation is from the floor: reading and converting the same bytes once.
 
-Builds a bf16 trajectory of a Qwen2-shaped model (40 M parameters, 20 checkpoints by default), then runs, each in a
-process of its own: the floor, and the product's own path at two memory budgets, which reads everything twice, once for
-the Gram and once for the prediction. Prints wall time without imports, peak resident memory, and the bytes that went
-through read and write calls. The files come from the page cache, or with --cold from the disk, as a run's checkpoints
-that were written an hour ago do.
+Builds trajectories of a Qwen2-shaped model (40 M parameters with 20 checkpoints by default), then runs, turn by turn
+and each in a process of its own: the floor, and the product's own path, which takes the Gram, fits, and writes the
+predictions. Prints wall and CPU seconds without imports, as they are and as multiples of the floor's, peak resident
+memory, and the bytes that went through read and write calls: of each the run with the least CPU time. The files come
+from the page cache, or with --cold from the disk, as a run's checkpoints that were written an hour ago do.
 
-    .venv/bin/python benchmarks/one_pass.py [--parameters 40] [--checkpoints 20] [--targets 1] [--cold] [--keep DIR]
+    .venv/bin/python benchmarks/one_pass.py [--parameters 40] [--checkpoints 12 20 75] [--dtype bfloat16 float32]
+        [--targets 1] [--threads 1 2] [--cold] [--keep DIR]
 """
 
 import argparse
@@ -30,8 +31,8 @@ from relex.predictors import parse_method
 MIB = 1 << 20
 
 
-def build(root: Path, millions: int, checkpoints: int) -> None:
-    """Write base/ and run/step_N: a drift of 1e-6 a step with noise of the same size, rounded to bf16."""
+def build(root: Path, millions: int, checkpoints: int, dtype: torch.dtype) -> None:
+    """Write base/ and run/step_N: a drift of 1e-6 a step with noise of the same size."""
     hidden, layers = 512, max(1, round((millions * 1e6 - 16_000 * 512) / (4 * 512 * 512 + 3 * 512 * 1536)))
     shapes = {"model.embed_tokens.weight": (16_000, hidden), "model.norm.weight": (hidden,)}
     for layer in range(layers):
@@ -46,7 +47,7 @@ def build(root: Path, millions: int, checkpoints: int) -> None:
     drift = {name: 1e-6 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     for step in range(0, 10 * checkpoints + 1, 10):
         state = {
-            name: (base[name] + step * drift[name] + 1e-5 * torch.randn(shapes[name], generator=generator)).bfloat16()
+            name: (base[name] + step * drift[name] + 1e-5 * torch.randn(shapes[name], generator=generator)).to(dtype)
             for name in shapes
         }
         path = root / ("base" if step == 0 else f"run/step_{step}")
@@ -55,19 +56,19 @@ def build(root: Path, millions: int, checkpoints: int) -> None:
         (path / "config.json").write_text("{}")
         if step:
             (path / "trainer_state.json").write_text("{}")
-    print(f"{sum(tensor.numel() for tensor in base.values()) / 1e6:.1f} M parameters, {checkpoints} checkpoints, bf16")
 
 
-def floor(root: Path, threads: int) -> None:
+def floor(root: Path, threads: int, dtype: torch.dtype) -> None:
     """Read every file once in pieces that fit a core's cache and convert them to fp32, as simply as can be."""
     torch.set_num_threads(1)
 
     def convert(path: Path) -> None:
         raw = torch.empty(MIB // 4, dtype=torch.uint8)
-        out = torch.empty(MIB // 8, dtype=torch.float32)
+        out = torch.empty(MIB // 4 // dtype.itemsize, dtype=torch.float32)
         with path.open("rb", buffering=0) as file:
             while count := file.readinto(raw.numpy().data):
-                out[: count // 2].copy_(raw[: count // 2 * 2].view(torch.bfloat16))
+                whole = count // dtype.itemsize
+                out[:whole].copy_(raw[: whole * dtype.itemsize].view(dtype))
 
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(convert, sorted(root.glob("**/model.safetensors"))))
@@ -108,16 +109,18 @@ def measured(arguments: list[str]) -> dict[str, float]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def worker(kind: str, root: Path, memory: int, threads: int, targets: int) -> None:
+def worker(options: argparse.Namespace) -> None:
     """Do one measured thing and print its figures as JSON."""
     before = io_counters()
     resident = peak_resident_mib()
-    began = time.perf_counter()
+    began, computed = time.perf_counter(), time.process_time()
     figures: dict[str, float] = {}
-    if kind == "floor":
-        floor(root, threads)
+    (threads,) = options.threads
+    if options.worker == "floor":
+        floor(options.keep, threads, getattr(torch, options.dtype[0]))
     else:
-        figures = extrapolate(root, memory, threads, targets)
+        figures = extrapolate(options.keep, options.memory * MIB, threads, options.targets)
+    figures |= {"cpu_s": time.process_time() - computed}
     figures.setdefault("wall_s", time.perf_counter() - began)
     after = io_counters()
     figures |= {key: (after[key] - before[key]) / MIB for key in before}
@@ -140,43 +143,50 @@ def io_counters() -> dict[str, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--parameters", type=int, default=40, help="millions")
-    parser.add_argument("--checkpoints", type=int, default=20)
+    parser.add_argument("--checkpoints", type=int, nargs="+", default=[20])
+    parser.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=["bfloat16", "float32"])
     parser.add_argument("--targets", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--threads", type=int, nargs="+", default=[os.cpu_count() or 1])
+    parser.add_argument("--memory", type=int, default=512, help="MiB")
     parser.add_argument("--cold", action="store_true", help="read from the disk, not from the page cache")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--keep", type=Path, help="build here and keep it, or use what an earlier call built")
     parser.add_argument("--worker", choices=["floor", "extrapolate"], help=argparse.SUPPRESS)
-    parser.add_argument("--memory", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        worker(options.worker, options.keep, options.memory, options.threads, options.targets)
+        worker(options)
         return
-    with tempfile.TemporaryDirectory() as scratch:
-        root = options.keep or Path(scratch)
-        if not (root / "base").exists():
-            build(root, options.parameters, options.checkpoints)
-        common = ["--keep", str(root), "--threads", str(options.threads), "--targets", str(options.targets)]
-        print(
-            f"{'':28}{'wall s':>8}{'x floor':>9}{'gram s':>8}{'peak RSS':>10}{'read MiB':>10}{'written':>9}{'kept':>7}"
-        )
-        for _ in range(options.repeats):
+    print(
+        f"{'K':>3} {'dtype':9}{'threads':>8}{'floor: wall':>12}{'CPU s':>7}{'run: wall':>11}{'CPU s':>7}"
+        f"{'x wall':>8}{'x CPU':>7}{'gram s':>8}{'peak MiB':>10}{'read MiB':>10}{'kept':>7}"
+    )
+    for checkpoints in options.checkpoints:
+        for dtype in options.dtype:
+            with tempfile.TemporaryDirectory() as scratch:
+                root = options.keep / f"{checkpoints}-{dtype}" if options.keep else Path(scratch)
+                if not (root / "base").exists():
+                    build(root, options.parameters, checkpoints, getattr(torch, dtype))
+                for threads in options.threads:
+                    measure(root, checkpoints, dtype, threads, options)
+
+
+def measure(root: Path, checkpoints: int, dtype: str, threads: int, options: argparse.Namespace) -> None:
+    """Run floor and extrapolation in turns and print a line."""
+    common = ["--keep", str(root), "--threads", str(threads), "--dtype", dtype]
+    common += ["--targets", str(options.targets), "--memory", str(options.memory)]
+    runs: dict[str, list[dict[str, float]]] = {"floor": [], "extrapolate": []}
+    for _ in range(options.repeats):
+        for kind, figures in runs.items():
             if options.cold:
                 forget(root)
-            bare = measured(["--worker", "floor", "--memory", "0", *common])
-            show("read and convert once", bare, bare["wall_s"])
-            for memory in (64 * MIB, 4096 * MIB):
-                if options.cold:
-                    forget(root)
-                figures = measured(["--worker", "extrapolate", "--memory", str(memory), *common])
-                show(f"extrapolate --memory {memory // MIB}MiB", figures, bare["wall_s"])
-
-
-def show(name: str, figures: dict[str, float], floor_s: float) -> None:
+            figures.append(measured(["--worker", kind, *common]))
+    bare, full = (min(figures, key=lambda one: one["cpu_s"]) for figures in runs.values())
+    walls = [min(one["wall_s"] for one in figures) for figures in runs.values()]
     print(
-        f"{name:28}{figures['wall_s']:8.2f}{figures['wall_s'] / floor_s:9.2f}{figures.get('gram_s', 0):8.2f}"
-        f"{figures['peak_rss_mib']:6.0f} MiB{figures['read_mib']:10.0f}{figures['written_mib']:9.1f}"
-        f"{figures.get('kept_mib', 0):7.1f}"
+        f"{checkpoints:3} {dtype:9}{threads:8}{walls[0]:12.2f}{bare['cpu_s']:7.2f}{walls[1]:11.2f}{full['cpu_s']:7.2f}"
+        f"{walls[1] / walls[0]:8.2f}{full['cpu_s'] / bare['cpu_s']:7.2f}{full['gram_s']:8.2f}"
+        f"{full['peak_rss_mib']:10.0f}{full['read_mib']:10.0f}{full['kept_mib']:7.1f}",
+        flush=True,
     )
 
 

@@ -59,9 +59,8 @@ class SecondReading:
         self.check_factors(unit, rows)
         hashes = [xxhash.xxh3_128() for _ in range(1 + len(rows))]
         for block in space.blocks(self.trajectory, unit, rows):
-            hashes[0].update(as_bytes(block.base))
-            for digest, row in zip(hashes[1:], [] if spec.relative else block.stored, strict=False):
-                digest.update(as_bytes(row))
+            for digest, raw in zip(hashes, block.raw[: 1 if spec.relative else None], strict=False):
+                digest.update(raw)
             yield block
         compared = (0,) if spec.relative or spec.unchanged else (0, *(1 + row for row in rows))
         for digest, row in zip(hashes, compared, strict=False):

@@ -51,6 +51,7 @@ class Forecast:
     `surviving` is the share of its delta that survives the rounding to `dtype` (see relex.output.rounding), None where
     nothing is rounded. `norm` is of what is predicted, `norm_band` where the delta's norm is with 90 % if the run goes
     on along a line (see `interval`). `warnings` say what looks wrong in the window (see `sanity`), a line each.
+    `products` is the precision of the Gram's (see `relex.kernel`), "" where nobody kept it.
     `vectors` are what is added to rank-one tensors: not among the JSON, and absent from a forecast that was read back,
     where the tensors have their digests.
     """
@@ -71,6 +72,7 @@ class Forecast:
     r_squared: float
     warnings: tuple[str, ...]
     surviving: float | None = None
+    products: str = ""
     vectors: Mapping[str, RankOne] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -185,5 +187,6 @@ def forecast(
         energy=spectrum.pooled(gram.products, energy_T),
         r_squared=spectrum.pooled(gram.products, r_squared_T),
         warnings=tuple(finding.text for finding in sanity.findings(gram)),
+        products=gram.precision,
         vectors=added,
     )

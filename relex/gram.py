@@ -1,7 +1,9 @@
 """One streamed pass over a trajectory: the fp64 Gram matrix of every tensor's deltas, and a digest of what it read.
 
-G[i, j] = <theta_i - theta_0, theta_j - theta_0>. Every linear method, window and target follows from G (see
-`predictors`), so the weights are read once. A Gram is saved under a digest of what it was made from, reused by whatever
+G[i, j] = <theta_i - theta_0, theta_j - theta_0>. What is multiplied are increments, theta_k - theta_(k-1): they are
+exact where deltas are rounded, and what is read off G as the difference of large numbers keeps its digits. G is their
+sum over rows and columns. Every linear method, window and target follows from G (see `predictors`), so the weights are
+read once. A Gram is saved under a digest of what it was made from, reused by whatever
 needs a part of it, and extended when checkpoints are added. Of adapters the Gram is taken between factors where that is
 less work (see `factor_gram`).
 
@@ -16,34 +18,27 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import xxhash
-from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from relex import factor_gram
-from relex.contents import stack
+from relex.contents import DIGEST_BYTES, stack
 from relex.errors import CheckpointDamagedError, NonFiniteError
 from relex.files.directory import untouched
 from relex.files.whole import write_whole
+from relex.products import precision, read_rows, take
 from relex.progress import Progress
+from relex.ranges import Share, shared
 from relex.store import Checkpoint
-from relex.streaming import Unit, Workspace, as_bytes, in_order, units, workspaces
-from relex.trajectory import TensorSpec, Trajectory
+from relex.streaming import units
+from relex.trajectory import Trajectory
 
-# Products are taken in tiles of fixed shape: the bits of G[i, j] then do not depend on how many checkpoints there are,
-# and an extended Gram equals one made afresh. 4 rows by 24 columns is what small-matrix kernels of OpenBLAS like best.
-ROWS, COLUMNS = 4, 24
-# Columns of one product: with these shapes it needs no packing, which is 2.4 times faster than twice as many.
-WIDTH = 1 << 13
-# What a file system gives back for a part that it lost: whole sectors of zeros.
-_SECTOR_BYTES = 512
-# Where a tensor begins or ends less than a sector of it may be lost; fewer zeros than this may be chance.
-_FEWEST_ZEROS = 4
 FORMAT = 1
+# Of the files: the first had products of deltas only, and serves as it is.
+_FILES = (1, 2)
 
 Changes = tuple[tuple[int, int], ...]
 
@@ -55,7 +50,10 @@ class Gram:
     `products` is (T, K, K) fp64, one for each of `names`; `base_norms` is (T,) fp64, the squared norm of the base's
     tensor. `base_digest` and `digests` (one a checkpoint) identify the contents; `identities` say which files they were
     read from, `base_changes` and `changes` when each of these last changed in any way (see `Weights.changes`).
-    `contents` (U, 1 + K, 16) uint8 has a digest of what each unit held, the base first (see `relex.contents`).
+    `contents` (U, 1 + K, 16) uint8 has a digest of what each unit held, the base first (see `relex.contents`). `taken`
+    (T, K, K) fp64 has the sums themselves, of increments, or of deltas where they are taken between factors: what an
+    extension needs. `precision` is that of the products in a tensor of many elements, fp64 or fp32 (see
+    `relex.kernel`).
     """
 
     steps: tuple[int, ...]
@@ -68,6 +66,8 @@ class Gram:
     base_changes: Changes = ()
     changes: tuple[Changes, ...] = ()
     contents: Tensor | None = None
+    taken: Tensor | None = None
+    precision: str = "fp64"
 
     @property
     def digest(self) -> str:
@@ -82,6 +82,7 @@ class Gram:
     def rows(self, positions: Sequence[int]) -> "Gram":
         """Return the Gram of some of the checkpoints, in the given order."""
         index = torch.tensor(list(positions))
+        begins = list(positions) == list(range(len(positions)))
         return Gram(
             tuple(self.steps[i] for i in positions),
             self.names,
@@ -93,6 +94,8 @@ class Gram:
             self.base_changes,
             tuple(self.changes[i] for i in positions) if self.changes else (),
             self.contents[:, [0, *(1 + i for i in positions)]] if self.contents is not None else None,
+            self.taken[:, : len(positions), : len(positions)] if begins and self.taken is not None else None,
+            self.precision,
         )
 
 
@@ -102,87 +105,63 @@ def measure(
     memory: int,
     threads: int,
     known: Gram | None = None,
+    share: Share | None = None,
     on_progress: Progress | None = None,
 ) -> Gram:
     """Read the trajectory once, within `memory` bytes, and return its Gram.
 
-    `known` holds products of the first checkpoints of this trajectory that need not be taken again. Raises
+    `known` holds products of the first checkpoints of this trajectory, taken in the same way, that need not be taken
+    again; with `share` other processes take them, range by range (see `ranges`), each within `memory`. Raises
     NonFiniteError and CheckpointDamagedError naming the tensor and the step, CheckpointChangedError when a file changed
     meanwhile, MemoryBudgetError.
     """
     count = len(trajectory.checkpoints)
-    padded = -(-count // ROWS) * ROWS
+    if known is not None and (known.taken is None or known.precision != precision(trajectory)):
+        known = None
     kept = len(known.steps) if known is not None else 0
     moving = [index for index, spec in enumerate(trajectory.tensors) if spec.moves]
     position = {tensor: place for place, tensor in enumerate(moving)}
-    products = torch.zeros(len(moving), padded, padded, dtype=torch.float64)
+    taken = torch.zeros(len(moving), count, count, dtype=torch.float64)
     base_norms = torch.zeros(len(moving), dtype=torch.float64)
     hashes = [xxhash.xxh3_128() for _ in range(count + 1)]
-    rows = [_read_rows(spec) for spec in trajectory.tensors]
-    extra = padded * WIDTH * 8 + max(factor_gram.memory(spec) for spec in trajectory.tensors)
-    spaces = workspaces(trajectory, count, memory=memory, threads=threads, extra=extra)
-
-    erased: list[tuple[str, int]] = []
-
-    def work(space: Workspace, unit: Unit) -> tuple[Tensor, float, list[bytes], list[int]]:
-        part = torch.zeros(padded, padded, dtype=torch.float64)
-        base_norm = 0.0
-        digests = [xxhash.xxh3_128() for _ in range(count + 1)]
-        wide = torch.zeros(padded, WIDTH, dtype=torch.float64)
-        zeroed: list[int] = []
-        spec = trajectory.tensors[unit.tensor]
-        if spec.relative and unit.start == 0:
-            zeroed += factor_gram.read_parts(trajectory, spec, digests[1:], erased=_erased)
-            if not rows[unit.tensor]:
-                part[:count, :count] = factor_gram.products(trajectory, spec, first=kept)
-        for block in space.blocks(trajectory, unit, range(rows[unit.tensor])):
-            digests[0].update(as_bytes(block.base))
-            for digest, row in zip(digests[1:], [] if spec.relative else block.stored, strict=False):
-                digest.update(as_bytes(row))
-            if not spec.moves:
-                continue
-            for place, deltas in space.subtract(block):
-                if not spec.relative:
-                    zeroed += _erased(block.stored[:, place], block.base[place])
-                for piece in torch.split(deltas, WIDTH, dim=1) if rows[unit.tensor] else ():
-                    wide[:count, : piece.shape[1]].copy_(piece)
-                    _add_products(part.numpy(), wide[:, : piece.shape[1]].numpy(), first=kept)
-                base = block.base[place].double()
-                base_norm += float(base @ base)
-        return part, base_norm, [digest.digest() for digest in digests], zeroed
-
     per_element = [
-        spec.base.dtype.itemsize + spec.dtype.itemsize * rows[i] for i, spec in enumerate(trajectory.tensors)
+        spec.base.dtype.itemsize + spec.dtype.itemsize * read_rows(spec) for i, spec in enumerate(trajectory.tensors)
     ]
     total = sum(spec.count * size for spec, size in zip(trajectory.tensors, per_element, strict=True))
     done = 0
     held = bytearray()
-    for unit, (part, base_norm, digests, zeroed) in in_order(work, units(trajectory), spaces):
+    erased: list[tuple[str, int]] = []
+    pieces = units(trajectory)
+    results = (
+        take(trajectory, pieces, first=kept, memory=memory, threads=threads)
+        if share is None
+        else shared(trajectory, pieces, share, first=kept, memory=memory, threads=threads)
+    )
+    # In the order of the units, wherever they were taken: the bits do not depend on it.
+    for unit, one in results:
         spec = trajectory.tensors[unit.tensor]
-        held += b"".join(digests)
-        for whole, digest in zip(hashes, digests, strict=True):
+        held += one.digests
+        for number, whole in enumerate(hashes):
             if unit.start == 0:
                 whole.update(f"{spec.name} {list(spec.base.shape)}".encode())
-            whole.update(digest)
-        erased += [(spec.name, row) for row in zeroed]
+            whole.update(one.digests[number * DIGEST_BYTES : (number + 1) * DIGEST_BYTES])
+        erased += [(spec.name, row) for row in one.erased]
         if spec.moves:
-            products[position[unit.tensor]] += part
-            base_norms[position[unit.tensor]] += base_norm
+            taken[position[unit.tensor]] += one.products
+            base_norms[position[unit.tensor]] += one.base_norm
         done += (unit.stop - unit.start) * per_element[unit.tensor]
         if on_progress is not None:
             on_progress(done, total)
     trajectory.check_unchanged()
 
-    products = products[:, :count, :count]
-    if known is not None:
-        products[:, :kept, :kept] = known.products
-    lower = products.tril()
-    products = lower + lower.tril(-1).mT
+    if known is not None and known.taken is not None:
+        taken[:, :kept, :kept] = known.taken
+    taken = _mirrored(taken)
     names = tuple(trajectory.tensors[index].name for index in moving)
     gram = Gram(
         trajectory.steps,
         names,
-        products,
+        _of_deltas(taken, [factor_gram.pays(trajectory.tensors[index]) for index in moving]),
         base_norms,
         hashes[0].hexdigest(),
         tuple(digest.hexdigest() for digest in hashes[1:]),
@@ -190,45 +169,31 @@ def measure(
         trajectory.base.changes,
         tuple(checkpoint.weights.changes for checkpoint in trajectory.checkpoints),
         stack(held, checkpoints=count),
+        taken,
+        precision(trajectory),
     )
     if known is not None and (gram.base_digest, gram.digests[:kept]) != (known.base_digest, known.digests):
         # Same files by their stat, other bytes: what was known is about something else.
-        return measure(trajectory, memory=memory, threads=threads, on_progress=on_progress)
+        return measure(trajectory, memory=memory, threads=threads, share=share, on_progress=on_progress)
     _refuse_erased(erased, trajectory)
     _refuse_non_finite(gram, trajectory)
     return gram
 
 
-def _read_rows(spec: TensorSpec) -> int:
-    """Return of how many checkpoints the elements of a tensor are read, beside the base's."""
-    return 0 if spec.unchanged or factor_gram.pays(spec) else len(spec.entries)
+def _of_deltas(taken_TKK: Tensor, between_factors: Sequence[bool]) -> Tensor:
+    """Return the products of deltas: those of increments, added up over rows and columns."""
+    products_TKK = _mirrored(taken_TKK.cumsum(1).cumsum(2))
+    # Of a run that came back to the base, rounding may leave less than nothing.
+    squares_TK = products_TKK.diagonal(dim1=1, dim2=2)
+    squares_TK.copy_(torch.where(squares_TK < 0.0, 0.0, squares_TK))
+    whole = [place for place, taken in enumerate(between_factors) if taken]
+    products_TKK[whole] = taken_TKK[whole]
+    return products_TKK
 
 
-def _add_products(total: NDArray[np.float64], deltas: NDArray[np.float64], *, first: int) -> None:
-    """Add the lower triangle of deltas @ deltas.T to `total`, from the tile of row `first` on."""
-    # What is not finite is named once the pass is over.
-    with np.errstate(invalid="ignore"):
-        for top in range(first // ROWS * ROWS, len(deltas), ROWS):
-            rows = slice(top, top + ROWS)
-            for left in range(0, top + ROWS, COLUMNS):
-                columns = slice(left, min(left + COLUMNS, top + ROWS))
-                total[rows, columns] += deltas[rows] @ deltas[columns].T
-
-
-def _erased(stored_RN: Tensor, base_N: Tensor) -> list[int]:
-    """Return the rows of a chunk in which a whole sector, or its begin or end, is zero and the base's is not."""
-    if stored_RN.shape[1] < _FEWEST_ZEROS:
-        return []
-    sector = min(_SECTOR_BYTES // stored_RN.itemsize, stored_RN.shape[1])
-    # One element a sector is looked at first: weights are hardly ever exactly zero.
-    suspects = (stored_RN[:, ::sector] == 0).any(dim=1) | (stored_RN[:, -_FEWEST_ZEROS:] == 0).all(dim=1)
-    return [row for row in suspects.nonzero().flatten().tolist() if _lost(stored_RN[row], base_N, sector=sector)]
-
-
-def _lost(stored_N: Tensor, base_N: Tensor, *, sector: int) -> bool:
-    kept = ((stored_N != 0) | (base_N == 0)).nonzero().flatten()
-    gaps = torch.cat([torch.tensor([-1]), kept, torch.tensor([len(stored_N)])]).diff() - 1
-    return int(gaps.max()) >= sector or int(gaps[0]) >= _FEWEST_ZEROS or int(gaps[-1]) >= _FEWEST_ZEROS
+def _mirrored(square_TKK: Tensor) -> Tensor:
+    lower = square_TKK.tril()
+    return lower + lower.tril(-1).mT
 
 
 def _refuse_erased(erased: Sequence[tuple[str, int]], trajectory: Trajectory) -> None:
@@ -263,6 +228,7 @@ def cached(
     *,
     memory: int,
     threads: int,
+    share: Share | None = None,
     on_progress: Progress | None = None,
 ) -> Gram:
     """Return the Gram of `trajectory`: from `directory`, else measured (from what is there) and saved."""
@@ -280,9 +246,10 @@ def cached(
         shared = len(list(takewhile(lambda pair: _same(*pair), zip(have, wanted, strict=False))))
         if shared == len(wanted):
             return kept.rows(range(shared))
+        # What was taken in another way is no beginning of what is taken now.
         if shared > (len(known.steps) if known is not None else 0):
             known, superseded = kept.rows(range(shared)), path if shared == len(kept.steps) else None
-    gram = measure(trajectory, memory=memory, threads=threads, known=known, on_progress=on_progress)
+    gram = measure(trajectory, memory=memory, threads=threads, known=known, share=share, on_progress=on_progress)
     _save(gram, base, directory)
     if superseded is not None and superseded.name != f"{gram.digest}.safetensors":
         # Every row of the shorter one is in the longer one.
@@ -309,7 +276,8 @@ def _untouched(now: Changes, was: Changes) -> bool:
 
 def _save(gram: Gram, base_identity: str, directory: Path) -> None:
     metadata = {
-        "format": FORMAT,
+        "format": _FILES[-1],
+        "precision": gram.precision,
         "steps": gram.steps,
         "names": gram.names,
         "base_digest": gram.base_digest,
@@ -320,8 +288,9 @@ def _save(gram: Gram, base_identity: str, directory: Path) -> None:
         "changes": gram.changes,
     }
     tensors = {"products": gram.products.contiguous(), "base_norms": gram.base_norms}
-    if gram.contents is not None:
-        tensors["contents"] = gram.contents.contiguous()
+    for name, kept in (("contents", gram.contents), ("taken", gram.taken)):
+        if kept is not None:
+            tensors[name] = kept.contiguous()
     content = save(tensors, metadata={"relex": json.dumps(metadata)})
     write_whole(content, directory / f"{gram.digest}.safetensors")
 
@@ -331,13 +300,14 @@ def _load(path: Path, base_identity: str) -> Gram | None:
     try:
         with safe_open(path, framework="pt", backend="pread") as file:
             metadata: Mapping[str, Any] = json.loads((file.metadata() or {}).get("relex", "{}"))
-            if metadata.get("format") != FORMAT or metadata.get("base_identity") != base_identity:
+            if metadata.get("format") not in _FILES or metadata.get("base_identity") != base_identity:
                 return None
             # Of an earlier version, which did not keep what a later pass is compared with.
             if "changes" not in metadata or "contents" not in file.keys():  # noqa: SIM118
                 return None
             products, base_norms = file.get_tensor("products"), file.get_tensor("base_norms")
             held = file.get_tensor("contents")
+            taken = file.get_tensor("taken") if "taken" in file.keys() else None  # noqa: SIM118
     except (SafetensorError, OSError):
         return None
     return Gram(
@@ -351,6 +321,8 @@ def _load(path: Path, base_identity: str) -> Gram | None:
         _pairs(metadata["base_changes"]),
         tuple(map(_pairs, metadata["changes"])),
         held,
+        taken,
+        metadata.get("precision", "fp64"),
     )
 
 

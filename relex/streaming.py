@@ -15,18 +15,21 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from relex.errors import MemoryBudgetError
+from relex.kernel import DTYPES, Rows, read
+from relex.open_files import OpenFiles
 from relex.trajectory import Trajectory
 
 # Small enough that the deltas of 20 checkpoints stay near the core, large enough that a call's own cost does not show.
 CHUNK = 1 << 15
 UNIT = 1 << 20
-# Larger reads gain nothing, and a budget is a bound, not a target.
-MAX_READ_BYTES = 1 << 20
+# Of more checkpoints than a few, larger reads leave the core's cache before they are used, and are slower from a disk.
+MAX_READ_BYTES = 1 << 17
 
 Result = TypeVar("Result")
 
@@ -53,13 +56,19 @@ def units(trajectory: Trajectory) -> list[Unit]:
 class Block:
     """Part of one unit as it was read: elements `start` on, base (N,) and checkpoints (R, N) in their stored dtypes.
 
-    `relative` when what is stored is already what the checkpoints add to the base.
+    `relative` when what is stored is already what the checkpoints add to the base. `raw` are the bytes, the base first.
     """
 
     start: int
     base: Tensor
     stored: Tensor
     relative: bool
+    raw: tuple[memoryview, ...]
+
+    def subtracted(self, place: slice) -> Tensor:
+        """Return what of the base is subtracted: kept finer it would put its own rounding error into every delta."""
+        base, coarse = self.base[place], self.stored.dtype
+        return base.to(coarse) if torch.finfo(coarse).eps > torch.finfo(base.dtype).eps else base
 
 
 @dataclass(frozen=True)
@@ -69,38 +78,79 @@ class Workspace:
     raw: Tensor
     deltas: Tensor
     width: int
+    files: OpenFiles
 
     def blocks(self, trajectory: Trajectory, unit: Unit, rows: Sequence[int]) -> Iterator[Block]:
         """Read one unit of the base and of the checkpoints numbered `rows`; a block is overwritten by the next one."""
         spec = trajectory.tensors[unit.tensor]
-        base_size, size = spec.base.dtype.itemsize, spec.dtype.itemsize
-        for start in range(unit.start, unit.stop, self.width):
-            count = min(self.width, unit.stop - start)
-            base = self.raw[0, : count * base_size]
-            stored = self.raw[1 : 1 + len(rows), : count * size]
-            trajectory.base.read_into(spec.base, start * base_size, as_bytes(base))
-            for row, target in zip(rows, stored, strict=True):
-                weights = trajectory.checkpoints[row].weights
-                weights.read_into(spec.entries[row], start * size, as_bytes(target))
-            yield Block(start, base.view(spec.base.dtype), stored.view(spec.dtype), spec.relative)
+        entries = [spec.base, *(spec.entries[row] for row in rows)]
+        weights = [trajectory.base, *(trajectory.checkpoints[row].weights for row in rows)]
+        whole = as_bytes(self.raw.view(-1))
+        stride = self.raw.shape[1]
+        sizes = [entry.dtype.itemsize for entry in entries]
+        places = [
+            one.stretches(entry, unit.start * size, (unit.stop - unit.start) * size) or []
+            for one, entry, size in zip(weights, entries, sizes, strict=True)
+        ]
+        # What lies in one stretch of one file is read for all rows at once; what is dealt out, row by row.
+        single = [number for number, found in enumerate(places) if len(found) == 1]
+        with self.files.using([(weights[number].directory, places[number][0][0]) for number in single]) as descriptors:
+            opened = {number: one for number, one in zip(single, descriptors, strict=True) if one is not None}
+            together = list(opened)
+            alone = [number for number in range(len(entries)) if number not in opened]
+            pieces_4P = np.array(
+                [
+                    [opened[number] for number in together],
+                    [places[number][0][1] for number in together],
+                    [number * stride for number in together],
+                    [0 for _ in together],
+                ],
+                dtype=np.int64,
+            )
+            sizes_P = np.array([sizes[number] for number in together], dtype=np.int64)
+            for start in range(unit.start, unit.stop, self.width):
+                count = min(self.width, unit.stop - start)
+                raw = tuple(
+                    whole[number * stride : number * stride + count * size] for number, size in enumerate(sizes)
+                )
+                pieces_4P[3] = count * sizes_P
+                # A file was cut, or does not answer: whoever reads it alone says which.
+                for number in alone if read(pieces_4P, whole) else range(len(entries)):
+                    weights[number].read_into(entries[number], start * sizes[number], raw[number])
+                pieces_4P[1] += count * sizes_P
+                base = self.raw[0, : count * spec.base.dtype.itemsize]
+                stored = self.raw[1 : 1 + len(rows), : count * spec.dtype.itemsize]
+                yield Block(start, base.view(spec.base.dtype), stored.view(spec.dtype), spec.relative, raw)
 
     def subtract(self, block: Block) -> Iterator[tuple[slice, Tensor]]:
         """Yield, chunk by chunk, (the chunk's place in the block, deltas (R, n)), overwritten by the next.
 
         Deltas are fp32, or fp64 when either side is stored so.
         """
-        fine, coarse = block.base.dtype, block.stored.dtype
-        work = torch.float64 if torch.float64 in (fine, coarse) else torch.float32
-        # A base kept finer than the checkpoints would put its own rounding error into every delta.
-        round_base = torch.finfo(coarse).eps > torch.finfo(fine).eps
-        for first in range(0, len(block.base), CHUNK):
-            place = slice(first, min(first + CHUNK, len(block.base)))
-            deltas = self.deltas.view(work)[: len(block.stored), : place.stop - first]
+        work = torch.float64 if torch.float64 in (block.base.dtype, block.stored.dtype) else torch.float32
+        for place in _chunks(block):
+            deltas = self.deltas.view(work)[: len(block.stored), : place.stop - place.start]
             deltas.copy_(block.stored[:, place])
             if not block.relative:
-                base = block.base[place].to(coarse) if round_base else block.base[place]
-                deltas.sub_(base.to(work))
+                deltas.sub_(block.subtracted(place).to(work))
             yield place, deltas
+
+    def rows(self, block: Block) -> Iterator[tuple[slice, Rows]]:
+        """Yield a block as the loops in C take it, at once or, where it has to be converted, chunk by chunk."""
+        if block.stored.dtype in DTYPES:
+            everything = slice(0, len(block.base))
+            base = None if block.relative else block.subtracted(everything).to(block.stored.dtype)
+            yield everything, Rows(base, block.stored)
+            return
+        for place in _chunks(block):
+            converted = self.deltas.view(torch.float32)[: len(block.stored), : place.stop - place.start]
+            converted.copy_(block.stored[:, place])
+            yield place, Rows(None if block.relative else block.subtracted(place).float(), converted)
+
+
+def _chunks(block: Block) -> Iterator[slice]:
+    for first in range(0, len(block.base), CHUNK):
+        yield slice(first, min(first + CHUNK, len(block.base)))
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
@@ -135,11 +185,13 @@ def workspaces(
     chunks = (memory // threads - fixed) // per_chunk
     chunks = max(1, min(chunks, MAX_READ_BYTES // (CHUNK * itemsize), UNIT // CHUNK))
     width = chunks * CHUNK
+    files = OpenFiles()
     return [
         Workspace(
             raw=torch.empty(1 + rows, width * itemsize, dtype=torch.uint8),
             deltas=torch.empty(rows, CHUNK, dtype=torch.float64 if wide else torch.float32),
             width=width,
+            files=files,
         )
         for _ in range(threads)
     ]
@@ -176,6 +228,8 @@ def in_order(
                 yield done, future.result()
         finally:
             pool.shutdown(cancel_futures=True)
+            for space in spaces:
+                space.files.close()
 
 
 @contextlib.contextmanager

@@ -5,12 +5,15 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import torch
 
 from relex.errors import CheckpointMismatchError, StoreError
 from relex.files.block_cache import BlockCache
+from relex.files.location import open_directory
+from relex.layouts.detection import open_any
 from relex.layouts.factors import AdapterWeights, LowRank, Unchanged
 from relex.layouts.weights import TensorEntry, Weights, embedding_name
 from relex.store import Checkpoint, check_same_tensors, observed, open_base, scan
@@ -81,6 +84,12 @@ class Trajectory:
         weights = (checkpoint.weights for checkpoint in self.checkpoints)
         return tuple(each for each in weights if isinstance(each, AdapterWeights))
 
+    @property
+    def inputs(self) -> str:
+        """Hex digest of which files the weights are in, without reading them."""
+        weights = (self.base, *(checkpoint.weights for checkpoint in self.checkpoints))
+        return sha256(" ".join(each.identity for each in weights).encode()).hexdigest()
+
     def check_unchanged(self) -> None:
         """Compare every file with what it was when the trajectory was opened; raises CheckpointChangedError."""
         for weights in (self.base, *(checkpoint.weights for checkpoint in self.checkpoints)):
@@ -97,6 +106,18 @@ def open_run(
     opened = open_base(base, blocks=blocks)
     stored = scan(run, opened, now=time.time(), blocks=blocks)
     return open_trajectory(opened, observed(stored, run, window=window))
+
+
+def open_again(
+    base: str, steps: Sequence[int], checkpoints: Sequence[str], *, blocks: BlockCache | None = None
+) -> Trajectory:
+    """Open a base and checkpoints, a directory a step, where they were when they were opened before."""
+    opened = open_base(base, blocks=blocks)
+    found = [
+        Checkpoint(step, open_any(open_directory(location, blocks=blocks), base=opened))
+        for step, location in zip(steps, checkpoints, strict=True)
+    ]
+    return open_trajectory(opened, found)
 
 
 def open_trajectory(base: Weights, checkpoints: Sequence[Checkpoint]) -> Trajectory:

@@ -18,6 +18,7 @@ from relex.layouts.weights import Weights
 from relex.output.shards import Spread
 from relex.predictors import parse_method
 from relex.progress import Tell, telling
+from relex.ranges import Share
 from relex.store import StoredCheckpoint, observed
 from relex.trajectory import Trajectory, open_trajectory
 
@@ -45,17 +46,18 @@ def predict(
     *,
     blocks: BlockCache | None = None,
     spread: Spread | None = None,
+    share: Share | None = None,
     tell: Tell | None = None,
 ) -> Predicted:
     """Backtest the window of `steps`, and write the last observed checkpoint and every candidate at a given target.
 
     The models are directories that are there when this returns. The last observed checkpoint is copied too: the trainer
-    may prune it, and its copy has the base's tokenizer and precision like the candidates. `spread` hands the writing to
-    other processes. Raises WindowError when the store no longer holds what the window was announced with, and
-    RelexError.
+    may prune it, and its copy has the base's tokenizer and precision like the candidates. `share` and `spread` hand the
+    reading and the writing to other processes. Raises WindowError when the store no longer holds what the window was
+    announced with, and RelexError.
     """
     run, inside = _inside(settings, steps, key, blocks=blocks)
-    trajectory, converged = backtest_window(settings, run.base, inside, tell=tell)
+    trajectory, converged = backtest_window(settings, run.base, inside, share=share, tell=tell)
     last = trajectory.steps[-1]
     proposed = propose(
         converged,
@@ -155,7 +157,12 @@ def _write(
 
 
 def backtest_window(
-    settings: Settings, base: Weights, inside: Sequence[StoredCheckpoint], *, tell: Tell | None = None
+    settings: Settings,
+    base: Weights,
+    inside: Sequence[StoredCheckpoint],
+    *,
+    share: Share | None = None,
+    tell: Tell | None = None,
 ) -> tuple[Trajectory, Convergence]:
     """Open the checkpoints of one window and backtest them; what was measured is kept. Raises RelexError."""
     trajectory = open_trajectory(base, observed(inside, settings.store))
@@ -164,6 +171,7 @@ def backtest_window(
         settings.home / "grams",
         memory=int(settings.memory),
         threads=settings.threads,
+        share=share,
         on_progress=telling(tell, "reading"),
     )
     return trajectory, converge(trajectory, gram, methods=() if settings.methods == "auto" else settings.methods)

@@ -14,7 +14,7 @@ from flows.decide.gate_results import gate_results_path, write_gate_results
 from flows.decide.predict import Predicted, predict, write_rungs
 from flows.decide.record import datasets, describe, metrics, record, tags
 from flows.decide.score import reports
-from flows.decide.workers import spreading
+from flows.decide.workers import sharing, spreading
 from flows.progress import ProgressArtifact, log_result
 from flows.run_names import benchmark_name
 from flows.search.ladder import Answered, answered, score
@@ -36,7 +36,9 @@ def predict_models(settings: Settings, steps: list[int], key: str) -> Predicted:
     """Backtest one window, and write its candidates and the last observed checkpoint."""
     progress = ProgressArtifact(f"predict-{settings.training_run}", "predict")
     with BlockCache(settings.home, size=int(settings.cache)) as blocks:
-        predicted = predict(settings, steps, key, blocks=blocks, spread=spreading(settings), tell=progress)
+        predicted = predict(
+            settings, steps, key, blocks=blocks, spread=spreading(settings), share=sharing(settings), tell=progress
+        )
     log_result(f"backtest: {predicted.backtested.state}: {predicted.backtested.reason}")
     log_result(f"predicted {_titles(predicted.candidates) or 'nothing yet'}")
     return predicted

@@ -163,6 +163,12 @@ class LocalDirectory:
         return total
 
     @_patient
+    def descriptor(self, name: str) -> int:
+        """Open a file to be read by `pread`, and to be closed by whoever asked."""
+        with self._looked_at(name) as place:
+            return self._open(place, name)
+
+    @_patient
     def last_change(self) -> float:
         """Return the newest modification time in the tree, of a link its own: what it leads to may change all day."""
         times = [self.path.lstat().st_mtime_ns, _time(Path(os.path.realpath(self.path)))]
@@ -197,14 +203,17 @@ class LocalDirectory:
     @contextlib.contextmanager
     def _opened(self, name: str) -> Iterator[int]:
         with self._looked_at(name) as place:
-            try:
-                descriptor = os.open(f"{_DESCRIPTORS}/{place}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-            except OSError as error:
-                raise OSError(error.errno, error.strerror, str(self.path / name)) from None
+            descriptor = self._open(place, name)
         try:
             yield descriptor
         finally:
             os.close(descriptor)
+
+    def _open(self, place: int, name: str) -> int:
+        try:
+            return os.open(f"{_DESCRIPTORS}/{place}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path / name)) from None
 
     @contextlib.contextmanager
     def _looked_at(self, name: str) -> Iterator[int]:

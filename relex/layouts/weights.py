@@ -82,6 +82,22 @@ class Weights:
             for place, position, length in _runs(entry, piece, start, start + len(buffer)):
                 self._read(entry, piece.file, position, buffer[place - start : place - start + length])
 
+    def stretches(self, entry: TensorEntry, start: int, length: int) -> list[tuple[str, int, int, int]] | None:
+        """Return where `length` bytes of `entry` from byte `start` on lie: (file, byte of it, byte of them, how many).
+
+        None for what is not stored as it is read.
+        """
+        if type(entry) is not TensorEntry:
+            return None
+        if len(entry.pieces) == 1:
+            (piece,) = entry.pieces
+            return [(piece.file, piece.offset + start, 0, length)]
+        return [
+            (piece.file, position, place - start, size)
+            for piece in entry.pieces
+            for place, position, size in _runs(entry, piece, start, start + length)
+        ]
+
     def _read(self, entry: TensorEntry, file: str, position: int, buffer: memoryview) -> None:
         try:
             count = self.directory.read_into(file, position, buffer)

@@ -12,6 +12,7 @@ import shutil
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,11 @@ class ModelWriter:
         self.release()
 
     def _room(self) -> contextlib.AbstractContextManager[None]:
-        return room_for(sum(tensor.nbytes for tensor in self.tensors.values()), self.out, partial=self.partial)
+        return room_for(self._size, self.out, partial=self.partial)
+
+    @cached_property
+    def _size(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def discard(self) -> None:
         """Remove what was written so far."""

@@ -1,9 +1,11 @@
 """What `pip install relex-rlvr` gives: the wheel in an environment with its base dependencies and nothing else."""
 
+import os
 import shutil
 import subprocess
 import sys
 import venv
+import zipfile
 from importlib.metadata import Distribution, distribution
 from pathlib import Path
 
@@ -37,19 +39,24 @@ def closure(requirements: list[str]) -> dict[str, Distribution]:
     return result
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("wheel")
+def build(out: Path, **environment: str) -> tuple[Path, str]:
+    """Return the wheel and what pip said."""
     source = out / "source"
     # A build leaves directories beside what it builds.
     for name in PACKAGES:
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*pip, "--wheel-dir", out, source], check=True)
+    command = [*pip, "--wheel-dir", str(out), str(source)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | environment)
     (made,) = out.glob("*.whl")
-    return made
+    return made, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("wheel"))[0]
 
 
 @pytest.fixture(scope="module")
@@ -87,12 +94,19 @@ def run(bare: Path, *words: object, status: int = 0) -> tuple[str, str]:
 
 
 def test_the_name_the_version_and_the_packages(wheel: Path, bare: Path) -> None:
-    assert wheel.name == f"relex_rlvr-{__version__}-py3-none-any.whl"
+    assert wheel.name.startswith(f"relex_rlvr-{__version__}-cp3")
     (packages,) = bare.parent.glob("lib/python*/site-packages")
     (metadata,) = packages.glob("relex_rlvr-*.dist-info")
     ours = {Path(file).parts[0] for file in Distribution.at(metadata).files or []}
     assert {name for name in ours if not name.startswith(("..", "relex_rlvr"))} == set(PACKAGES)
     assert not [name for name in ("prefect", "mlflow", "lm_eval", "transformers") if (packages / name).exists()]
+
+
+def test_without_a_compiler_it_is_built_too_and_nothing_is_said(tmp_path: Path) -> None:
+    made, said = build(tmp_path, CC="/nowhere/cc")
+    assert said == ""
+    with zipfile.ZipFile(made) as files:
+        assert [name for name in files.namelist() if name.endswith((".so", ".pyd"))] == []
 
 
 def test_it_inspects_backtests_and_extrapolates(bare: Path, elsewhere: Path, tmp_path: Path) -> None:

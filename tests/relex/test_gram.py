@@ -273,7 +273,7 @@ def _replace(file: Path) -> None:
         (_cut, "ended at byte .* inside tensor .*: it was cut while being read"),
         (_rewrite, "changed while it was read .*mtime"),
         (_replace, "changed while it was read .*version"),
-        (Path.unlink, "was there when the pass began and cannot be opened now"),
+        (Path.unlink, "was removed while it was read"),
     ],
 )
 def test_a_file_that_changes_while_it_is_read_is_noticed(

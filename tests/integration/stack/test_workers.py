@@ -22,10 +22,12 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.settings import temporary_settings
 
 from deploy.local.stack import Stack
-from flows.decide.workers import spreading
+from flows.decide.workers import sharing, spreading
 from flows.settings import Settings, load_settings
+from relex import ranges
 from relex.errors import NonFiniteError
 from relex.extrapolation import Request, extrapolate
+from relex.gram import measure
 from relex.output.shards import Spread
 from relex.predictors import parse_method
 from relex.trajectory import open_run
@@ -151,6 +153,19 @@ def test_workers_elsewhere_write_the_bytes_of_one_process_and_are_seen_in_the_fl
     files = sorted(file.name for file in (tmp_path / "dask" / "step-100").glob("*.safetensors"))
     assert len(files) == TENSORS
     assert sorted(run.name for run in runs) == files
+
+
+@pytest.mark.slow
+def test_workers_elsewhere_take_the_gram_of_one_process(
+    cluster: str, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranges, "RANGE_BYTES", 8 << 20)
+    settings = settings_of(data, dask_address=cluster)
+    trajectory = open_run(settings.checkpoints, settings.base)
+    alone = measure(trajectory, memory=int(settings.memory), threads=1)
+    made = measure(trajectory, memory=int(settings.memory), threads=1, share=sharing(settings))
+    assert made.products.tolist() == alone.products.tolist()
+    assert made.digest == alone.digest
 
 
 @pytest.mark.slow

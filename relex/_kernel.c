@@ -1,0 +1,539 @@
+/* The two inner loops of a pass over a trajectory, without the GIL: products of increments, and a prediction's sum.
+
+   Every element of a result is one chain of operations in an order that depends on nothing but the tensor: not on the
+   number of checkpoints, of threads, or on the CPU. On x86 the loops are compiled three times, and the fastest that the
+   CPU has is taken; lanes are always 16 wide, multiplications are fused with their addition, so bits are the same.
+
+   Letters: K rows (checkpoints), N elements of a block. */
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <errno.h>
+#include <stdint.h>
+#include <string.h>
+#include <unistd.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+/* What relex/kernel.py asks for; another number there means that this file was built from other sources. */
+#define VERSION 1
+
+#define LANES 16
+/* Columns that are subtracted and multiplied at once; of every CHAIN of them sums are fp32, across them fp64. */
+#define WIDTH 2048
+#define CHAIN 512
+/* Elements from one row of increments to the next: a power of two would put all rows into the same lines of the cache. */
+#define ROW (WIDTH + LANES)
+/* An increment whose square is more than 1/HEAVY of its row's in WIDTH columns is multiplied in fp64: behind it the
+   small ones would be lost. So there are at most HEAVY of them, and room for rounding. */
+#define HEAVY 8
+#define MOST_HEAVY (2 * HEAVY)
+/* Outside of these a row's products may leave the range of fp32, and are taken in fp64. */
+#define SMALLEST 0x1p-40f
+#define LARGEST 0x1p+50f
+/* Zero checks: of one stretch of a tensor, its sectors' first elements and its last ones are looked at. */
+#define STRETCH 32768
+#define SECTOR_BYTES 512
+#define FEWEST_ZEROS 4
+
+typedef float lanes __attribute__((vector_size(4 * LANES)));
+typedef float lanes_anywhere __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef uint32_t bits __attribute__((vector_size(4 * LANES)));
+typedef int32_t signed_bits __attribute__((vector_size(4 * LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2)));
+typedef float half_lanes __attribute__((vector_size(2 * LANES)));
+typedef double wide __attribute__((vector_size(4 * LANES)));
+
+enum kind { BFLOAT16, FLOAT32 };
+
+typedef struct {
+    int32_t count;
+    int32_t column[MOST_HEAVY];
+    float value[MOST_HEAVY];
+} heavy_t;
+
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE const char *at(const char *row, int kind, Py_ssize_t element) { return row + element * (kind == FLOAT32 ? 4 : 2); }
+
+INLINE void load(lanes *to, const char *place, int kind) {
+    if (kind == FLOAT32) *to = *(const lanes_anywhere *)place;
+    else *to = (lanes)(__builtin_convertvector(*(const halves *)place, bits) << 16);
+}
+
+INLINE float element(const char *place, int kind) {
+    if (kind == FLOAT32) { float value; memcpy(&value, place, 4); return value; }
+    uint16_t half; memcpy(&half, place, 2);
+    uint32_t whole = (uint32_t)half << 16; float value; memcpy(&value, &whole, 4); return value;
+}
+
+INLINE uint32_t bits_of(float value) { uint32_t whole; memcpy(&whole, &value, 4); return whole; }
+
+/* Copy row - before, n <= WIDTH elements, to out (filled with zeros to a multiple of LANES). */
+INLINE void subtract(float *out, const char *row, const char *before, const char *next, int kind, Py_ssize_t n) {
+    Py_ssize_t c = 0;
+    /* A row is shorter than what the CPU fetches ahead by itself. */
+    for (Py_ssize_t ahead = 0; ahead < n * (kind == FLOAT32 ? 4 : 2); ahead += 64) __builtin_prefetch(next + ahead);
+    for (; c + LANES <= n; c += LANES) {
+        lanes x, y;
+        load(&x, at(row, kind, c), kind);
+        if (before) {
+            load(&y, at(before, kind, c), kind);
+            x -= y;
+        }
+        *(lanes *)(out + c) = x;
+    }
+    if (c < n) *(lanes *)(out + c) = (lanes){0};
+    for (; c < n; c++) out[c] = element(at(row, kind, c), kind) - (before ? element(at(before, kind, c), kind) : 0.0f);
+}
+
+/* Set what is heavy in x to zero and keep it apart; 1 when the row has to be multiplied in fp64 instead. */
+INLINE int sift(float *x, Py_ssize_t n, heavy_t *heavy) {
+    lanes square = {0};
+    signed_bits largest = {0};
+    heavy->count = 0;
+    for (Py_ssize_t c = 0; c < n; c += LANES) {
+        lanes v = *(lanes *)(x + c);
+        signed_bits magnitude = (signed_bits)v & 0x7fffffff, more = magnitude > largest;
+        largest = (magnitude & more) | (largest & ~more);
+        square += v * v;
+    }
+    uint32_t top = 0;
+    float sum = 0.0f;
+    for (int l = 0; l < LANES; l++) {
+        if ((uint32_t)largest[l] > top) top = (uint32_t)largest[l];
+        sum += square[l];
+    }
+    if (top == 0) return 0;
+    /* Not a number and infinity are larger than every number. */
+    if (top > bits_of(LARGEST) || top < bits_of(SMALLEST)) return 1;
+    float most; memcpy(&most, &top, 4);
+    float bound = sum * (1.0f / HEAVY);
+    if (!(most * most > bound)) return 0;
+    for (Py_ssize_t c = 0; c < n; c++) {
+        if (!(x[c] * x[c] > bound)) continue;
+        if (heavy->count == MOST_HEAVY) return 1;
+        heavy->column[heavy->count] = (int32_t)c;
+        heavy->value[heavy->count++] = x[c];
+    }
+    for (int h = 0; h < heavy->count; h++) x[heavy->column[h]] = 0.0f;
+    return 0;
+}
+
+INLINE double original(const float *x, const heavy_t *heavy, int32_t column) {
+    for (int h = 0; h < heavy->count; h++) if (heavy->column[h] == column) return heavy->value[h];
+    return x[column];
+}
+
+INLINE int among(const heavy_t *heavy, int32_t column) {
+    for (int h = 0; h < heavy->count; h++) if (heavy->column[h] == column) return 1;
+    return 0;
+}
+
+/* What two rows' heavy elements add to their product. */
+INLINE double heavy_product(const float *x, const heavy_t *of_x, const float *y, const heavy_t *of_y) {
+    double sum = 0.0;
+    for (int h = 0; h < of_x->count; h++) sum += of_x->value[h] * original(y, of_y, of_x->column[h]);
+    for (int h = 0; h < of_y->count; h++)
+        if (!among(of_x, of_y->column[h])) sum += (double)x[of_y->column[h]] * of_y->value[h];
+    return sum;
+}
+
+INLINE double fp64_product(const float *x, const float *y, Py_ssize_t n) {
+    wide sum = {0};
+    for (Py_ssize_t c = 0; c < n; c += LANES / 2) {
+        wide a = __builtin_convertvector(*(half_lanes *)(x + c), wide), b = __builtin_convertvector(*(half_lanes *)(y + c), wide);
+        sum += a * b;
+    }
+    double total = 0.0;
+    for (int l = 0; l < LANES / 2; l++) total += sum[l];
+    return total;
+}
+
+INLINE double add_lanes(const wide *low, const wide *high) {
+    wide both = *low + *high;
+    return ((both[0] + both[4]) + (both[2] + both[6])) + ((both[1] + both[5]) + (both[3] + both[7]));
+}
+
+/* The squares of n elements, added in fp64. */
+INLINE double squares(const char *row, int kind, Py_ssize_t n) {
+    wide low = {0}, high = {0};
+    Py_ssize_t c = 0;
+    for (; c + LANES <= n; c += LANES) {
+        lanes v;
+        load(&v, at(row, kind, c), kind);
+        half_lanes first, second;
+        memcpy(&first, &v, sizeof first);
+        memcpy(&second, (char *)&v + sizeof first, sizeof second);
+        wide a = __builtin_convertvector(first, wide), b = __builtin_convertvector(second, wide);
+        low += a * a;
+        high += b * b;
+    }
+    double sum = add_lanes(&low, &high);
+    for (; c < n; c++) { double v = element(at(row, kind, c), kind); sum += v * v; }
+    return sum;
+}
+
+/* Whether a stretch begins a sector with zero somewhere, or ends in zeros. */
+INLINE int suspect(const char *row, int kind, Py_ssize_t n) {
+    if (n < FEWEST_ZEROS) return 0;
+    Py_ssize_t sector = SECTOR_BYTES / (kind == FLOAT32 ? 4 : 2);
+    int found = 0, zeros = 1;
+    for (Py_ssize_t c = 0; c < n; c += sector) found |= element(at(row, kind, c), kind) == 0.0f;
+    for (Py_ssize_t c = n - FEWEST_ZEROS; c < n; c++) zeros &= element(at(row, kind, c), kind) == 0.0f;
+    return found | zeros;
+}
+
+typedef struct {
+    const char *base, *rows;
+    Py_ssize_t stride, count, n, first;
+    int kind, relative;
+    double *sums;
+    Py_ssize_t across;
+    float *scratch;
+} gram_t;
+
+/* R x R products at once, as many sums as the CPU has registers for, over V lanes at once: neither changes a bit. */
+#define BLOCK(NAME, TARGET, R, V, WIDEN)                                                                                \
+    typedef float vector_##NAME __attribute__((vector_size(4 * V)));                                                    \
+    TARGET INLINE void NAME(const float *x, const float *y, Py_ssize_t n, double sums[R][R]) {                          \
+        double lane[R][R][LANES] __attribute__((aligned(64)));                                                          \
+        memset(lane, 0, sizeof lane);                                                                                   \
+        for (Py_ssize_t begin = 0; begin < n; begin += CHAIN) {                                                         \
+            Py_ssize_t end = begin + CHAIN < n ? begin + CHAIN : n;                                                     \
+            for (int part = 0; part < LANES; part += V) {                                                               \
+                vector_##NAME chain[R][R];                                                                              \
+                _Pragma("GCC unroll 8") for (int i = 0; i < R; i++)                                                     \
+                    _Pragma("GCC unroll 8") for (int j = 0; j < R; j++) chain[i][j] = (vector_##NAME){0};               \
+                for (Py_ssize_t c = begin + part; c < end; c += LANES) {                                                \
+                    vector_##NAME b[R];                                                                                 \
+                    _Pragma("GCC unroll 8") for (int j = 0; j < R; j++) b[j] = *(const vector_##NAME *)(y + j * ROW + c); \
+                    _Pragma("GCC unroll 8") for (int i = 0; i < R; i++) {                                               \
+                        vector_##NAME a = *(const vector_##NAME *)(x + i * ROW + c);                                    \
+                        _Pragma("GCC unroll 8") for (int j = 0; j < R; j++) chain[i][j] += a * b[j];                    \
+                    }                                                                                                   \
+                }                                                                                                       \
+                _Pragma("GCC unroll 8") for (int i = 0; i < R; i++)                                                     \
+                    _Pragma("GCC unroll 8") for (int j = 0; j < R; j++)                                                 \
+                        WIDEN(lane[i][j] + part, chain[i][j]);                                                          \
+            }                                                                                                           \
+        }                                                                                                               \
+        for (int i = 0; i < R; i++)                                                                                     \
+            for (int j = 0; j < R; j++) sums[i][j] = add_lanes((wide *)lane[i][j], (wide *)(lane[i][j] + LANES / 2)); \
+    }
+
+#define GRAM(NAME, TARGET, BLOCK_NAME, R)                                                                               \
+    TARGET INLINE void NAME(const gram_t *g, int kind) {                                                                       \
+        Py_ssize_t groups = (g->count + R - 1) / R;                                                                     \
+        heavy_t *heavy = (heavy_t *)(g->scratch + groups * R * ROW);                                                  \
+        char *in_fp64 = (char *)(heavy + groups * R);                                                                   \
+        memset(g->scratch, 0, groups * R * ROW * sizeof(float));                                                      \
+        for (Py_ssize_t start = 0; start < g->n; start += WIDTH) {                                                      \
+            Py_ssize_t n = g->n - start < WIDTH ? g->n - start : WIDTH, padded = (n + LANES - 1) / LANES * LANES;       \
+            for (Py_ssize_t k = 0; k < g->count; k++) {                                                                 \
+                const char *before = k ? g->rows + (k - 1) * g->stride : g->relative ? NULL : g->base;                  \
+                subtract(g->scratch + k * ROW, at(g->rows + k * g->stride, kind, start),                              \
+                         before ? at(before, kind, start) : NULL,                                                       \
+                         at(g->rows + (k + 1 < g->count ? k + 1 : k) * g->stride, kind, start), kind, n);               \
+                in_fp64[k] = (char)sift(g->scratch + k * ROW, padded, heavy + k);                                     \
+            }                                                                                                           \
+            for (Py_ssize_t top = g->first / R; top < groups; top++)                                                    \
+                for (Py_ssize_t left = 0; left <= top; left++) {                                                        \
+                    double sums[R][R];                                                                                  \
+                    BLOCK_NAME(g->scratch + top * R * ROW, g->scratch + left * R * ROW, padded, sums);              \
+                    for (Py_ssize_t i = top * R; i < top * R + R && i < g->count; i++)                                  \
+                        for (Py_ssize_t j = left * R; j < left * R + R && j <= i; j++) {                                \
+                            const float *x = g->scratch + i * ROW, *y = g->scratch + j * ROW;                       \
+                            double sum = sums[i - top * R][j - left * R];                                               \
+                            if (in_fp64[i] || in_fp64[j]) sum = fp64_product(x, y, padded);                             \
+                            if (heavy[i].count || heavy[j].count) sum += heavy_product(x, heavy + i, y, heavy + j);     \
+                            g->sums[i * g->across + j] += sum;                                                          \
+                        }                                                                                               \
+                }                                                                                                       \
+        }                                                                                                               \
+    }
+
+typedef struct {
+    const char *base, *added, *rows;
+    Py_ssize_t stride, count, n;
+    int kind, added_kind, out_kind, relative;
+    const float *coefficients;
+    char *out;
+} sum_t;
+
+/* The bits of what is stored, of bfloat16 in the upper half, rounded to nearest, ties to even. */
+INLINE void rounded(const lanes *total, int out_kind, signed_bits *not_finite, bits *stored) {
+    bits whole = (bits)*total;
+    *stored = out_kind == BFLOAT16 ? (whole + 0x7fff + ((whole >> 16) & 1)) & 0xffff0000 : whole;
+    *not_finite |= ((*stored & 0x7f800000) == 0x7f800000) | ((whole & 0x7f800000) == 0x7f800000);
+}
+
+/* added + sum of coefficients times (row - base), each addition fused, row after row; 1 when all of it is finite. */
+INLINE int combine(const sum_t *s, int kind, int added_kind, int out_kind) {
+    signed_bits not_finite = {0};
+    lanes from[WIDTH / LANES];
+    memset(from, 0, sizeof from);
+    for (Py_ssize_t start = 0; start < s->n; start += WIDTH) {
+        Py_ssize_t n = s->n - start < WIDTH ? s->n - start : WIDTH;
+        lanes total[WIDTH / LANES];
+        memset(total, 0, sizeof total);
+        if (!s->relative) subtract((float *)from, at(s->base, kind, start), NULL, s->rows, kind, n);
+        for (Py_ssize_t k = 0; k < s->count; k++) {
+            float coefficient = s->coefficients[k];
+            if (coefficient == 0.0f) continue;
+            lanes factor = coefficient - (lanes){0};
+            const char *row = at(s->rows + k * s->stride, kind, start);
+            const char *next = at(s->rows + (k + 1 < s->count ? k + 1 : k) * s->stride, kind, start);
+            for (Py_ssize_t ahead = 0; ahead < n * (kind == FLOAT32 ? 4 : 2); ahead += 64) __builtin_prefetch(next + ahead);
+            Py_ssize_t c = 0;
+            for (; c + LANES <= n; c += LANES) {
+                lanes delta;
+                load(&delta, at(row, kind, c), kind);
+                total[c / LANES] += (delta - from[c / LANES]) * factor;
+            }
+            if (c < n) {
+                lanes delta = {0};
+                for (Py_ssize_t l = 0; c + l < n; l++) delta[l] = element(at(row, kind, c + l), kind);
+                total[c / LANES] += (delta - from[c / LANES]) * factor;
+            }
+        }
+        const char *added = at(s->added, added_kind, start);
+        char *out = (char *)at(s->out, out_kind, start);
+        for (Py_ssize_t c = 0; c < n; c += LANES) {
+            bits stored;
+            lanes to = {0};
+            if (c + LANES <= n) load(&to, at(added, added_kind, c), added_kind);
+            else for (Py_ssize_t l = 0; c + l < n; l++) to[l] = element(at(added, added_kind, c + l), added_kind);
+            to += total[c / LANES];
+            rounded(&to, out_kind, &not_finite, &stored);
+            size_t take = c + LANES <= n ? LANES : (size_t)(n - c) % LANES;
+            if (out_kind == FLOAT32) memcpy(out + 4 * c, &stored, 4 * take);
+            else {
+                halves half = __builtin_convertvector(stored >> 16, halves);
+                memcpy(out + 2 * c, &half, 2 * take);
+            }
+        }
+    }
+    for (int l = 0; l < LANES; l++) if (not_finite[l]) return 0;
+    return 1;
+}
+
+#define COMBINE(s)                                                                                                      \
+    if ((s)->kind == BFLOAT16 && (s)->added_kind == BFLOAT16 && (s)->out_kind == BFLOAT16)                              \
+        return combine(s, BFLOAT16, BFLOAT16, BFLOAT16);                                                                \
+    if ((s)->kind == FLOAT32 && (s)->added_kind == FLOAT32 && (s)->out_kind == FLOAT32)                                 \
+        return combine(s, FLOAT32, FLOAT32, FLOAT32);                                                                   \
+    return combine(s, (s)->kind, (s)->added_kind, (s)->out_kind);
+
+#define VARIANT(NAME, TARGET, R, V)                                                                                     \
+    BLOCK(block_##NAME, TARGET, R, V, widen_##NAME)                                                                     \
+    GRAM(gram_any_##NAME, TARGET, block_##NAME, R)                                                                            \
+    TARGET static void gram_##NAME(const gram_t *g) {                                                                   \
+        if (g->kind == FLOAT32) gram_any_##NAME(g, FLOAT32);                                                            \
+        else gram_any_##NAME(g, BFLOAT16);                                                                              \
+    }                                                                                                                   \
+    TARGET static double squares_##NAME(const char *row, int kind, Py_ssize_t n) {                                      \
+        return kind == FLOAT32 ? squares(row, FLOAT32, n) : squares(row, BFLOAT16, n);                                  \
+    }                                                                                                                   \
+    TARGET static int combine_##NAME(const sum_t *s) { COMBINE(s) }
+
+/* Rows of scratch are counted in the largest of the shapes. */
+#define LARGEST_SHAPE 5
+
+/* Add the lanes of a sum in fp32 to those in fp64. */
+#if defined(__x86_64__)
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512")))
+#define AVX2 __attribute__((target("avx2,fma")))
+AVX512 INLINE void widen_avx512(double *lane, __m512 sum) {
+    __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(sum)), high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(sum, 1));
+    _mm512_store_pd(lane, _mm512_add_pd(_mm512_load_pd(lane), low));
+    _mm512_store_pd(lane + 8, _mm512_add_pd(_mm512_load_pd(lane + 8), high));
+}
+AVX2 INLINE void widen_avx2(double *lane, __m256 sum) {
+    __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(sum)), high = _mm256_cvtps_pd(_mm256_extractf128_ps(sum, 1));
+    _mm256_store_pd(lane, _mm256_add_pd(_mm256_load_pd(lane), low));
+    _mm256_store_pd(lane + 4, _mm256_add_pd(_mm256_load_pd(lane + 4), high));
+}
+VARIANT(avx512, AVX512, 5, 16)
+VARIANT(avx2, AVX2, 3, 8)
+#elif defined(__aarch64__)
+INLINE void widen_neon(double *lane, float32x4_t sum) {
+    float64x2_t low = vcvt_f64_f32(vget_low_f32(sum)), high = vcvt_high_f64_f32(sum);
+    vst1q_f64(lane, vaddq_f64(vld1q_f64(lane), low));
+    vst1q_f64(lane + 2, vaddq_f64(vld1q_f64(lane + 2), high));
+}
+VARIANT(neon, , 5, 4)
+#else
+#error "this CPU is served by the portable path"
+#endif
+
+static void (*gram_here)(const gram_t *);
+static double (*squares_here)(const char *, int, Py_ssize_t);
+static int (*combine_here)(const sum_t *);
+static const char *cpu = "";
+
+static int choose(const char *wanted) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    int has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
+                     && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    int has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (has_avx512 && (!*wanted || !strcmp(wanted, "avx512"))) {
+        gram_here = gram_avx512, squares_here = squares_avx512, combine_here = combine_avx512, cpu = "avx512";
+        return 1;
+    }
+    if (has_avx2 && (!*wanted || !strcmp(wanted, "avx2"))) {
+        gram_here = gram_avx2, squares_here = squares_avx2, combine_here = combine_avx2, cpu = "avx2";
+        return 1;
+    }
+#elif defined(__aarch64__)
+    if (!*wanted || !strcmp(wanted, "neon")) {
+        gram_here = gram_neon, squares_here = squares_neon, combine_here = combine_neon, cpu = "neon";
+        return 1;
+    }
+#endif
+    return 0;
+}
+
+static Py_ssize_t size_of(int kind) { return kind == FLOAT32 ? 4 : 2; }
+
+/* Whether count rows of n elements lie in a buffer, a row every stride bytes; a ValueError is set when they do not. */
+static int holds(const Py_buffer *buffer, Py_ssize_t stride, Py_ssize_t count, Py_ssize_t n, int kind) {
+    int fits = (kind == BFLOAT16 || kind == FLOAT32) && n >= 0 && count >= 0 && stride >= n * size_of(kind)
+               && (count == 0 || n == 0 || ((buffer->len - n * size_of(kind)) / stride >= count - 1 && buffer->len >= n * size_of(kind)));
+    if (!fits) PyErr_Format(PyExc_ValueError, "%zd rows of %zd elements do not lie in %zd bytes", count, n, buffer->len);
+    return fits;
+}
+
+static Py_ssize_t scratch_bytes(Py_ssize_t count) {
+    Py_ssize_t rows = count + LARGEST_SHAPE;
+    return rows * (Py_ssize_t)(ROW * sizeof(float) + sizeof(heavy_t) + 1) + 64;
+}
+
+PyDoc_STRVAR(gram_doc, "Add the products of a block's increments to sums; return the squared norm of `stored`.");
+static PyObject *py_gram(PyObject *self, PyObject *args) {
+    Py_buffer base, stored, rows, sums, scratch, suspects;
+    Py_ssize_t stride, count, n, first, across;
+    int kind, stored_kind, relative;
+    if (!PyArg_ParseTuple(args, "y*y*iy*nnnipnw*nw*w*", &base, &stored, &stored_kind, &rows, &stride, &count, &n, &kind,
+                          &relative, &first, &sums, &across, &scratch, &suspects))
+        return NULL;
+    PyObject *result = NULL;
+    Py_ssize_t stretches = (n + STRETCH - 1) / STRETCH;
+    if (holds(&base, base.len, 1, n, kind) && holds(&stored, stored.len, 1, n, stored_kind)
+        && holds(&rows, stride, count, n, kind)) {
+        if (across < count || first < 0 || first > count || sums.len < across * count * (Py_ssize_t)sizeof(double)
+            || scratch.len < scratch_bytes(count) || suspects.len < stretches * count)
+            PyErr_SetString(PyExc_ValueError, "a buffer for the result is too small");
+        else {
+            gram_t g = {base.buf, rows.buf, stride, count, n, first, kind, relative, sums.buf, across,
+                        (float *)(((uintptr_t)scratch.buf + 63) & ~(uintptr_t)63)};
+            double norm;
+            Py_BEGIN_ALLOW_THREADS
+            for (Py_ssize_t k = 0; k < count; k++)
+                for (Py_ssize_t s = 0; s < stretches; s++) {
+                    Py_ssize_t left = n - s * STRETCH;
+                    ((char *)suspects.buf)[k * stretches + s] =
+                        (char)suspect(at(g.rows + k * stride, kind, s * STRETCH), kind, left < STRETCH ? left : STRETCH);
+                }
+            if (count) gram_here(&g);
+            norm = squares_here(stored.buf, stored_kind, n);
+            Py_END_ALLOW_THREADS
+            result = PyFloat_FromDouble(norm);
+        }
+    }
+    PyBuffer_Release(&base), PyBuffer_Release(&stored), PyBuffer_Release(&rows);
+    PyBuffer_Release(&sums), PyBuffer_Release(&scratch), PyBuffer_Release(&suspects);
+    return result;
+}
+
+PyDoc_STRVAR(combine_doc, "Write added + sum of coefficients times (row - base) to out; return whether it is finite.");
+static PyObject *py_combine(PyObject *self, PyObject *args) {
+    Py_buffer base, added, rows, coefficients, out;
+    Py_ssize_t stride, count, n;
+    int kind, added_kind, out_kind, relative;
+    if (!PyArg_ParseTuple(args, "y*y*iy*nnnipy*w*i", &base, &added, &added_kind, &rows, &stride, &count, &n, &kind,
+                          &relative, &coefficients, &out, &out_kind))
+        return NULL;
+    PyObject *result = NULL;
+    if (holds(&base, base.len, 1, n, kind) && holds(&added, added.len, 1, n, added_kind)
+        && holds(&rows, stride, count, n, kind) && holds(&out, out.len, 1, n, out_kind)) {
+        if (coefficients.len < count * (Py_ssize_t)sizeof(float))
+            PyErr_SetString(PyExc_ValueError, "there are fewer coefficients than rows");
+        else {
+            sum_t s = {base.buf, added.buf, rows.buf, stride, count, n, kind, added_kind, out_kind, relative,
+                       coefficients.buf, out.buf};
+            int finite;
+            Py_BEGIN_ALLOW_THREADS
+            finite = combine_here(&s);
+            Py_END_ALLOW_THREADS
+            result = PyBool_FromLong(finite);
+        }
+    }
+    PyBuffer_Release(&base), PyBuffer_Release(&added), PyBuffer_Release(&rows);
+    PyBuffer_Release(&coefficients), PyBuffer_Release(&out);
+    return result;
+}
+
+PyDoc_STRVAR(read_doc, "Read pieces of open files into a buffer; return whether all of them are there.");
+static PyObject *py_read(PyObject *self, PyObject *args) {
+    Py_buffer buffer, descriptors, positions, places, lengths;
+    if (!PyArg_ParseTuple(args, "w*y*y*y*y*", &buffer, &descriptors, &positions, &places, &lengths)) return NULL;
+    const int64_t *descriptor = descriptors.buf, *position = positions.buf, *place = places.buf, *length = lengths.buf;
+    Py_ssize_t count = descriptors.len / 8;
+    int fits = positions.len == descriptors.len && places.len == descriptors.len && lengths.len == descriptors.len, whole = 1;
+    for (Py_ssize_t i = 0; fits && i < count; i++)
+        fits = place[i] >= 0 && length[i] >= 0 && length[i] <= buffer.len && place[i] <= buffer.len - length[i];
+    if (!fits) PyErr_SetString(PyExc_ValueError, "the pieces do not lie in the buffer");
+    else {
+        Py_BEGIN_ALLOW_THREADS
+        for (Py_ssize_t i = 0; whole && i < count; i++)
+            for (int64_t done = 0; done < length[i];) {
+                ssize_t got = pread((int)descriptor[i], (char *)buffer.buf + place[i] + done, length[i] - done, position[i] + done);
+                if (got > 0) done += got;
+                else if (got == 0 || errno != EINTR) { whole = 0; break; }
+            }
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&buffer), PyBuffer_Release(&descriptors), PyBuffer_Release(&positions);
+    PyBuffer_Release(&places), PyBuffer_Release(&lengths);
+    return fits ? PyBool_FromLong(whole) : NULL;
+}
+
+PyDoc_STRVAR(use_doc, "Take the loops made for a kind of CPU (\"\": the fastest); return its name, \"\" when it is not this one.");
+static PyObject *py_use(PyObject *self, PyObject *args) {
+    const char *wanted;
+    if (!PyArg_ParseTuple(args, "s", &wanted)) return NULL;
+    return PyUnicode_FromString(choose(wanted) ? cpu : "");
+}
+
+PyDoc_STRVAR(scratch_doc, "Return the bytes of scratch that gram takes for so many rows.");
+static PyObject *py_scratch(PyObject *self, PyObject *args) {
+    Py_ssize_t count;
+    if (!PyArg_ParseTuple(args, "n", &count)) return NULL;
+    return PyLong_FromSsize_t(scratch_bytes(count));
+}
+
+static PyMethodDef methods[] = {
+    {"gram", py_gram, METH_VARARGS, gram_doc},
+    {"combine", py_combine, METH_VARARGS, combine_doc},
+    {"read", py_read, METH_VARARGS, read_doc},
+    {"use", py_use, METH_VARARGS, use_doc},
+    {"scratch", py_scratch, METH_VARARGS, scratch_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_kernel", NULL, -1, methods, NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit__kernel(void) {
+    if (!choose("")) {
+        PyErr_SetString(PyExc_ImportError, "this CPU has no fused multiply-add");
+        return NULL;
+    }
+    PyObject *made = PyModule_Create(&module);
+    if (made && PyModule_AddIntConstant(made, "VERSION", VERSION) < 0) Py_CLEAR(made);
+    return made;
+}
