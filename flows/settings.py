@@ -120,6 +120,11 @@ class Settings(Compute):
         le=100.0,
         description="Points of accuracy that training on may still win where a stop is offered.",
     )
+    score_every: Step | None = Field(
+        default=None,
+        description="Score observed checkpoints so many steps apart on the selection problems, as they appear; the best"
+        " is one more that a prediction has to beat.",
+    )
     ceiling: float = Field(
         default=1.0,
         gt=0.0,

@@ -327,17 +327,21 @@ def drift(config: Config, as_json: Json = False) -> None:
     Example: relex drift relex.yaml
     """
     from flows.drift.measure import catch_up
-    from flows.drift.page import show, to_json
+    from flows.drift.page import observed, show, to_json
+    from flows.observed.score import catch_up as score
     from flows.settings import load_settings
     from relex.files.block_cache import BlockCache
 
     settings = load_settings(config)
     with Bars(err) as bars, BlockCache(settings.home, size=int(settings.cache)) as blocks:
         rows, waiting = catch_up(settings, blocks=blocks, tell=bars)
+        scored = score(settings, blocks=blocks, tell=bars)
     if as_json:
-        print_json(to_json(settings.training_run, rows, waiting))
-    else:
-        show(out, rows, waiting)
+        print_json(to_json(settings.training_run, rows, waiting) | {"observed": [asdict(row) for row in scored]})
+        return
+    show(out, rows, waiting)
+    for line in observed(settings, scored):
+        print_sentence(line)
 
 
 @_command()

@@ -26,6 +26,7 @@ from flows.decide.stages import (
     answer_model,
     count_problems,
     fetch_base,
+    find_best,
     find_champion,
     gate_model,
     predict_models,
@@ -94,6 +95,7 @@ answer_task = task(
 gate_task = task(
     name="gate", task_run_name="gate {winner.title}", retries=2, retry_delay_seconds=2, cache_policy=NO_CACHE
 )(gate_model)
+best_task = task(name="best observed", retries=2, retry_delay_seconds=5, cache_policy=NO_CACHE)(find_best)
 champion_task = task(name="champion", retries=3, retry_delay_seconds=5, cache_policy=NO_CACHE)(find_champion)
 register_task = task(name="register", retries=3, retry_delay_seconds=5, cache_policy=NO_CACHE)(register_decision)
 
@@ -120,6 +122,7 @@ def decide(config: str, steps: list[int], key: str, tracking_uri: str) -> State[
             score_task,
             partial(champion_task, tracking_uri=tracking_uri),
             gate_task,
+            best_task,
         )
         try:
             decision = procedure.decide(settings, steps, key, stages, attempt=_attempt(settings, steps))

@@ -32,7 +32,8 @@ class Stages:
 
     `problems` counts the selection problems, and refuses a gate that shares any. `write` makes models of some rungs of
     a ladder, and `answer` scores one on the first selection problems, one by one. `gate` takes the chosen one, what it
-    is compared with, and how many windows share the gate's error. `champion` returns at most one model.
+    is compared with, and how many windows share the gate's error: it has to pass against each, so that their number
+    needs no correction. `champion` and `best`, the best observed checkpoint, return at most one model.
     """
 
     problems: Callable[[Settings], int]
@@ -43,6 +44,7 @@ class Stages:
     score: ScoreStage
     champion: Callable[[Settings], list[Model]]
     gate: Callable[[Settings, Model, list[Model], int], list[Gate]]
+    best: Callable[[Settings, str], list[Model]] = lambda _settings, _key: []
 
 
 @kept_children()
@@ -116,7 +118,8 @@ def decide(settings: Settings, steps: Sequence[int], key: str, stages: Stages, *
     )
     if chosen is None:
         return decision
-    references = [predicted.observed, *stages.champion(settings)]
+    others = [model for model in stages.best(settings, key) if model.step != predicted.observed.step]
+    references = [predicted.observed, *others, *stages.champion(settings)]
     gates = tuple(stages.gate(settings, chosen.model, references, attempt[1]))
     decision = replace(decision, winner=chosen.model, gates=gates)
     failed = [gate for gate in gates if not gate.passed]

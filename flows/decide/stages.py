@@ -20,6 +20,8 @@ from flows.run_names import benchmark_name
 from flows.search.ladder import Answered, answered, score
 from flows.settings import Settings
 from flows.state.decision import Decision, Model, Score
+from flows.state.scored import best_for
+from flows.state.snapshot import look_at
 from relex.backtest.convergence import Proposal
 from relex.files.block_cache import BlockCache
 from relex.output.download import local_model
@@ -129,7 +131,7 @@ def gate_scored(settings: Settings, scored: list[tuple[Model, Report]], comparis
                 ours,
                 report,
                 # Non-inferior to what was observed, but better than what people already use.
-                margin=settings.margin if reference.role == "observed" else 0.0,
+                margin=settings.margin if reference.role in ("observed", "best") else 0.0,
                 confidence=confidence,
                 comparisons=comparisons,
                 look=look,
@@ -160,6 +162,15 @@ def register_decision(settings: Settings, decision: Decision, tracking_uri: str)
     )
     log_result(f"{'registered' if done.created else 'was registered already'}: {done.name} version {done.version}")
     return replace(decision, registered=f"{done.name} version {done.version}", registered_url=done.url or "")
+
+
+def find_best(settings: Settings, key: str) -> list[Model]:
+    """Return the best observed checkpoint, if checkpoints are scored and there is one."""
+    if settings.score_every is None:
+        return []
+    chosen = best_for(settings, key, look_at(settings, settings.checkpoints).ever)
+    log_result(f"best observed checkpoint: {'none is scored' if chosen is None else chosen.title}")
+    return [] if chosen is None else [chosen]
 
 
 def find_champion(settings: Settings, tracking_uri: str) -> list[Model]:

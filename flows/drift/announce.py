@@ -7,9 +7,10 @@ from typing import Any
 
 from flows.drift.due import planned_end, reached
 from flows.drift.record import is_comparing, read_compared, was_shown
+from flows.observed.score import due as observed_due
 from flows.settings import Settings
 from flows.state.events import TARGET_REACHED, Event, Sent, event
-from flows.state.ledger import Ledger
+from flows.state.ledger import Ledger, segment
 from flows.state.records import read_json, write_json
 from relex.store import StoredCheckpoint
 
@@ -20,7 +21,7 @@ def announce(
     """Return the events that are due at time `now`, one a target step, and what is sent once they are.
 
     `ledger` knows what the store has. A target is announced with growing pauses until what was compared with it is
-    kept and shown; not while a process is comparing.
+    kept and shown, and so is the newest observed checkpoint that is to be scored; not while a process is comparing.
     """
     due: dict[str, dict[str, Any]] = {}
     rows = [prediction.before for prediction in reached(settings, tuple(stored), ledger.released | ledger.checkpoints)]
@@ -34,6 +35,10 @@ def announce(
     if end is not None:
         payload = {"training_run": settings.training_run, "key": "", "target": end.step, "step": end.step}
         due[f"the planned end {end.step}"] = payload | {"methods": []}
+    seen = ledger.released | ledger.checkpoints
+    for checkpoint in observed_due(settings, segment(tuple(stored), seen), seen)[:1]:
+        payload = {"training_run": settings.training_run, "key": "", "target": checkpoint.step, "step": checkpoint.step}
+        due[f"observed {checkpoint.step} {checkpoint.weights.identity}"] = payload | {"methods": []}
     sent = {name: earlier for name, earlier in _read_sent(settings).items() if name in due}
     events = []
     for name, payload in due.items():

@@ -17,12 +17,14 @@ from prefect.states import Completed
 
 from deploy import registry, runs
 from deploy.versions import OVERTAKEN
+from flows.decide.record import OBSERVED
 from flows.drift.due import look
 from flows.drift.measure import compare
-from flows.drift.page import overtaken, page, summary, warnings
+from flows.drift.page import observed, overtaken, page, summary, warnings
 from flows.drift.record import Compared, comparing, mark_shown, read_compared, was_shown
 from flows.log import show_own_lines
-from flows.progress import ProgressArtifact
+from flows.observed.score import catch_up
+from flows.progress import ProgressArtifact, log_result
 from flows.run_names import flow_run_name
 from flows.settings import Settings, load_settings
 from flows.state.events import PREDICTION_DRIFTED, event
@@ -68,7 +70,25 @@ def log_compared(settings: Settings, tracking_uri: str) -> None:
             )
 
 
+def score_observed(settings: Settings, tracking_uri: str) -> None:
+    """Score the observed checkpoints that are due, and log accuracy by training step in MLflow."""
+    progress = ProgressArtifact(f"observed-{settings.training_run}", "observed")
+    with BlockCache(settings.home, size=int(settings.cache)) as blocks:
+        rows = catch_up(settings, blocks=blocks, tell=progress)
+    points = {row.step: row.score.accuracy for row in rows if row.score is not None}
+    runs.log_series(
+        settings.registered_model,
+        points,
+        tracking_uri=tracking_uri,
+        series=f"{settings.training_run} {OBSERVED} on selection",
+        metric="selection_accuracy",
+    )
+    for line in observed(settings, rows):
+        log_result(line)
+
+
 compare_task = task(name="compare", retries=2, retry_delay_seconds=5, cache_policy=NO_CACHE)(compare_reached)
+score_task = task(name="score observed", retries=2, retry_delay_seconds=5, cache_policy=NO_CACHE)(score_observed)
 log_task = task(name="log", retries=3, retry_delay_seconds=5, cache_policy=NO_CACHE)(log_compared)
 
 
@@ -81,6 +101,8 @@ def drift(config: str, tracking_uri: str, step: int = 0) -> State[Any]:
         if not mine:
             return Completed(message=f"what was reached by step {step} is being compared by another process")
         compare_task(settings)
+        if settings.score_every is not None:
+            score_task(settings, tracking_uri)
         rows = read_compared(settings)
         new = [row for row in rows if not was_shown(settings, row)]
         if not new:

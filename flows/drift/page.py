@@ -9,6 +9,8 @@ from rich.console import Console
 from flows.console import markdown_table, print_fitting, print_warnings
 from flows.drift.due import Waiting
 from flows.drift.record import Compared
+from flows.settings import Settings
+from flows.state.scored import Scored, scored_directory
 
 HEADINGS = ("prediction", "from", "real step", "skill", "expected", "cosine", "norm/real", "real norm", "verdict")
 
@@ -76,6 +78,21 @@ def verdict(row: Compared) -> str:
     if row.promised is not None:
         return "as expected"
     return "nearer than waiting" if row.drift.skill > 0 else "no nearer than waiting"
+
+
+def observed(settings: Settings, rows: Sequence[Scored]) -> list[str]:
+    """Return what observed checkpoints score on the selection problems, by step, the best marked; then what cannot."""
+    scores = [row.score for row in rows if row.score is not None]
+    if not scores:
+        return [f"step {row.step} cannot be scored: {row.problem}" for row in rows]
+    best = max(scores, key=lambda score: (score.accuracy, -score.model.step))
+    told = ", ".join(
+        f"step {score.model.step} {score.accuracy:.4f}{' (the best)' * (score == best)}" for score in scores
+    )
+    where = (
+        f"Observed checkpoints on {best.n} problems of {best.benchmark}: {told}. Kept in {scored_directory(settings)}."
+    )
+    return [where, *(f"step {row.step} cannot be scored: {row.problem}" for row in rows if row.problem)]
 
 
 def overtaken(rows: Sequence[Compared]) -> list[str]:

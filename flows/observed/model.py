@@ -31,9 +31,9 @@ def _place(location: str) -> str:
     return location.rstrip("/") if is_remote(location) else str(Path(location).expanduser().resolve())
 
 
-def write(settings: Settings, base: Weights, checkpoint: Checkpoint) -> Model:
-    """Write the checkpoint below `observed` in the training run's state, unless it is there, and return its model."""
-    directory = settings.home / "observed" / f"step-{checkpoint.step}"
+def write(settings: Settings, base: Weights, checkpoint: Checkpoint, place: Path) -> Model:
+    """Write the checkpoint below `place`, unless it is there, and return its model."""
+    directory = place / f"step-{checkpoint.step}"
     write_as_predicted(
         base,
         checkpoint,

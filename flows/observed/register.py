@@ -58,7 +58,7 @@ def register(settings: Settings, location: str, *, tracking_uri: str) -> Registr
         if not mine:
             raise ObservedError(f"another process registers a checkpoint of {settings.training_run}. Wait for it.")
         run = look_at(settings, settings.checkpoints, blocks=blocks)
-        model = write(settings, run.base, find(settings, run, location))
+        model = write(settings, run.base, find(settings, run, location), place)
         champions = find_champion(settings, tracking_uri)
         if any(champion.digest == model.digest for champion in champions):
             raise ObservedError(f"{location} is the champion of {settings.registered_model} already.")

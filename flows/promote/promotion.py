@@ -86,11 +86,11 @@ def _judge(
     # Of several decisions on the same bytes the last one stands.
     latest = ours[-1]
     # A real checkpoint of a run without a decision was compared with the base, which it has to beat.
-    observed = [scored for scored in latest.references if scored.model.role in ("observed", "base")]
+    observed = [scored for scored in latest.references if scored.model.role in ("observed", "best", "base")]
     if not observed and champion is None:
         return _refusal(f"{candidate.title} has no gate results of a last observed checkpoint. Decide again.")
     gates = [
-        _gate(latest, latest.candidate, scored, margin=latest.margin if scored.model.role == "observed" else 0.0)
+        _gate(latest, latest.candidate, scored, margin=0.0 if scored.model.role == "base" else latest.margin)
         for scored in observed
     ]
     if champion is not None:

@@ -11,14 +11,14 @@ from evaluation.verdict.gate import Gate
 
 @dataclass(frozen=True)
 class Model:
-    """A model that was scored: the base, the last observed checkpoint, or a candidate.
+    """A model that was scored: the base, the last observed checkpoint, the best one, a candidate, or the champion.
 
     `step` is the training step it stands for; `digest` and `method` are empty for the base and the observed one.
     `skill_at_least` is what the backtest said of a candidate's weights against holding the last observed ones (1:
     exact, 0: no better; one-sided 95 %), None where its horizon was not trusted.
     """
 
-    role: Literal["base", "observed", "candidate", "champion"]
+    role: Literal["base", "observed", "best", "candidate", "champion"]
     step: int
     directory: str
     method: str = ""
@@ -28,7 +28,7 @@ class Model:
     @property
     def title(self) -> str:
         """What a table calls it."""
-        names = {"base": "base", "observed": "last observed", "champion": "champion"}
+        names = {"base": "base", "observed": "last observed", "best": "best observed", "champion": "champion"}
         return f"{names.get(self.role, self.method)} @ {self.step}"
 
 

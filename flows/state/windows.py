@@ -31,6 +31,9 @@ def key_of(settings: Settings, base: Weights, checkpoints: Mapping[int, str]) ->
     if settings.output_dtype is not None:
         # Only then: windows of earlier versions keep their names.
         content["output_dtype"] = settings.output_dtype
+    if settings.score_every is not None:
+        # How often does not matter: what is compared with may be another checkpoint all the time.
+        content["best_observed"] = True
     content["base"] = base.identity
     content["checkpoints"] = [[step, identity] for step, identity in sorted(checkpoints.items())]
     return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -150,7 +150,8 @@ def _look(settings: Settings, pins: Pins | None, on_look: Look) -> list[str]:
 
     due = arm(settings, base, snapshot.newest, ours, tell=tell)
     events, ledger = tick(settings, snapshot, end=due.end)
-    drifted, sent = announce(settings, stored, ledger, now=now) if settings.drift != "off" else ([], {})
+    asks = settings.drift != "off" or settings.score_every is not None
+    drifted, sent = announce(settings, stored, ledger, now=now) if asks else ([], {})
     # A window and a target are announced until somebody works on them; for a checkpoint nobody has to.
     outbox.keep(settings, [event for event in events if event.name == CHECKPOINT_READY], now=now)
     for event in (*events, *drifted, *outbox.due(settings, now=now)):

@@ -71,6 +71,10 @@ class World:
                 lost = (DISCORDANT - difference) / 2 / accuracy
                 self._right[name, model] = np.where(held, random.random(count) >= lost, random.random(count) < won)
 
+    def add(self, model: Model, *, like: Model, benchmark: str) -> None:
+        """Let a model answer as another one does."""
+        self._right[benchmark, model] = self._right[benchmark, like]
+
     def stages(self) -> Stages:
         """Return what a decision is made of here."""
         backtested = Backtested("trusted", (40, 44, 48), "relex", 1.0, 0.6, 0.5, 96, "")

@@ -115,6 +115,23 @@ def test_three_points_more_are_found_four_times_in_five(differences: tuple[float
     assert worse == 0
 
 
+@pytest.mark.parametrize(("lead", "verdict"), [(0.0, "registered"), (0.1, "keep training")])
+def test_what_beats_the_last_observed_has_to_beat_the_best_observed_too(lead: float, verdict: str) -> None:
+    world = World((0.1, lead), selection=500, gate=5000, margin=0.0, seed=0)
+    # A real checkpoint as good as the candidate, or as the last observed one.
+    ours, theirs = world.candidates
+    best = replace(theirs, role="best", method="")
+    world.candidates = (ours,)
+    for name in ("selection", "gate"):
+        world.add(best, like=theirs, benchmark=name)
+    world.add(same := replace(world.observed, role="best"), like=world.observed, benchmark="gate")
+    stages = replace(world.stages(), best=lambda *_: [best, same])
+    decision = decide(world.settings, [24, 48], "key", stages, attempt=(1, 1))
+    assert [each.reference for each in decision.gates] == ["last observed @ 48", "best observed @ 72"]
+    assert decision.gates[0].passed
+    assert decision.verdict == verdict
+
+
 def test_nothing_is_scored_when_the_backtest_says_hold() -> None:
     world = World((), selection=500, gate=5000, margin=0.0, seed=0)
     decision = world.decide()
