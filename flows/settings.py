@@ -134,7 +134,8 @@ class Settings(Compute):
     )
     notify: Texts = Field(
         default=[],
-        description="Whom to tell of decisions, drift and stops: a webhook that takes JSON, or any address of apprise.",
+        description="Whom to tell of decisions, failures, drift, an overtaken model and stops: a webhook that takes"
+        " JSON, or any address of apprise.",
     )
     drift: Literal["weights", "accuracy", "off"] = Field(
         default="weights", description="What is compared when the run reaches a step that was predicted."

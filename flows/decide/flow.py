@@ -39,6 +39,7 @@ from flows.progress import log_result
 from flows.run_names import benchmark_name, flow_run_name, task_run_name
 from flows.settings import Settings, load_settings
 from flows.state.decision import Decision
+from flows.state.failure import keep_failure
 from flows.state.ledger import read_ledger
 from flows.state.records import write_json
 from flows.state.windows import attempt, claim, decided, decision_path, read_decisions, window_directory
@@ -100,7 +101,11 @@ champion_task = task(name="champion", retries=3, retry_delay_seconds=5, cache_po
 register_task = task(name="register", retries=3, retry_delay_seconds=5, cache_policy=NO_CACHE)(register_decision)
 
 
-@flow(name="decide", flow_run_name=flow_run_name(lambda run, given: f"decide {run} at step {max(given['steps'])}"))
+@flow(
+    name="decide",
+    flow_run_name=flow_run_name(lambda run, given: f"decide {run} at step {max(given['steps'])}"),
+    on_failure=[keep_failure],
+)
 def decide(config: str, steps: list[int], key: str, tracking_uri: str) -> State[Any]:
     """Decide one window of the training run described in the file `config`.
 

@@ -28,6 +28,7 @@ from flows.progress import ProgressArtifact, log_result
 from flows.run_names import flow_run_name
 from flows.settings import Settings, load_settings
 from flows.state.events import PREDICTION_DRIFTED, event
+from flows.state.failure import keep_failure
 from relex.files.block_cache import BlockCache
 
 logger = logging.getLogger(__name__)
@@ -92,7 +93,11 @@ score_task = task(name="score observed", retries=2, retry_delay_seconds=5, cache
 log_task = task(name="log", retries=3, retry_delay_seconds=5, cache_policy=NO_CACHE)(log_compared)
 
 
-@flow(name="drift", flow_run_name=flow_run_name(lambda run, given: f"drift of {run} at step {given.get('step', 0)}"))
+@flow(
+    name="drift",
+    flow_run_name=flow_run_name(lambda run, given: f"drift of {run} at step {given.get('step', 0)}"),
+    on_failure=[keep_failure],
+)
 def drift(config: str, tracking_uri: str, step: int = 0) -> State[Any]:
     """Compare old predictions of the training run described in the file `config` with what it has reached."""
     show_own_lines()

@@ -1,4 +1,4 @@
-"""Notices: what was decided, drifted, overtaken or stopped is told to the addresses of `notify`, once each.
+"""Notices: what was decided, failed, drifted, overtaken or stopped is told to the addresses of `notify`, once each.
 
 What there is to tell is read from the state directory, and what was told is kept there: a watcher that is killed tells
 nothing twice but what it was telling then. A thread sends; a receiver that does not answer delays nothing else.
@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from flows.drift.page import overtaken
 from flows.drift.record import read_compared
 from flows.settings import Settings
+from flows.state.failure import read_failures
 from flows.state.records import read_json, write_json
 from flows.state.windows import read_decisions
 from flows.stop.execute import read_stop
@@ -104,6 +105,8 @@ def due(settings: Settings) -> Iterator[Notice]:
         if row.overtaken is not None:
             (text,) = overtaken([row])
             yield Notice(f"overtaken {row.key} {row.title} {row.step}", f"{run}: overtaken", text)
+    for failure in read_failures(settings):
+        yield Notice(f"failed {failure.key}", f"{run}: {failure.run} failed", failure.error)
     stop = read_stop(settings)
     if stop is not None and stop.state in ("stopped", "failed"):
         what = "the training was stopped" if stop.state == "stopped" else "the training could not be stopped"

@@ -5,11 +5,17 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
+from prefect.client.schemas.objects import FlowRun
+from prefect.states import Failed
 
+from flows.decide.flow import decide
+from flows.drift.flow import drift
 from flows.drift.record import Compared, Paired, keep
 from flows.settings import Settings
+from flows.state.failure import keep_failure
 from flows.watch import notices
 from flows.watch.notices import Notices
 from tests.helpers.stopped import configure, decided
@@ -129,6 +135,20 @@ def test_an_address_that_takes_nothing_is_named_without_its_secret(config: Path,
         "notify: nosuch://… is no address that apprise knows",
         "notify: http://127.0.0.1 did not take a message; it is sent again",
     ]
+
+
+def test_a_flow_run_that_failed_is_told_once_however_often_it_fails_so(config: Path, settings: Settings) -> None:
+    assert keep_failure in decide.on_failure_hooks
+    assert keep_failure in drift.on_failure_hooks
+    run = FlowRun(flow_id=uuid4(), name="decide tiny at step 40", parameters={"config": str(config)})
+    for error in ("ModelError: 12 MiB are missing", "ModelError: 13 MiB are missing", "WindowError: another window"):
+        keep_failure(decide, run, Failed(message=f"Flow run encountered an exception: {error}"))
+    (notice,) = notices.due(settings)
+    assert notice.title == "tiny: decide tiny at step 40 failed"
+    assert notice.text == "ModelError: 13 MiB are missing"
+    # A config that was moved since has no state to be told from.
+    config.rename(config.with_name("moved.yaml"))
+    keep_failure(decide, run, Failed(message="another"))
 
 
 def test_a_registered_version_that_the_run_has_overtaken_is_told(settings: Settings) -> None:
