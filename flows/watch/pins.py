@@ -37,7 +37,7 @@ _IMPOSSIBLE = frozenset({errno.EXDEV, errno.EROFS, errno.ENOSYS, errno.EOPNOTSUP
 _MOST_TRACKER_BYTES = 64
 _LEFT_OUT = re.compile(
     r"optim.*|.*_optim_states\.pt|scheduler\.pt|scaler\.pt|rng_state.*|extra_state.*|critic|data\.pt|dataloader.*"
-    r"|\.tmp.*|.*\.tmp"
+    r"|\.tmp.*|.*\.tmp|tmp-rank\d+.*"
 )
 
 

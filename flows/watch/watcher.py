@@ -270,16 +270,21 @@ def describe(
         None,
     )
     left = [checkpoint.step for checkpoint in stored if checkpoint not in newest and checkpoint.step <= settings.end]
-    setting = setting_of(stored[0].directory.name) if stored else ""
+    setting = setting_of(stored[0].directory) if stored else ""
+    remedies = [f"raise {setting}"] if setting else []
+    if settings.pin == "none":
+        remedies.append("set pin: link")
+    remedy = f"{', or '.join(remedies)}, and start the run anew" if remedies else "start the run anew"
     if pruned := lost(settings, stored, ledger):
         text += (
-            f"; steps {_listed(pruned)} were observed and have been removed: no decision on this window. Raise"
-            f" {setting}{' or set pin: link,' if settings.pin == 'none' else ''} and start the run anew"
+            f"; steps {_listed(pruned)} were observed and have been removed: no decision on this window."
+            f" {remedy[0].upper()}{remedy[1:]}"
         )
     elif vanished:
+        kept = f"Raise {setting} to 2 or more" if setting else "Read its checkpoints instead"
         text += (
-            f"; steps {_listed(vanished)} were removed before they were whole: no decision on this window. Raise"
-            f" {setting} to 2 or more; if they are not wanted, delete them in {settings.pins}"
+            f"; steps {_listed(vanished)} were removed before they were whole: no decision on this window. {kept}; if"
+            f" they are not wanted, delete them in {settings.pins}"
         )
     elif due.end is not None and full_window(newest, due.end):
         text += "; window full, decided" if due.closed else "; window full"

@@ -22,6 +22,8 @@ class Layout(Protocol):
         """Open the weights in it; raises CheckpointError when they are not whole."""
 
 
+# What prime-rl writes last into a broadcast.
+_STABLE = "STABLE"
 LAYOUTS: tuple[Layout, ...] = (peft, verl_fsdp, hf, dcp_safetensors, dcp)
 
 
@@ -43,6 +45,11 @@ def open_any(directory: Directory, *, base: Weights) -> Weights:
         if opened is not None:
             return layout.open_weights(opened, base=base)
     refuse_known(directory)
+    if _STABLE in directory.files():
+        raise CheckpointIncompleteError(
+            f"{directory} holds {_STABLE} and no weights: prime-rl sent them over the network. Set"
+            ' weight_broadcast.type to "filesystem".'
+        )
     raise CheckpointIncompleteError(
         f"{directory} has neither {hf.SINGLE_FILE} nor {hf.INDEX_FILE}. If the trainer is still writing, wait;"
         " otherwise point to the directory that holds the step directories."

@@ -7,12 +7,13 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from relex.errors import CheckpointIncompleteError, CheckpointMismatchError
-from relex.files.directory import Directory
-from relex.formats.safetensors_header import StoredTensor, read_header
+from relex.files.directory import Directory, FileIdentity
+from relex.formats.safetensors_header import read_header
 from relex.layouts.adapter_settings import MERGE, AdapterSettings, read_settings
 from relex.layouts.factors import AdapterWeights, Factor, LowRank, Unchanged
 from relex.layouts.foreign import refuse_known
@@ -37,12 +38,14 @@ _LORA = re.compile(
 
 @dataclass(frozen=True)
 class _Opened:
-    """One adapter directory while it is being read: its settings, its tensors by their names, and its base."""
+    """One adapter while it is being read: its settings, its tensors by their names, its base, and where both lie."""
 
     directory: Directory
     settings: AdapterSettings
-    stored: Mapping[str, StoredTensor]
+    stored: Mapping[str, TensorEntry]
     base: Weights
+    config_file: str
+    weights_file: str
 
     @property
     def embedding(self) -> str:
@@ -74,10 +77,31 @@ def open_weights(directory: Directory, *, base: Weights) -> AdapterWeights:
                 " it again."
             )
     content = read_json(directory, CONFIG_FILE)
-    settings = read_settings(content, where=f"{directory}/{CONFIG_FILE}")
-    header = read_header(directory, present[WEIGHTS_FILE]).tensors
-    stored = {name.replace("_fsdp_wrapped_module.", "").removeprefix(PREFIX): entry for name, entry in header.items()}
-    opened = _Opened(directory, settings, stored, base)
+    stored = {
+        name: whole(name, entry.dtype, entry.shape, WEIGHTS_FILE, entry.offset)
+        for name, entry in read_header(directory, present[WEIGHTS_FILE]).tensors.items()
+    }
+    files = (present[CONFIG_FILE], present[WEIGHTS_FILE])
+    return put_together(directory, content, stored, files, base=base)
+
+
+def put_together(
+    directory: Directory,
+    content: Mapping[str, Any],
+    stored: Mapping[str, TensorEntry],
+    files: tuple[FileIdentity, ...],
+    *,
+    base: Weights,
+    config_file: str = CONFIG_FILE,
+    weights_file: str = WEIGHTS_FILE,
+) -> AdapterWeights:
+    """Return an adapter from its adapter_config.json and its tensors by the names that peft gives them.
+
+    `config_file` and `weights_file` say where they are stored. Raises CheckpointMismatchError as `open_weights` does.
+    """
+    settings = read_settings(content, where=f"{directory}/{config_file}")
+    named = {canonical(name): entry for name, entry in stored.items()}
+    opened = _Opened(directory, settings, named, base, config_file, weights_file)
     tensors: dict[str, TensorEntry] = {
         name: Unchanged(name, entry.dtype, entry.shape, ()) for name, entry in base.tensors.items()
     }
@@ -86,8 +110,17 @@ def open_weights(directory: Directory, *, base: Weights) -> AdapterWeights:
     alias = replaced.pop(HEAD, None) if opened.embedding else None
     _check_tied(opened, adapted, alias)
     tensors |= adapted | replaced
-    files = (present[CONFIG_FILE], present[WEIGHTS_FILE])
     return AdapterWeights(NAME, directory, tensors, files, alias, base.config, base, content, keys)
+
+
+def canonical(name: str) -> str:
+    """Return the name of a tensor without what peft and FSDP wrap around the model."""
+    return name.replace("_fsdp_wrapped_module.", "").removeprefix(PREFIX)
+
+
+def is_factor(name: str) -> bool:
+    """Whether a tensor of this name belongs to what is added to a module."""
+    return _LORA.fullmatch(canonical(name)) is not None
 
 
 def _adapted(opened: _Opened) -> dict[str, TensorEntry]:
@@ -96,9 +129,8 @@ def _adapted(opened: _Opened) -> dict[str, TensorEntry]:
     for name, entry in opened.stored.items():
         match = _LORA.fullmatch(name)
         if match is not None:
-            part = whole(name, entry.dtype, entry.shape, WEIGHTS_FILE, entry.offset)
-            modules.setdefault(match["module"], {})[match["part"]] = part
-    settings, where = opened.settings, f"{opened.directory}/{CONFIG_FILE}"
+            modules.setdefault(match["module"], {})[match["part"]] = entry
+    settings, where = opened.settings, f"{opened.directory}/{opened.config_file}"
     if settings.ensure_weight_tying and opened.embedding:
         # A tied head is given the embedding's own factors.
         modules.pop(HEAD.removesuffix(".weight"), None)
@@ -110,8 +142,8 @@ def _adapted(opened: _Opened) -> dict[str, TensorEntry]:
     others = sorted(modules.keys() - settings.targets(modules, where=where))
     if others:
         raise CheckpointMismatchError(
-            f"{where} does not target {others[0]}, which has factors in {WEIGHTS_FILE}: peft would leave them out. Save"
-            " the adapter again."
+            f"{where} does not target {others[0]}, which has factors in {opened.weights_file}: peft would leave them"
+            " out. Save the adapter again."
         )
     return adapted
 
@@ -122,8 +154,9 @@ def _low_rank(opened: _Opened, module: str, parts: Mapping[str, TensorEntry], *,
     wanted = {"magnitude_vector"} if settings.use_dora else set()
     if needed not in (["A", "B"], ["embedding_A", "embedding_B"]) or parts.keys() - set(needed) != wanted:
         raise CheckpointMismatchError(
-            f"{directory}/{WEIGHTS_FILE} holds of {module} only {', '.join(f'lora_{part}' for part in sorted(parts))},"
-            f" with use_dora {str(bool(wanted)).lower()}. Save the adapter again."
+            f"{directory}/{opened.weights_file} holds of {module} only"
+            f" {', '.join(f'lora_{part}' for part in sorted(parts))}, with use_dora {str(bool(wanted)).lower()}. Save"
+            " the adapter again."
         )
     if name == HEAD and opened.embedding:
         raise _tied(opened, "lm_head", opened.embedding)
@@ -149,8 +182,8 @@ def _low_rank(opened: _Opened, module: str, parts: Mapping[str, TensorEntry], *,
         )
     if a.shape[0] != rank:
         raise CheckpointMismatchError(
-            f"{directory}: {module} has rank {a.shape[0]} in {WEIGHTS_FILE} and {rank:g} in {CONFIG_FILE}. Save the"
-            " adapter again."
+            f"{directory}: {module} has rank {a.shape[0]} in {opened.weights_file} and {rank:g} in"
+            f" {opened.config_file}. Save the adapter again."
         )
     scale = alpha / (math.sqrt(rank) if settings.use_rslora else rank)
     left, right = (Factor(b, False), Factor(a, True)) if straight else (Factor(a, True), Factor(b, False))
@@ -163,7 +196,7 @@ def _stored_straight(opened: _Opened, module: str) -> bool:
         return module.endswith("lm_head")
     if opened.settings.fan_in_fan_out:
         raise CheckpointMismatchError(
-            f"{opened.directory}/{CONFIG_FILE} sets fan_in_fan_out, and of {module}, which is square, in a"
+            f"{opened.directory}/{opened.config_file} sets fan_in_fan_out, and of {module}, which is square, in a"
             f" {opened.base.config.get('model_type')!r:.40} nothing tells whether it is turned. {MERGE}."
         )
     return True
@@ -186,12 +219,12 @@ def _replaced(opened: _Opened) -> tuple[dict[str, TensorEntry], dict[str, str]]:
         if shape != entry.shape:
             has = f"has it with shape {list(shape)}" if shape is not None else "does not have"
             raise CheckpointMismatchError(
-                f"{opened.directory}/{WEIGHTS_FILE} holds {name} with shape {list(entry.shape)}, and the base"
+                f"{opened.directory}/{opened.weights_file} holds {name} with shape {list(entry.shape)}, and the base"
                 f" {opened.base.directory} {has}. Give the base this run was started from, its vocabulary resized as"
                 " the trainer does."
             )
         if not key.endswith(".base_layer.weight"):  # which is a copy of the base
-            tensors[name] = whole(name, entry.dtype, entry.shape, WEIGHTS_FILE, entry.offset)
+            tensors[name] = entry
             keys[name] = key
     return tensors, keys
 

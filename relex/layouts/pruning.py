@@ -1,7 +1,7 @@
 """How many checkpoints the trainer keeps, told from the settings beside them, and whether a window survives it.
 
 Trainer and TRL pickle their arguments into every checkpoint (read here without executing them), NeMo-RL writes its
-whole configuration there, and verl's lies where Hydra was told to put it.
+whole configuration there, verl's lies where Hydra was told to put it, and prime-rl's broadcasts never stay.
 """
 
 import contextlib
@@ -36,6 +36,10 @@ _SETTINGS = {
     "step_": "checkpointing.keep_top_k",
     "global_step": "trainer.max_actor_ckpt_to_keep",
 }
+# prime-rl names its step directories as NeMo-RL does; of its checkpoints this is inside, of its broadcasts this.
+_PRIME_RL = "trainer"
+_PRIME_RL_SETTING = "ckpt.keep_last"
+_BROADCAST = "STABLE"
 
 
 @dataclass(frozen=True)
@@ -51,9 +55,14 @@ class Limit:
     spacing: int | None
 
 
-def setting_of(name: str) -> str:
-    """Return what the trainer that names a step directory so calls the number of checkpoints it keeps."""
-    settings = [setting for prefix, setting in _SETTINGS.items() if name.startswith(prefix)]
+def setting_of(directory: Directory) -> str:
+    """Return what the trainer of a step directory calls the number of checkpoints it keeps, "" where it has none."""
+    if _is_broadcast(directory):
+        return ""
+    with contextlib.suppress(OSError, UnreachableError):
+        if directory.name.startswith("step_") and _PRIME_RL in directory.children():
+            return _PRIME_RL_SETTING
+    settings = [setting for prefix, setting in _SETTINGS.items() if directory.name.startswith(prefix)]
     return settings[0] if settings else "the trainer's number of kept checkpoints"
 
 
@@ -89,10 +98,13 @@ def trainer_settings(run: Directory) -> tuple[str, Mapping[str, Any]]:
 
 def warning(run: Directory, *, window: int) -> str:
     """Return one line when the trainer deletes checkpoints that a window up to step `window` needs, else nothing."""
+    directories = step_directories(run)
+    if any(map(_is_broadcast, directories.values())):
+        return f"{run}: prime-rl deletes each of its broadcasts two steps later. Set pin: link in relex.yaml"
     limit = find_limit(run)
     if limit is None:
         return ""
-    steps = sorted({0, *step_directories(run)})
+    steps = sorted({0, *directories})
     gaps = [later - earlier for earlier, later in pairwise(steps)]
     spacing = min([*gaps[1:], limit.spacing] if limit.spacing else gaps, default=window)
     needed = math.ceil(window / spacing)
@@ -103,6 +115,12 @@ def warning(run: Directory, *, window: int) -> str:
         f" {spacing} needs {needed}: the trainer will delete the first of them. Set {limit.setting} to {needed} or"
         " more, or pin: link in relex.yaml"
     )
+
+
+def _is_broadcast(step: Directory) -> bool:
+    with contextlib.suppress(OSError, UnreachableError):
+        return _BROADCAST in step.files()
+    return False
 
 
 @lru_cache(maxsize=1024)  # a watcher asks every few seconds

@@ -11,6 +11,7 @@ from functools import lru_cache
 
 from relex.errors import CheckpointIncompleteError, CheckpointMismatchError
 from relex.files.directory import Directory, FileIdentity, Kind
+from relex.layouts.hf import descend
 from relex.layouts.weights import Weights
 
 QUIET_SECONDS = 30.0
@@ -18,6 +19,9 @@ QUIET_SECONDS = 30.0
 # What trainers write last into a step directory: Trainer and TRL; open-instruct; prime-rl.
 _STATE = "trainer_state.json"
 _MARKERS = (_STATE, ".checkpoint_complete", "STABLE")
+# What verl with Megatron writes last, into the directory of a role.
+_CONTENTS = "ckpt_contents.json"
+_ROLE = "actor"
 # What torch.distributed.checkpoint writes last, beside the files of a rank; it is among those that are read.
 _METADATA = ".metadata"
 _INCOMPLETE_MARKER = "checkpoint-is-incomplete.txt"
@@ -52,6 +56,11 @@ def check_settled(weights: Weights, *, step: int, directory: Directory, run: Dir
             if name in present:
                 _refuse_older(present[name], newest, directory)
                 return
+        role = descend(directory, _ROLE)
+        listed = role.files() if role is not None else present
+        if _CONTENTS in listed:
+            _refuse_older(listed[_CONTENTS], newest, role or directory)
+            return
         if directory.name.startswith(_TRACKED):
             siblings = run.files()
             if TRACKER in siblings:

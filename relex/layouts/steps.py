@@ -28,7 +28,8 @@ def step_names(run: Directory) -> dict[int, tuple[str, ...]]:
     names: dict[int, tuple[str, ...]] = {}
     for name in run.children():
         step = _step(name)
-        if step is not None:
+        # What prime-rl has before the first step is the base.
+        if step:
             names[step] = (*names.get(step, ()), name)
     return dict(sorted(names.items()))
 

@@ -1,6 +1,7 @@
 """verl's FSDP checkpoints: `actor/model_world_size_W_rank_R.pt`, each rank's part of every tensor, by its HF name.
 
-FSDP1, FSDP2 and hybrid sharding; a plain tensor is one that every rank has whole.
+FSDP1, FSDP2 and hybrid sharding; a plain tensor is one that every rank has whole. Of a LoRA run they are peft's model:
+the base, unless it was left out, and the factors, whose scale is in `lora_train_meta.json`.
 """
 
 import re
@@ -12,6 +13,7 @@ from relex.errors import CheckpointIncompleteError, CheckpointMismatchError
 from relex.files.directory import Directory, FileIdentity
 from relex.formats.pickled import shown
 from relex.formats.torch_file import read_torch_file, require_contiguous
+from relex.layouts import peft
 from relex.layouts.hf import descend, read_json
 from relex.layouts.sharding import Part, box_of, part_of
 from relex.layouts.weights import Piece, TensorEntry, Weights, make_weights, tiled
@@ -23,6 +25,7 @@ _RANK_FILE = re.compile(r"model_world_size_([1-9][0-9]*)_rank_(0|[1-9][0-9]*)\.p
 # What verl writes beside them, with the number of ranks.
 _SETTINGS = "fsdp_config.json"
 _ADAPTER = "lora_adapter"
+_TRAINED = "lora_train_meta.json"
 # Files of one checkpoint read at once, which matters where each read is a request.
 _READERS = 16
 
@@ -39,10 +42,64 @@ def find(step: Directory) -> Directory | None:
 def open_weights(directory: Directory, *, base: Weights) -> Weights:
     """Open the parts of all ranks; raises CheckpointIncompleteError when a rank's is missing or not whole."""
     files = _rank_files(directory)
+    tensors = _tensors(directory, files)
+    if any(map(peft.is_factor, tensors)):
+        return _adapter(directory, tensors, files, base=base)
     settings = descend(directory, "huggingface")
     own = settings is not None and "config.json" in settings.files()
     config = read_json(settings, "config.json") if settings is not None and own else base.config
-    return make_weights(NAME, directory, _tensors(directory, files), files, config)
+    return make_weights(NAME, directory, tensors, files, config)
+
+
+def _adapter(
+    directory: Directory, tensors: Mapping[str, TensorEntry], files: tuple[FileIdentity, ...], *, base: Weights
+) -> Weights:
+    """Return the adapter of a LoRA run; the base beside it is left alone, since it is frozen."""
+    present = directory.files()
+    if _TRAINED not in present:
+        raise CheckpointIncompleteError(
+            f"{directory} is of a LoRA run, and has no {_TRAINED}, which says its scale. If the trainer is still"
+            ' writing, wait; otherwise write it there: {"r": RANK, "lora_alpha": ALPHA}.'
+        )
+    trained = read_json(directory, _TRAINED)
+    factors = {name: entry for name, entry in tensors.items() if peft.is_factor(name)}
+    for name, entry in tensors.items():
+        own = peft.canonical(name).replace(".base_layer.", ".")
+        if name not in factors:
+            _check_frozen(directory, own, entry, base)
+    # The end of MODULE.lora_A.default.weight, or of MODULE.lora_embedding_A.default.
+    modules = {name.partition(".lora_")[0].rpartition(".")[2] for name in factors}
+    content = {
+        "peft_type": "LORA",
+        "r": trained.get("r"),
+        "lora_alpha": trained.get("lora_alpha"),
+        "task_type": trained.get("task_type"),
+        "target_modules": sorted(modules),
+        "use_dora": any("lora_magnitude_vector" in name for name in factors),
+    }
+    return peft.put_together(
+        directory,
+        content,
+        factors,
+        (*files, present[_TRAINED]),
+        base=base,
+        config_file=_TRAINED,
+        weights_file=files[0].name,
+    )
+
+
+def _check_frozen(directory: Directory, name: str, entry: TensorEntry, base: Weights) -> None:
+    like = base.tensors.get(name, base.alias if base.alias is not None and base.alias.name == name else None)
+    if like is None and name == peft.HEAD:
+        # Tied to the embedding, in a base that stores it once.
+        return
+    if like is None or like.shape != entry.shape:
+        has = "does not have" if like is None else f"has with shape {list(like.shape)}"
+        raise CheckpointMismatchError(
+            f"{directory}: the LoRA run holds {shown(name)} with shape {list(entry.shape)}, which the base"
+            f" {base.directory} {has}. Give the base this run was started from; of LoRA runs nothing but the factors is"
+            " read, so train without modules_to_save."
+        )
 
 
 def _rank_files(directory: Directory) -> tuple[FileIdentity, ...]:
@@ -103,12 +160,6 @@ def _tensors(directory: Directory, files: tuple[FileIdentity, ...]) -> Mapping[s
                 f"{directory}: only one of {files[0].name} and {file.name} has {shown(different[0])}. They are not of"
                 " one checkpoint: save it again."
             )
-    adapted = [name for name in states[0] if "lora_" in name or ".base_layer." in name]
-    if adapted:
-        raise CheckpointMismatchError(
-            f"{directory} is of a LoRA run ({shown(adapted[0])}), and the {_ADAPTER}/ that verl writes there is"
-            " missing. Keep that directory: the adapter is what is read."
-        )
     return {
         name: _entry(directory, name, {file.name: state[name] for file, state in zip(files, states, strict=True)})
         for name in states[0]

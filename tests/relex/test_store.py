@@ -288,3 +288,33 @@ def test_a_base_with_links_in_a_circle_is_named_in_one_line(name: str, tmp_path:
         store.open_base(run.base)
     assert "\n" not in str(caught.value)
     assert name in str(caught.value)
+
+
+def test_broadcasts_of_prime_rl_are_read_from_the_first_step_on(tmp_path: Path) -> None:
+    states = drift(steps=(1, 2, 5))
+    run = write_run(tmp_path, states)
+    for step in (0, 1, 2, 5):
+        place = run.run / f"step_{step}"
+        if step:
+            (run.run / f"checkpoint-{step}").rename(place)
+            (place / "config.json").unlink()
+        else:
+            write_model(place, states[0])
+        (place / "tmp-rank1.safetensors").write_bytes(b"half")
+        (place / "STABLE").touch()
+        # Just written: the marker alone says that it is whole.
+        for file in place.iterdir():
+            os.utime(file)
+        os.utime(place / "STABLE")
+    assert _observed(run) == (1, 2, 5)
+    os.utime(run.run / "step_5" / "model.safetensors", (time.time() + 1, time.time() + 1))
+    assert "weights are newer than STABLE" in _scan(run)[5].reason
+
+
+def test_a_marker_without_weights_says_how_prime_rl_writes_them(tmp_path: Path) -> None:
+    run = write_run(tmp_path, drift())
+    (run.run / "step_10").mkdir()
+    (run.run / "step_10" / "STABLE").touch()
+    for step in STEPS:
+        shutil.rmtree(run.run / f"checkpoint-{step}")
+    assert 'Set weight_broadcast.type to "filesystem"' in _scan(run)[10].reason

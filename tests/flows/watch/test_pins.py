@@ -105,6 +105,8 @@ def test_what_a_trainer_keeps_to_resume_is_left_out(pinned: Settings) -> None:
         "global_step_10/actor/model_world_size_1_rank_0.pt",
         "global_step_10/actor/huggingface/config.json",
         "step_25/policy/weights/model/shard-00001-model-00001-of-00001.safetensors",
+        "step_30/model.safetensors",
+        "step_30/STABLE",
         "checkpoint-40/.metadata",
         "checkpoint-40/adapter_model.safetensors",
     )
@@ -118,6 +120,7 @@ def test_what_a_trainer_keeps_to_resume_is_left_out(pinned: Settings) -> None:
         "checkpoint-40/scheduler.pt",
         "checkpoint-40/rng_state_0.pth",
         "checkpoint-40/.tmpA1b2C3",
+        "step_30/tmp-rank0-00001-of-00002.safetensors",
         "tmp_step_50/model.safetensors",
         "notes.txt",
     )
@@ -363,7 +366,7 @@ def test_a_wider_window_after_the_decision_is_pinned_anew(pinned: Settings, writ
     twice(again)
     said = look(wider, again)
     assert (
-        "steps 10 were observed and have been removed: no decision on this window. Raise save_total_limit and" in said
+        "steps 10 were observed and have been removed: no decision on this window. Raise save_total_limit, and" in said
     )
     assert {path.name for path in wider.pins.iterdir()} <= {"checkpoint-25", "checkpoint-40"}
 

@@ -10,7 +10,8 @@ from transformers import TrainingArguments
 from trl.trainer.grpo_config import GRPOConfig
 
 from relex.files.local import LocalDirectory
-from relex.layouts.pruning import Limit, find_limit, warning
+from relex.layouts.pruning import Limit, find_limit, setting_of, warning
+from tests.helpers.trajectories import write_model
 
 
 def say(run: Path, step: int, **arguments: Any) -> None:
@@ -121,3 +122,28 @@ def test_every_truncation_of_the_arguments_says_nothing(tmp_path: Path) -> None:
     for length in range(0, len(whole), 37):
         file.write_bytes(whole[:length])
         assert find_limit(LocalDirectory(tmp_path)) is None
+
+
+def test_broadcasts_are_pinned_or_lost(tmp_path: Path) -> None:
+    for step in (0, 1, 2):
+        write_model(tmp_path / f"step_{step}", {"w": torch.ones(3)})
+        (tmp_path / f"step_{step}" / "STABLE").touch()
+    run = LocalDirectory(tmp_path)
+    assert warning(run, window=75).endswith(
+        "deletes each of its broadcasts two steps later. Set pin: link in relex.yaml"
+    )
+    assert setting_of(run.enter("step_1")) == ""
+
+
+@pytest.mark.parametrize(
+    ("step", "inside", "setting"),
+    [
+        ("step_10", "trainer", "ckpt.keep_last"),
+        ("step_10", "policy", "checkpointing.keep_top_k"),
+        ("checkpoint-10", "trainer", "save_total_limit"),
+        ("hf_10", "trainer", "the trainer's number of kept checkpoints"),
+    ],
+)
+def test_each_trainer_has_a_name_for_what_it_keeps(step: str, inside: str, setting: str, tmp_path: Path) -> None:
+    (tmp_path / step / inside).mkdir(parents=True)
+    assert setting_of(LocalDirectory(tmp_path / step)) == setting

@@ -3,6 +3,7 @@
 `make test` tries a few of them, the slow tests 100, `make soak` 2,000.
 """
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import torch
 
 from tests.helpers import dcp_files, peft_files, verl_files
 from tests.helpers.random_faults import check_mutated_json, check_random_faults, states
-from tests.helpers.trajectories import Run, write_run
+from tests.helpers.trajectories import STEPS, Run, quiet, write_run
 
 CASES = int(os.environ.get("RELEX_FAULTS", "100"))
 
@@ -52,6 +53,26 @@ def write_verl_resumed_on_fewer(root: Path) -> Run:
     return run
 
 
+def write_verl_adapters(root: Path) -> Run:
+    """What verl saves with save_lora_only."""
+    base, chance = states()[0], torch.Generator().manual_seed(0)
+    saved: dict[int, dict[str, torch.Tensor]] = {0: dict(base)}
+    for step in STEPS:
+        saved[step] = {}
+        for name in ("model.layers.0.mlp.down_proj", "model.layers.0.self_attn.q_proj"):
+            rows, columns = base[f"{name}.weight"].shape
+            for part, shape in (("A", (3, columns)), ("B", (rows, 3))):
+                factor = torch.randn(shape, generator=chance)
+                saved[step][f"base_model.model.{name}.lora_{part}.default.weight"] = factor
+    run = verl_files.write_run(root, saved)
+    for actor in run.run.glob("*/actor"):
+        meta = {"r": 3, "lora_alpha": 6, "task_type": "CAUSAL_LM"}
+        (actor / "lora_train_meta.json").write_text(json.dumps(meta))
+        verl_files.quiet_step(actor.parent)
+    quiet(run.run)
+    return run
+
+
 def write_adapters(root: Path) -> Run:
     return peft_files.write_run(root)
 
@@ -62,6 +83,7 @@ WRITERS: tuple[Callable[[Path], Run], ...] = (
     write_verl,
     write_verl_resumed_on_fewer,
     write_adapters,
+    write_verl_adapters,
     write_dcp,
     write_dcp_safetensors,
 )

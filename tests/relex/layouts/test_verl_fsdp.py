@@ -23,12 +23,15 @@ from relex.errors import CheckpointError, CheckpointIncompleteError, CheckpointM
 from relex.files.local import LocalDirectory
 from relex.layouts import verl_fsdp
 from relex.layouts.detection import open_any
+from relex.layouts.factors import LowRank
 from relex.layouts.weights import TensorEntry, Weights
+from relex.output.adapter import write_adapter
 from relex.store import State
 from tests.helpers import ROOT
-from tests.helpers.trajectories import Run, content, drift, load, predict, quiet, write, write_model
+from tests.helpers.peft_files import merge
+from tests.helpers.trajectories import MIB, Run, content, drift, load, measure, predict, quiet, write, write_model
 from tests.helpers.verl_files import rank_file, rank_of, write_rank, write_run
-from tests.relex.layouts.gloo_verl import BUFFER, KINDS, STEPS, WORLD
+from tests.relex.layouts.gloo_verl import BUFFER, KINDS, LORA, STEPS, WORLD
 
 SETTINGS = "fsdp_config.json"
 WEIGHT = "model.layers.0.mlp.weight"
@@ -283,17 +286,95 @@ def test_what_is_no_state_dict_is_refused(saved: object, run: Run) -> None:
         open_step(run)
 
 
-def test_a_lora_run_is_left_to_its_adapter(run: Run) -> None:
-    actor = actor_of(run)
-    adapted = {"base_model.model.q_proj.base_layer.weight": torch.ones(4, 4)}
-    adapted |= {"base_model.model.q_proj.lora_A.default.weight": torch.ones(2, 4)}
-    for rank in range(2):
-        with rank_of(rank, world=2) as mesh:
-            write_rank(actor, adapted, mesh)
-    with pytest.raises(CheckpointMismatchError, match=r"LoRA run .*base_layer.*lora_adapter/ .* is missing"):
-        open_step(run)
-    (actor / "lora_adapter").mkdir()
-    assert verl_fsdp.find(LocalDirectory(actor.parent)) is None
+@pytest.mark.parametrize("kind", LORA)
+def test_the_ranks_of_a_lora_run_are_the_adapter_that_peft_saves(kind: str, trained: Path) -> None:
+    ours = Run(trained / "base", trained / kind / "run").open()
+    theirs = Run(trained / "base", trained / kind / "full").open()
+    assert ours.steps == theirs.steps == STEPS
+    assert [spec.name for spec in ours.tensors if spec.relative] == [
+        spec.name for spec in theirs.tensors if spec.relative
+    ]
+    assert sum(spec.relative for spec in ours.tensors) == 6
+    assert torch.equal(measure(ours).products, measure(theirs).products)
+    assert bool(measure(ours).products.any())
+    for one, other in zip(ours.adapters, theirs.adapters, strict=True):
+        assert len(one.files) == WORLD + 1
+        for name, entry in one.tensors.items():
+            if isinstance(entry, LowRank):
+                assert torch.equal(values(one, entry), values(other, other.tensors[name]))
+
+
+def test_an_adapter_predicted_from_ranks_is_one_for_peft(trained: Path, tmp_path: Path) -> None:
+    run = Run(trained / "base", trained / "lora_only_fsdp2" / "run")
+    trajectory = run.open()
+    made = predict(trajectory, "hold")
+    write_adapter(trajectory, made, tmp_path / "adapter", memory=64 * MIB, threads=1)
+    write(trajectory, made, tmp_path / "whole")
+    whole, merged = load(tmp_path / "whole"), merge(trained / "base", tmp_path / "adapter").state_dict()
+    for name in whole.keys() & merged.keys():
+        assert torch.allclose(whole[name].float(), merged[name], atol=1e-5), name
+
+
+@pytest.fixture
+def lora(trained: Path, tmp_path: Path) -> Path:
+    """A run of adapters of its own, and of it one step."""
+    shutil.copytree(trained / "lora_fsdp2" / "run", tmp_path / "lora")
+    return tmp_path / "lora" / "global_step_25" / "actor"
+
+
+def opened(actor: Path, trained: Path) -> Weights:
+    return verl_fsdp.open_weights(LocalDirectory(actor), base=store.open_base(trained / "base"))
+
+
+def test_a_lora_run_without_its_scale_says_what_to_write(lora: Path, trained: Path) -> None:
+    (lora / "lora_train_meta.json").unlink()
+    with pytest.raises(CheckpointIncompleteError, match=r'write it there: \{"r": RANK, "lora_alpha": ALPHA\}'):
+        opened(lora, trained)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"r": 4}, "has rank 3 in model_world_size_4_rank_0.pt and 4 in lora_train_meta.json"),
+        ({"r": "3"}, "lora_train_meta.json: r is '3'"),
+        ({"lora_alpha": None}, "lora_train_meta.json: lora_alpha is None"),
+        ({"task_type": []}, r"lora_train_meta.json: task_type is \[\]"),
+    ],
+)
+def test_settings_that_do_not_fit_the_factors_are_named(
+    changes: Mapping[str, object], said: str, lora: Path, trained: Path
+) -> None:
+    settings = lora / "lora_train_meta.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | changes))
+    with pytest.raises(CheckpointMismatchError, match=said):
+        opened(lora, trained)
+
+
+def test_a_lora_run_of_another_base_is_refused(lora: Path, run: Run) -> None:
+    with pytest.raises(CheckpointMismatchError, match="Give the base this run was started from"):
+        verl_fsdp.open_weights(LocalDirectory(lora), base=store.open_base(run.base))
+
+
+def test_the_adapter_that_an_earlier_verl_exported_is_preferred(run: Run) -> None:
+    (actor_of(run) / "lora_adapter").mkdir()
+    assert verl_fsdp.find(LocalDirectory(actor_of(run).parent)) is None
+
+
+@pytest.mark.parametrize(("older", "state"), [(0, State.READY), (5, State.NOT_YET)])
+def test_what_verl_writes_last_with_megatron_is_its_marker(older: int, state: State, tmp_path: Path) -> None:
+    run = Run(tmp_path / "base", tmp_path / "run")
+    states = drift()
+    write_model(run.base, states[0])
+    step = run.run / "global_step_10" / "actor"
+    write_model(step / "model" / "huggingface", states[10])
+    (step / "ckpt_contents.json").write_text(json.dumps({"schema_version": 2}))
+    then = time.time() - older
+    os.utime(step / "ckpt_contents.json", (then, then))
+    for file in (step / "model" / "huggingface").iterdir():
+        os.utime(file) if older else quiet(file.parent)
+    (checkpoint,) = store.scan(run.run, store.open_base(run.base), now=time.time() + 1)
+    assert checkpoint.state is state, checkpoint.reason
+    assert older == 0 or "the weights are newer than ckpt_contents.json" in checkpoint.reason
 
 
 def test_a_rank_file_with_a_payload_executes_nothing(run: Run, tmp_path: Path) -> None:
