@@ -39,7 +39,9 @@ class Fault:
 
 def check(settings: Settings) -> list[Fault]:
     """Return what is wrong with a training run's settings, and with what they name; nothing where all is well."""
-    faults = [*_state(settings), *_benchmarks(settings)]
+    faults = list(_state(settings))
+    # What the benchmarks' problems are is kept in the state directory.
+    faults += _benchmarks(settings, kept=not faults)
     try:
         base, run = open_directory(settings.base), open_directory(settings.checkpoints)
         absent = absences(settings, base, run)
@@ -92,8 +94,8 @@ def _state(settings: Settings) -> Iterator[Fault]:
         )
 
 
-def _benchmarks(settings: Settings) -> Iterator[Fault]:
-    readable = True
+def _benchmarks(settings: Settings, *, kept: bool) -> Iterator[Fault]:
+    readable = kept
     for key, benchmark in (
         ("selection", settings.selection),
         ("gate", settings.gate),
@@ -108,11 +110,8 @@ def _benchmarks(settings: Settings) -> Iterator[Fault]:
         return
     try:
         refuse_overlap(settings.selection, settings.gate, cache=settings.home / "evaluations")
-    except EvaluationError as error:
+    except (EvaluationError, OSError) as error:
         yield Fault("refused", str(error))
-    except OSError:
-        # There is no place for what is compared, which is said already.
-        return
 
 
 def _window(settings: Settings, plan: Planned) -> Iterator[Fault]:

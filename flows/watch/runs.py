@@ -79,6 +79,13 @@ def _waits(process: Daemon) -> str:
     return waits[-1] if waits else f"its watcher has not looked yet ({process.log})"
 
 
+def _without_room(process: Daemon, since: float) -> bool:
+    """Tell whether the last that a watcher has logged since it was started is that there is no room."""
+    if not process.log.is_file() or process.log.stat().st_mtime < since:
+        return False
+    return _WAITING in (process.log.read_text(errors="replace").splitlines() or [""])[-1]
+
+
 def tell(home: Path, name: str) -> Told:
     """Return all there is to say of one training run; WatchError where none of that name is watched."""
     process = watcher(home, name)
@@ -117,7 +124,10 @@ def watched_settings(processes: Sequence[Daemon]) -> dict[Path, Settings]:
 
 
 def wait_for_looks(home: Path, watchers: Sequence[Daemon], *, seconds: float = FIRST_LOOK_SECONDS) -> None:
-    """Wait until every one of the processes has looked since it was started, has ended, or `seconds` have passed."""
+    """Wait until every one of the processes has looked since it was started, has ended, or `seconds` have passed.
+
+    One that has no room to say what it sees has looked.
+    """
     end = time.monotonic() + seconds
     for process in watchers:
         config = watched(process)
@@ -136,6 +146,6 @@ def _wait(home: Path, process: Daemon, settings: Settings, *, seconds: float) ->
 
     def lives() -> bool:
         service = find(home, process.name)
-        return service is not None and service.state == "running"
+        return service is not None and service.state == "running" and not _without_room(process, since)
 
     wait_for_look(settings, since, seconds=seconds, lives=lives)

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -115,9 +116,13 @@ def test_a_disk_without_room_is_waited_for_and_not_refused(whole: Path, monkeypa
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    told = Fault("waiting", f"waiting for room in {whole.parent / '.relex'}: No space left on device")
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    assert check(load_settings(whole)) == [told]
+    # Nor is anything begun that has no room either, and would be refused for that.
+    assert list((whole.parent / ".relex" / "tiny").iterdir()) == []
     monkeypatch.setattr(Path, "mkdir", full)
-    first = check(load_settings(whole))[0]
-    assert first == Fault("waiting", f"waiting for room in {whole.parent / '.relex'}: No space left on device")
+    assert check(load_settings(whole))[0] == told
 
 
 def test_too_little_room_for_what_a_decision_writes_is_told_in_bytes(

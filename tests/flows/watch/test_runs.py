@@ -1,6 +1,7 @@
 """What `relex status` and `relex down NAME` say of single training runs; no server is needed for it."""
 
 import json
+import os
 import re
 import sys
 import time
@@ -19,7 +20,7 @@ from flows.settings import Settings
 from flows.state.decision import Decision
 from flows.state.records import write_json
 from flows.state.windows import decision_path
-from flows.watch.runs import run_of
+from flows.watch.runs import run_of, wait_for_looks
 from flows.watch.standing import Standing, wait_for_look, write_standing
 from tests.helpers import cli
 
@@ -131,6 +132,23 @@ def test_another_config_of_a_run_that_is_watched_is_refused(home: Path, config: 
     with pytest.raises(WatchError, match=re.escape(f"is watched by {config} already, and {other} names the same one.")):
         spawn_watcher(running, "tiny", other)
     assert [process.pid for process in stack.status(home)] == [first.pid]
+
+
+def test_a_watcher_without_room_to_say_anything_is_not_waited_for(home: Path, config: Path) -> None:
+    said = "12:00:00.000 | WARNING | flows.watch.watcher - waiting for room in .relex: No space left on device"
+    log = home / "logs" / "watcher-tiny.log"
+    log.parent.mkdir()
+    # What an earlier one logged says nothing of this one.
+    log.write_text(f"{said}\n")
+    os.utime(log, (0, 0))
+    process = watcher(home, config)
+    before = time.monotonic()
+    wait_for_looks(home, [process], seconds=1.5)
+    assert time.monotonic() - before >= 1.5
+    log.write_text(f"{said}\n")
+    before = time.monotonic()
+    wait_for_looks(home, [process], seconds=600)
+    assert time.monotonic() - before < 300
 
 
 def test_a_first_look_is_waited_for_as_long_as_the_watcher_lives(settings: Settings) -> None:
