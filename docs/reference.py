@@ -136,6 +136,8 @@ def _words(annotation: Any, metadata: list[Any]) -> str:
         return " or ".join(_words(part, [*metadata, *more]) for part in _alternatives(inner))
     if get_origin(annotation) is Literal:
         return _either([f"`{value}`" for value in get_args(annotation)])
+    if get_origin(annotation) is dict:
+        return ": ".join(_words(part, []) for part in get_args(annotation))
     if get_origin(annotation) in (list, tuple):
         return f"list of {_words(get_args(annotation)[0], []).replace('number', 'numbers', 1).replace('text', 'texts')}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):

@@ -99,6 +99,7 @@ def _benchmarks(settings: Settings, *, kept: bool) -> Iterator[Fault]:
     for key, benchmark in (
         ("selection", settings.selection),
         ("gate", settings.gate),
+        *(("guards", each) for each in settings.guards),
         *(("report", each) for each in settings.report),
     ):
         try:
@@ -110,6 +111,8 @@ def _benchmarks(settings: Settings, *, kept: bool) -> Iterator[Fault]:
         return
     try:
         refuse_overlap(settings.selection, settings.gate, cache=settings.home / "evaluations")
+        for guard in settings.guards:
+            refuse_overlap(settings.selection, guard, judge="guard", cache=settings.home / "evaluations")
     except (EvaluationError, OSError) as error:
         yield Fault("refused", str(error))
 

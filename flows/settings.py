@@ -76,6 +76,11 @@ class Settings(Compute):
         description="How much worse than the last observed checkpoint may pass, in accuracy; 0: must be better.",
     )
     confidence: float = Field(default=0.95, gt=0.5, lt=1.0, description="One-sided confidence of the gate.")
+    guards: dict[str, Annotated[float, Field(gt=0.0, lt=100.0)]] = Field(
+        default={},
+        description="Benchmarks that a candidate must not lose on, each with the points it may lose, such as 2. Scored"
+        " for the one that passed the gate; they share the error, and all must be shown to hold.",
+    )
     registered_model: Name = Field(description="Name in the MLflow registry; predictions go to NAME-candidates.")
     state: Path = Field(
         default=Path(".relex"), description="Directory for everything relex keeps about this run, made when missing."
@@ -196,6 +201,13 @@ def load_settings(path: Path) -> Settings:
             f"config {path}: selection and gate are both {settings.gate}. What chose a candidate cannot judge it: give"
             " them different problems."
         )
+    for guard in settings.guards:
+        if guard in (settings.selection, settings.gate):
+            key = "gate" if guard == settings.gate else "selection"
+            raise ConfigError(
+                f"config {path}: {guard} is among guards and is {key} too. A guard is of problems that neither chose"
+                " nor decided: take another benchmark, or leave it out."
+            )
     if settings.pin != "none" and "://" in settings.checkpoints:
         raise ConfigError(
             f"config {path}: pin is {settings.pin} and checkpoints is {settings.checkpoints}, which is no directory of"
@@ -209,7 +221,8 @@ def load_settings(path: Path) -> Settings:
     # A store on the network counts what it is asked.
     slow = any(map(is_remote, stores.values())) and "poll_seconds" not in settings.model_fields_set
     pace = {"poll_seconds": _REMOTE_POLL_SECONDS} if slow else {}
-    places = stores | benchmarks | {"state": root / settings.state, "report": report}
+    guards = {benchmark_location(benchmark, root): margin for benchmark, margin in settings.guards.items()}
+    places = stores | benchmarks | {"state": root / settings.state, "report": report, "guards": guards}
     if settings.stop_file is not None:
         places["stop_file"] = root / settings.stop_file
     return settings.model_copy(update=places | pace)

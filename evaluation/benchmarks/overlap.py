@@ -60,12 +60,15 @@ def overlap(first: str | Path, second: str | Path, *, cache: Path) -> Overlap:
     )
 
 
-def refuse_overlap(selection: str | Path, gate: str | Path, *, cache: Path) -> Overlap:
-    """Return the overlap of two benchmarks that share no problem; OverlapError naming how many when they do."""
+def refuse_overlap(selection: str | Path, gate: str | Path, *, cache: Path, judge: str = "gate") -> Overlap:
+    """Return the overlap of two benchmarks that share no problem; OverlapError naming how many when they do.
+
+    `judge` is what the second is called.
+    """
     result = overlap(selection, gate, cache=cache)
     if result.shared:
         raise OverlapError(
-            f"{len(result.shared)} of the {result.second_n} problems of gate {result.second} are among the"
+            f"{len(result.shared)} of the {result.second_n} problems of {judge} {result.second} are among the"
             f" {result.first_n} of selection {result.first} too, such as {result.shared[0]!r}: what chooses a candidate"
             " cannot judge it, remove them from one of the two or choose another selection benchmark."
         )

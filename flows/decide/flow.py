@@ -1,4 +1,4 @@
-"""The main flow: predict, score, gate, register.
+"""The main flow: predict, score, gate, guard, register.
 
 Prefect adds retries and a picture; every step is complete or absent without it.
 
@@ -29,6 +29,7 @@ from flows.decide.stages import (
     find_best,
     find_champion,
     gate_model,
+    guard_model,
     predict_models,
     register_decision,
     score_model,
@@ -96,6 +97,9 @@ answer_task = task(
 gate_task = task(
     name="gate", task_run_name="gate {winner.title}", retries=2, retry_delay_seconds=2, cache_policy=NO_CACHE
 )(gate_model)
+guard_task = task(
+    name="guards", task_run_name="guards of {winner.title}", retries=2, retry_delay_seconds=2, cache_policy=NO_CACHE
+)(guard_model)
 best_task = task(name="best observed", retries=2, retry_delay_seconds=5, cache_policy=NO_CACHE)(find_best)
 champion_task = task(name="champion", retries=3, retry_delay_seconds=5, cache_policy=NO_CACHE)(find_champion)
 register_task = task(name="register", retries=3, retry_delay_seconds=5, cache_policy=NO_CACHE)(register_decision)
@@ -127,6 +131,7 @@ def decide(config: str, steps: list[int], key: str, tracking_uri: str) -> State[
             score_task,
             partial(champion_task, tracking_uri=tracking_uri),
             gate_task,
+            guard_task,
             best_task,
         )
         try:

@@ -47,6 +47,8 @@ def page(decision: Decision, settings: Settings, *, figure: str = "") -> str:
     lines += [] if decision.ladder else _scores("Given up on fewer problems", decision.dropped)
     if decision.gates:
         lines += ["", "## Gate (decides)", "", *_gates(decision)]
+    if decision.guards:
+        lines += ["", "## Guards (refuse)", "", *_guards(decision)]
     lines += _scores("Report (decides nothing)", decision.report)
     return "\n".join(lines) + "\n"
 
@@ -195,6 +197,24 @@ def _gates(decision: Decision) -> list[str]:
     headings = ("candidate against", "difference, points", "interval", "at least", "must be above", "")
     unsaid = [f"- {gate.sentence}" for gate in decision.gates if gate.sentence not in decision.reason]
     return [*markdown_table(headings, rows), *([""] if unsaid else []), *unsaid]
+
+
+def _guards(decision: Decision) -> list[str]:
+    rows = [
+        (
+            guard.benchmark,
+            f"{100 * guard.difference:+.2f}",
+            _interval(guard),
+            f"{100 * guard.lower_bound:+.2f}",
+            f"{-100 * guard.margin:g}",
+            guard.verdict,
+        )
+        for guard in decision.guards
+    ]
+    against = f"{decision.guards[0].candidate} against {decision.guards[0].reference}: what it must not lose."
+    headings = ("guard", "difference, points", "interval", "at least", "must be above", "")
+    unsaid = [f"- {guard.sentence}" for guard in decision.guards if guard.sentence not in decision.reason]
+    return [against, "", *markdown_table(headings, rows), *([""] if unsaid else []), *unsaid]
 
 
 def _interval(gate: Gate) -> str:

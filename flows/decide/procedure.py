@@ -1,4 +1,4 @@
-"""One window from its observed steps to a verdict: predict, search on selection, gate.
+"""One window from its observed steps to a verdict: predict, search on selection, gate, guards.
 
 The stages are handed in, so that the same procedure runs as Prefect tasks, on its own in a benchmark, and on made-up
 scores in a simulation.
@@ -15,7 +15,7 @@ from flows.decide.predict import Predicted
 from flows.search.halving import search, subsets
 from flows.search.ladder import Answered, find
 from flows.settings import Settings
-from flows.state.decision import Decision, Model, Score
+from flows.state.decision import Decision, Model, Score, guard_verdict
 from relex.backtest.convergence import Proposal
 
 
@@ -33,7 +33,8 @@ class Stages:
     `problems` counts the selection problems, and refuses a gate that shares any. `write` makes models of some rungs of
     a ladder, and `answer` scores one on the first selection problems, one by one. `gate` takes the chosen one, what it
     is compared with, and how many windows share the gate's error: it has to pass against each, so that their number
-    needs no correction. `champion` and `best`, the best observed checkpoint, return at most one model.
+    needs no correction. `guard` takes the chosen one, the last observed checkpoint, and how many windows. `champion` and
+    `best`, the best observed checkpoint, return at most one model.
     """
 
     problems: Callable[[Settings], int]
@@ -44,6 +45,7 @@ class Stages:
     score: ScoreStage
     champion: Callable[[Settings], list[Model]]
     gate: Callable[[Settings, Model, list[Model], int], list[Gate]]
+    guard: Callable[[Settings, Model, Model, int], list[Gate]]
     best: Callable[[Settings, str], list[Model]] = lambda _settings, _key: []
 
 
@@ -125,4 +127,17 @@ def decide(settings: Settings, steps: Sequence[int], key: str, stages: Stages, *
     failed = [gate for gate in gates if not gate.passed]
     if failed:
         return replace(decision, reason=f"Not shown to be worth having. {' '.join(gate.sentence for gate in failed)}")
-    return replace(decision, verdict="registered", reason=" ".join(gate.sentence for gate in gates))
+    guards = tuple(stages.guard(settings, chosen.model, predicted.observed, attempt[1])) if settings.guards else ()
+    verdict = guard_verdict(guards)
+    said = {
+        "registered": [*gates, *guards],
+        "refused": [guard for guard in guards if guard.verdict == "worse"],
+        "not shown": [guard for guard in guards if not guard.passed],
+    }
+    begins = {
+        "registered": "",
+        "refused": "It passed the gate and loses elsewhere more than it may. ",
+        "not shown": "It passed the gate, and it is not shown that it loses no more than it may elsewhere. ",
+    }
+    reason = begins[verdict] + " ".join(each.sentence for each in said[verdict])
+    return replace(decision, verdict=verdict, guards=guards, reason=reason)

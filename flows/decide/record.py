@@ -8,7 +8,7 @@ from deploy.runs import Dataset, Recorded
 from evaluation.benchmarks.benchmark import resolve_benchmark
 from evaluation.errors import EvaluationError
 from flows.settings import Settings
-from flows.state.decision import Decision, Score, gate_metrics
+from flows.state.decision import Decision, Score, gate_metrics, guard_metrics
 from flows.state.windows import window_directory
 
 # The curve of what really was, in MLflow.
@@ -81,6 +81,8 @@ def tags(decision: Decision) -> dict[str, str]:
         human["beat"] = ", ".join(
             f"{gate.reference} by {100 * gate.difference:+.2f} points" for gate in decision.gates if gate.passed
         )
+    if decision.guards:
+        human["guards"] = ", ".join(f"{guard.benchmark}: {guard.verdict}" for guard in decision.guards)
     return {**human, "verdict": decision.verdict, "training_run": decision.training_run, "window": str(decision.window)}
 
 
@@ -113,13 +115,15 @@ def datasets(settings: Settings) -> dict[str, Dataset]:
     for given, metric in (
         (settings.selection, "selection_accuracy"),
         (settings.gate, "gate_"),
+        *((each, "guard") for each in settings.guards),
         *((each, "") for each in settings.report),
     ):
         try:
             benchmark = resolve_benchmark(given)
         except EvaluationError:
             continue
-        by_metric[metric or f"report_accuracy/{benchmark.name}"] = Dataset(benchmark.name, benchmark.digest)
+        named = {"": f"report_accuracy/{benchmark.name}", "guard": f"guard/{benchmark.name}/"}
+        by_metric[named.get(metric, metric)] = Dataset(benchmark.name, benchmark.digest)
     return by_metric
 
 
@@ -130,7 +134,7 @@ def metrics(decision: Decision) -> dict[str, float]:
     for score in decision.selection:
         if score.model == decision.winner:
             numbers["selection_accuracy"] = score.accuracy
-    return numbers | gate_metrics(decision.gates)
+    return numbers | gate_metrics(decision.gates) | guard_metrics(decision.guards)
 
 
 def curves(decision: Decision) -> dict[str, dict[int, float]]:

@@ -28,8 +28,11 @@ from relex.output.download import local_model
 
 
 def count_problems(settings: Settings) -> int:
-    """Return the number of selection problems; raises OverlapError when the gate has one of them too."""
-    count = refuse_overlap(settings.selection, settings.gate, cache=settings.home / "evaluations").first_n
+    """Return the number of selection problems; raises OverlapError when the gate or a guard has one of them too."""
+    cache = settings.home / "evaluations"
+    count = refuse_overlap(settings.selection, settings.gate, cache=cache).first_n
+    for guard in settings.guards:
+        refuse_overlap(settings.selection, guard, judge="guard", cache=cache)
     log_result(f"{count} problems of {benchmark_name(settings.selection)}, none of them in the gate")
     return count
 
@@ -141,6 +144,38 @@ def gate_scored(settings: Settings, scored: list[tuple[Model, Report]], comparis
         )
         for reference, report in scored[1:]
     ]
+
+
+def guard_model(settings: Settings, winner: Model, observed: Model, comparisons: int) -> list[Gate]:
+    """Compare the chosen candidate with the last observed checkpoint on every guard, each with its own margin.
+
+    Each is loaded once for all of them.
+    """
+    ours, theirs = (reports(settings, model, [*settings.guards]) for model in (winner, observed))
+    guards = guard_scored(settings, (winner, ours), (observed, theirs), comparisons)
+    for each in guards:
+        log_result(f"guard: {each.sentence}")
+    return guards
+
+
+def guard_scored(
+    settings: Settings,
+    winner: tuple[Model, Sequence[Report]],
+    observed: tuple[Model, Sequence[Report]],
+    comparisons: int,
+) -> list[Gate]:
+    """Compare two models by their reports on the guards.
+
+    The guards share the error 1 - confidence equally: that one of them is wrongly said to hold comes no more often. At
+    each guard every look of the run is counted, as at the gate.
+    """
+    confidence = 1 - (1 - settings.confidence) / len(settings.guards)
+    guards = []
+    for margin, ours, theirs in zip(settings.guards.values(), winner[1], observed[1], strict=True):
+        look = spend(settings.home / "looks.json", [ours, theirs], confidence=confidence, planned=comparisons)
+        compared = gate(ours, theirs, margin=margin / 100, confidence=confidence, comparisons=comparisons, look=look)
+        guards.append(replace(compared, candidate=winner[0].title, reference=observed[0].title))
+    return guards
 
 
 def register_decision(settings: Settings, decision: Decision, tracking_uri: str) -> Decision:

@@ -87,6 +87,10 @@ class Backtested:
 class Decision:
     """The verdict on one window. `winner` is the candidate that went to the gate, None when none did.
 
+    One that passed the gate is `registered`, `refused` where a guard shows that it loses more than it may, or `not
+    shown` where a guard shows neither; without that it is `keep training`. `guards` has the last observed checkpoint as
+    their reference, and is empty where the gate was not passed.
+
     `selection` has the last observed checkpoint and the candidates that were scored on all selection problems,
     `dropped` those that were given up on fewer, `ladder` how automatic targets were climbed. `attempt` of `attempts`
     windows of this run went to the gate. `written` is when each of `steps` was written, as the ledger has it (ns since
@@ -97,7 +101,7 @@ class Decision:
     key: str
     window: int
     steps: tuple[int, ...]
-    verdict: Literal["registered", "keep training"]
+    verdict: Literal["registered", "refused", "not shown", "keep training"]
     reason: str
     backtested: Backtested | None = None
     attempt: int = 1
@@ -108,6 +112,7 @@ class Decision:
     ladder: tuple[Rung, ...] = ()
     report: tuple[Score, ...] = ()
     gates: tuple[Gate, ...] = ()
+    guards: tuple[Gate, ...] = ()
     warnings: tuple[str, ...] = ()
     winner: Model | None = None
     stop: str = ""
@@ -135,6 +140,26 @@ class Decision:
     def from_json(cls, content: Mapping[str, Any]) -> "Decision":
         """Read back what to_json wrote."""
         return TypeAdapter(cls).validate_python(content)
+
+
+def guard_verdict(guards: Sequence[Gate]) -> Literal["registered", "refused", "not shown"]:
+    """Return what the guards make of a candidate that passed the gate."""
+    if any(guard.verdict == "worse" for guard in guards):
+        return "refused"
+    return "registered" if all(guard.passed for guard in guards) else "not shown"
+
+
+def guard_metrics(guards: Sequence[Gate]) -> dict[str, float]:
+    """Return the numbers of guards by benchmark, for MLflow."""
+    return {
+        f"guard/{guard.benchmark}/{name}": value
+        for guard in guards
+        for name, value in (
+            ("accuracy", guard.candidate_accuracy),
+            ("difference", guard.difference),
+            ("lower_bound", guard.lower_bound),
+        )
+    }
 
 
 def gate_metrics(gates: Sequence[Gate]) -> dict[str, float]:

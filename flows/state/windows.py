@@ -34,6 +34,8 @@ def key_of(settings: Settings, base: Weights, checkpoints: Mapping[int, str]) ->
     if settings.score_every is not None:
         # How often does not matter: what is compared with may be another checkpoint all the time.
         content["best_observed"] = True
+    if settings.guards:
+        content["guards"] = settings.guards
     content["base"] = base.identity
     content["checkpoints"] = [[step, identity] for step, identity in sorted(checkpoints.items())]
     return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -27,6 +27,13 @@ if TYPE_CHECKING:
 # After a message that was not taken: the pause doubles from the first to the longest, in seconds.
 FIRST_PAUSE, LONGEST_PAUSE = 5.0, 600.0
 
+_NEWS = {
+    "registered": "registered {}",
+    "refused": "refused by a guard, keep training",
+    "not shown": "a guard is not shown to hold, keep training",
+    "keep training": "refused, keep training",
+}
+
 Told = dict[str, list[str]]
 
 
@@ -93,7 +100,7 @@ def due(settings: Settings) -> Iterator[Notice]:
     """Yield what there is to tell about a training run, told or not."""
     run = settings.training_run
     for decision in read_decisions(settings):
-        what = f"registered {decision.registered}" if decision.verdict == "registered" else "refused, keep training"
+        what = _NEWS[decision.verdict].format(decision.registered)
         links = [link for link in (decision.page_url, decision.registered_url) if link]
         yield Notice(f"decision {decision.key}", f"{run}: {what}", "\n".join([decision.reason, *links]))
     for row in read_compared(settings):

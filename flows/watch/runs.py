@@ -104,7 +104,7 @@ def _verdict(decisions: Sequence[Decision]) -> str:
         return ""
     newest = decisions[-1]
     # The reason is that of the gate, with its numbers, where there was one.
-    said = " ".join(gate.sentence for gate in newest.gates) or newest.reason
+    said = " ".join(gate.sentence for gate in (*newest.gates, *newest.guards)) or newest.reason
     what = f"{newest.verdict}{f' as {newest.registered}' if newest.registered else ''}"
     where = newest.registered_url or newest.record_url
     return f"{newest.training_run}: window {newest.window} is decided, {what}: {said}{f' {where}' if where else ''}"

@@ -29,6 +29,8 @@ def test_relative_paths_are_relative_to_the_file(config: Path, tmp_path: Path) -
         ({"training_run": None}, r"training_run \(line 9\): Input should be a valid string"),
         ({"targets": [30]}, "target 30 is not beyond the window 40"),
         ({"gate": "selection.yaml"}, "selection and gate are both selection.yaml"),
+        ({"guards": {"gate.yaml": 2}}, "gate.yaml is among guards and is gate too"),
+        ({"guards": {"more.yaml": 0}}, r"guards\.more\.yaml \(line 5\): Input should be greater than 0"),
         ({"targets": [100, 100]}, "a target is named twice"),
         ({"methods": ["relx"]}, "method 'relx' is not known; known are relex"),
         ({"training_run": "Tiny Run"}, r"training_run \(line 9\): String should match pattern"),
@@ -43,6 +45,12 @@ def test_a_wrong_key_or_value_is_named_in_one_line(config: Path, change: dict[st
         load_settings(config)
     assert "\n" not in str(caught.value)
     assert str(config) in str(caught.value)
+
+
+def test_a_guard_is_a_benchmark_with_its_margin(config: Path, tmp_path: Path) -> None:
+    content = yaml.safe_load(config.read_text()) | {"guards": {"more.yaml": 2, "math": 0.5}}
+    config.write_text(yaml.safe_dump(content))
+    assert load_settings(config).guards == {str(tmp_path / "more.yaml"): 2.0, "math": 0.5}
 
 
 def test_a_key_that_is_missing_is_named_with_its_meaning_and_nothing_else(config: Path) -> None:

@@ -89,6 +89,7 @@ class World:
             score=self._score,
             champion=lambda settings: [],
             gate=self._gate,
+            guard=lambda settings, winner, observed, comparisons: [],
         )
 
     def decide(self, *, attempt: tuple[int, int] = (1, 1)) -> Decision:

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from evaluation.verdict.gate import Gate
+from evaluation.verdict.report import Report
 from flows.decide.gate_results import GateResults, gate_results_path
-from flows.decide.stages import gate_scored
+from flows.decide.stages import gate_scored, guard_scored
 from flows.settings import Settings
 from flows.state.decision import Model
 from tests.helpers.registry import report
@@ -33,6 +34,29 @@ def test_what_is_kept_holds_the_terms_of_the_gate(settings: Settings) -> None:
     kept = GateResults.from_json(gate_results_path(settings, WINNER).read_text())
     assert (kept.margin, kept.confidence, kept.comparisons) == (0.25, 0.9, 3)
     assert [(each.model, each.report) for each in (kept.candidate, *kept.references)] == scored
+
+
+def test_guards_share_the_error_and_each_has_its_own_margin_and_its_own_looks(settings: Settings) -> None:
+    settings = settings.model_copy(update={"guards": {"a.yaml": 50.0, "b.yaml": 2.0}, "confidence": 0.9})
+    names = ("plus", "minus")
+
+    def of(name: str, right: int) -> Report:
+        each = report(right)
+        return replace(each, benchmark=name, scores=tuple((f"{name} {problem}", one) for problem, one in each.scores))
+
+    ours, theirs = ([of(name, right) for name in names] for right in (20, 24))
+
+    def judged() -> list[Gate]:
+        return guard_scored(settings, (WINNER, ours), (OBSERVED, theirs), 2)
+
+    first, second = judged()
+    assert [(each.benchmark, each.margin) for each in (first, second)] == [("plus", 0.5), ("minus", 0.02)]
+    assert (first.verdict, second.verdict) == ("passed", "not shown")
+    # Half of a tenth each, of which two windows share four fifths.
+    assert [each.error for each in (first, second)] == pytest.approx([0.02, 0.02])
+    assert [each.look for each in (first, second)] == [1, 1]
+    assert "look 1 at plus, 95 % over all looks" in first.sentence
+    assert judged() == [first, second]
 
 
 def test_more_windows_make_every_gate_harder(settings: Settings, tmp_path: Path) -> None:

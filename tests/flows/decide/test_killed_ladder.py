@@ -29,6 +29,7 @@ def write_config(root: Path, state: str) -> Path:
         "total_steps": 20,
         "selection": "selection.yaml",
         "gate": "gate.yaml",
+        "guards": {"guard.yaml": 40},
         "registered_model": "larger",
         "state": state,
         "batch_size": 25,
@@ -60,6 +61,9 @@ def test_killed_in_the_middle_of_the_ladder_it_goes_on_and_pays_for_no_answer_ag
     for path in sorted((tmp_path / "run").iterdir(), key=lambda path: int(path.name.rpartition("-")[2])):
         make_old(path)
     rows = larger()
+    # Nobody is right on these: nothing is lost.
+    asked_twice = [{"prompt": 2 * row["prompt"], "answer": "none"} for row in rows[:40]]
+    write_benchmark(tmp_path, "guard", asked_twice, max_new_tokens=2)
     write_benchmark(tmp_path, "selection", rows[::2], max_new_tokens=2)
     write_benchmark(tmp_path, "gate", rows[1::2], max_new_tokens=2)
 
@@ -80,3 +84,6 @@ def test_killed_in_the_middle_of_the_ladder_it_goes_on_and_pays_for_no_answer_ag
     assert ours.ladder == theirs.ladder
     assert ours.cost[0] == theirs.cost[0]
     assert ours.verdict == theirs.verdict
+    assert ours.guards == theirs.guards
+    if all(gate.passed for gate in ours.gates):
+        assert [guard.benchmark for guard in ours.guards] == ["guard"]

@@ -107,6 +107,30 @@ def test_a_page_says_each_thing_once_what_the_model_is_and_what_to_do_next() -> 
     assert "attempt 2" in page(replace(refused, attempts=3), SETTINGS)
 
 
+def test_a_page_says_what_each_guard_shows_and_that_one_refused() -> None:
+    held = replace(GATE, benchmark="plus", margin=0.02, difference=-0.001, lower_bound=-0.015)
+    broken = replace(held, benchmark="minus", difference=-0.08, lower_bound=-0.1, upper_bound=-0.06, verdict="worse")
+    refused = replace(
+        registered(), verdict="refused", reason=f"It loses. {broken.sentence}", registered="", guards=(held, broken)
+    )
+    text = page(refused, SETTINGS)
+    for piece in (
+        "# tiny: refused",
+        "## Guards (refuse)",
+        "relex @ 240 against last observed @ 48: what it must not lose.",
+        "| plus | -0.10 |  | -1.50 | -2 | passed |",
+        "| minus | -8.00 |  | -10.00 | -2 | worse |",
+        "- Next: the training goes on",
+    ):
+        assert piece in text, piece
+    assert text.count(broken.sentence) == text.count(held.sentence) == 1
+    assert Decision.from_json(json.loads(json.dumps(refused.to_json()))) == refused
+    # One that was made before there were guards.
+    old = registered().to_json()
+    del old["guards"]
+    assert Decision.from_json(old).guards == ()
+
+
 def test_a_page_says_why_scores_overruled_the_backtest_and_only_then() -> None:
     text = page(registered(), SETTINGS)
     assert "trusts no step beyond 120" in text

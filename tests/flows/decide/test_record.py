@@ -86,6 +86,22 @@ def test_a_run_says_what_it_is_and_its_numbers_say_on_what_they_were_measured(
     assert record(settings, replace(made, page_url=""), tracking_uri=uri).run_id == run.info.run_id
 
 
+def test_guards_are_numbers_and_a_tag_of_a_decision(settings: Settings, tmp_path: Path, uri: str) -> None:
+    problems = [{"prompt": f"{number}-", "answer": "0"} for number in range(3)]
+    settings = settings.model_copy(
+        update={"guards": {str(write_benchmark(tmp_path, "minus", problems, max_new_tokens=2)): 2.0}}
+    )
+    guard = replace(GATE, benchmark="minus", difference=-0.08, lower_bound=-0.1, verdict="worse", margin=0.02)
+    made = replace(decision(tmp_path), verdict="refused", reason=guard.sentence, guards=(guard,))
+    run = connect(uri).get_run(record(settings, made, tracking_uri=uri).run_id)
+    assert run.data.metrics["guard/minus/difference"] == -0.08
+    assert run.data.metrics["guard/minus/lower_bound"] == -0.1
+    assert {"verdict": "refused", "guards": "minus: worse"}.items() <= run.data.tags.items()
+    assert guard.sentence in run.data.tags["mlflow.note.content"]
+    assert run.inputs is not None
+    assert "minus" in {each.dataset.name for each in run.inputs.dataset_inputs}
+
+
 def test_without_report_problems_the_curves_are_those_of_selection(
     settings: Settings, tmp_path: Path, uri: str
 ) -> None:

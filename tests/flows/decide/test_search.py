@@ -1,6 +1,7 @@
 """The search on made-up scores, and the whole procedure on models whose accuracy is known."""
 
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 from scipy.stats import binom
@@ -9,7 +10,7 @@ from evaluation.verdict.gate import Gate
 from flows.decide.procedure import decide
 from flows.search.halving import first_subset, search, subsets
 from flows.settings import Settings
-from flows.state.decision import Model, Score
+from flows.state.decision import Decision, Model, Score
 from tests.helpers.simulated import World
 
 # An arc, as over targets: near ones win a little, far ones lose.
@@ -138,6 +139,50 @@ def test_nothing_is_scored_when_the_backtest_says_hold() -> None:
     assert decision.verdict == "keep training"
     assert decision.reason.startswith("The backtest says hold")
     assert decision.selection == ()
+
+
+@pytest.mark.parametrize(
+    ("held", "verdict", "said"),
+    [
+        (("passed", "passed"), "registered", ""),
+        (("passed", "not shown"), "not shown", "It passed the gate, and it is not shown that it loses no more"),
+        (("not shown", "worse"), "refused", "It passed the gate and loses elsewhere more than it may."),
+    ],
+)
+def test_nothing_is_registered_unless_every_guard_is_shown_to_hold(
+    held: tuple[Literal["passed", "not shown", "worse"], ...], verdict: str, said: str
+) -> None:
+    world = World((0.1,), selection=500, gate=5000, margin=0.0, seed=0)
+    settings = world.settings.model_copy(update={"guards": {"plus": 2.0, "minus": 1.0}})
+    asked: list[tuple[Model, Model, int]] = []
+
+    def guard(settings: Settings, winner: Model, observed: Model, comparisons: int) -> list[Gate]:
+        asked.append((winner, observed, comparisons))
+        (alike,) = world.stages().gate(settings, winner, [observed], comparisons)
+        return [
+            replace(alike, benchmark=name, verdict=each, margin=margin / 100, upper_bound=-0.1)
+            for (name, margin), each in zip(settings.guards.items(), held, strict=True)
+        ]
+
+    decision = decide(settings, [24, 48], "key", replace(world.stages(), guard=guard), attempt=(1, 3))
+    assert asked == [(world.candidates[0], world.observed, 3)]
+    assert (decision.verdict, [each.verdict for each in decision.guards]) == (verdict, [*held])
+    assert decision.winner == world.candidates[0]
+    assert decision.reason.startswith(said)
+    told = [each.benchmark for each in decision.guards if each.sentence in decision.reason]
+    assert told == {"registered": ["plus", "minus"], "refused": ["minus"], "not shown": ["minus"]}[verdict]
+    assert Decision.from_json(decision.to_json()) == decision
+
+
+def test_guards_are_not_scored_for_what_does_not_pass_the_gate() -> None:
+    world = World((0.0,), selection=50, gate=500, margin=0.0, seed=4)
+    settings = world.settings.model_copy(update={"guards": {"plus": 2.0}})
+
+    def guard(*_: object) -> list[Gate]:
+        raise AssertionError
+
+    decision = decide(settings, [24, 48], "key", replace(world.stages(), guard=guard), attempt=(1, 1))
+    assert (decision.verdict, decision.guards) == ("keep training", ())
 
 
 def test_the_champion_must_be_passed_too_with_the_error_that_all_windows_share() -> None:

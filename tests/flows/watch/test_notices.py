@@ -100,6 +100,9 @@ def test_a_decision_is_told_once_also_by_the_next_watcher(config: Path, settings
     later = Notices(settings)
     wait_for("the second", lambda: later.look() is not None and len(receiver.taken) == 2)
     assert titles(receiver)[1] == "tiny: refused, keep training"
+    decided(config, window=25, verdict="refused", registered="", reason="it loses elsewhere.")
+    wait_for("the third", lambda: later.look() is not None and len(receiver.taken) == 3)
+    assert titles(receiver)[2] == "tiny: refused by a guard, keep training"
 
 
 def test_what_was_decided_before_somebody_asked_to_be_told_is_no_news(
