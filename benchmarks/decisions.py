@@ -31,7 +31,7 @@ from evaluation.verdict.report import Report
 from flows.decide.predict import predict, write_rungs
 from flows.decide.procedure import Stages, decide
 from flows.decide.score import reports
-from flows.decide.stages import count_problems, gate_model, guard_model
+from flows.decide.stages import count_problems, diverge_models, gate_model, guard_model
 from flows.search.ladder import Answered, answered, score
 from flows.settings import Settings, load_settings
 from flows.state.decision import Decision, Model, Score
@@ -166,6 +166,7 @@ STAGES = Stages(
     champion=lambda _: [],
     gate=gate_model,
     guard=guard_model,
+    divergence=diverge_models,
 )
 
 

@@ -81,6 +81,11 @@ class Settings(Compute):
         description="Benchmarks that a candidate must not lose on, each with the points it may lose, such as 2. Scored"
         " for the one that passed the gate; they share the error, and all must be shown to hold.",
     )
+    divergence: bool = Field(
+        default=False,
+        description="Also say how far candidate and last observed checkpoint are from the base on the tokens of the"
+        " gate's first 64 prompts, in nats: decides nothing, and needs room for two models at once in transformers.",
+    )
     registered_model: Name = Field(description="Name in the MLflow registry; predictions go to NAME-candidates.")
     state: Path = Field(
         default=Path(".relex"), description="Directory for everything relex keeps about this run, made when missing."

@@ -6,5 +6,6 @@ journal, details      what it leaves: answers as they come, at last lm-eval's ow
 fingerprint, backend  which model answers, and through what: transformers or vLLM
 devices               where
 lm, vllm_engine, logits_extrapolation   the three language models
+divergence            how far models are from their base on the tokens of prompts
 logprobs              log-probabilities of given responses, without lm-eval
 """

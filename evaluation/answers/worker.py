@@ -7,10 +7,12 @@ of the chunks; one more, without weights, then scores what they left in their jo
 """
 
 import gc
+import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
 from functools import cache, partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,7 @@ from filelock import FileLock
 
 from evaluation.answers.details import BOOTSTRAPS, write_details
 from evaluation.answers.devices import MASK, NO_WEIGHTS, cuda_index, device_kind, mask, occupied
+from evaluation.answers.divergence import DivergenceJob, measure
 from evaluation.answers.fingerprint import LogitsExtrapolation
 from evaluation.answers.job import AnsweredPart, Assignment, Job
 from evaluation.answers.journal import Journal
@@ -40,7 +43,28 @@ MODULES = ("lm_eval.evaluator", "evaluation.answers.lm")
 
 def main() -> None:
     """Do the jobs on standard input."""
-    run_as_child(lambda line, send, more: run(Job.from_line(line), send, kept=more))
+    run_as_child(_work)
+
+
+def _work(line: bytes, send: Send, more: bool) -> None:
+    content = json.loads(line)
+    if "divergence" in content:
+        _diverge(DivergenceJob(**content["divergence"]), send)
+    else:
+        run(Job.from_line(line), send, kept=more)
+
+
+def _diverge(job: DivergenceJob, send: Send) -> None:
+    if device_kind(job.device) == "cuda":
+        _see_only(job.device)
+
+    def on_wait(name: str) -> None:
+        send({"event": "waiting", "device": name, "evaluations": job.evaluations or 1})
+
+    device = "cuda" if device_kind(job.device) == "cuda" else job.device
+    with occupied(job.device, ENVIRONMENT, evaluations=job.evaluations, on_wait=on_wait):
+        send({"event": "measured", **asdict(measure(replace(job, device=device)))})
+        _free_memory()
 
 
 def run(job: Job, send: Send, *, kept: bool = False) -> None:

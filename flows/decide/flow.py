@@ -25,6 +25,7 @@ from flows.decide.procedure import Stages
 from flows.decide.stages import (
     answer_model,
     count_problems,
+    diverge_models,
     fetch_base,
     find_best,
     find_champion,
@@ -100,6 +101,13 @@ gate_task = task(
 guard_task = task(
     name="guards", task_run_name="guards of {winner.title}", retries=2, retry_delay_seconds=2, cache_policy=NO_CACHE
 )(guard_model)
+diverge_task = task(
+    name="divergence",
+    task_run_name="divergence of {winner.title}",
+    retries=2,
+    retry_delay_seconds=2,
+    cache_policy=NO_CACHE,
+)(diverge_models)
 best_task = task(name="best observed", retries=2, retry_delay_seconds=5, cache_policy=NO_CACHE)(find_best)
 champion_task = task(name="champion", retries=3, retry_delay_seconds=5, cache_policy=NO_CACHE)(find_champion)
 register_task = task(name="register", retries=3, retry_delay_seconds=5, cache_policy=NO_CACHE)(register_decision)
@@ -132,6 +140,7 @@ def decide(config: str, steps: list[int], key: str, tracking_uri: str) -> State[
             partial(champion_task, tracking_uri=tracking_uri),
             gate_task,
             guard_task,
+            diverge_task,
             best_task,
         )
         try:

@@ -47,6 +47,8 @@ def page(decision: Decision, settings: Settings, *, figure: str = "") -> str:
     lines += [] if decision.ladder else _scores("Given up on fewer problems", decision.dropped)
     if decision.gates:
         lines += ["", "## Gate (decides)", "", *_gates(decision)]
+    if decision.divergence is not None:
+        lines += ["", decision.divergence.sentence]
     if decision.guards:
         lines += ["", "## Guards (refuse)", "", *_guards(decision)]
     lines += _scores("Report (decides nothing)", decision.report)

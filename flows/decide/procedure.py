@@ -15,7 +15,7 @@ from flows.decide.predict import Predicted
 from flows.search.halving import search, subsets
 from flows.search.ladder import Answered, find
 from flows.settings import Settings
-from flows.state.decision import Decision, Model, Score, guard_verdict
+from flows.state.decision import Decision, Divergence, Model, Score, guard_verdict
 from relex.backtest.convergence import Proposal
 
 
@@ -33,8 +33,9 @@ class Stages:
     `problems` counts the selection problems, and refuses a gate that shares any. `write` makes models of some rungs of
     a ladder, and `answer` scores one on the first selection problems, one by one. `gate` takes the chosen one, what it
     is compared with, and how many windows share the gate's error: it has to pass against each, so that their number
-    needs no correction. `guard` takes the chosen one, the last observed checkpoint, and how many windows. `champion` and
-    `best`, the best observed checkpoint, return at most one model.
+    needs no correction. `guard` takes the chosen one, the last observed checkpoint, and how many windows, `divergence`
+    the chosen one, the last observed and the base. `champion` and `best`, the best observed checkpoint, return at most
+    one model.
     """
 
     problems: Callable[[Settings], int]
@@ -46,6 +47,7 @@ class Stages:
     champion: Callable[[Settings], list[Model]]
     gate: Callable[[Settings, Model, list[Model], int], list[Gate]]
     guard: Callable[[Settings, Model, Model, int], list[Gate]]
+    divergence: Callable[[Settings, Model, Model, Model], Divergence]
     best: Callable[[Settings, str], list[Model]] = lambda _settings, _key: []
 
 
@@ -124,6 +126,9 @@ def decide(settings: Settings, steps: Sequence[int], key: str, stages: Stages, *
     references = [predicted.observed, *others, *stages.champion(settings)]
     gates = tuple(stages.gate(settings, chosen.model, references, attempt[1]))
     decision = replace(decision, winner=chosen.model, gates=gates)
+    if settings.divergence:
+        measured = stages.divergence(settings, chosen.model, predicted.observed, stages.base(settings))
+        decision = replace(decision, divergence=measured)
     failed = [gate for gate in gates if not gate.passed]
     if failed:
         return replace(decision, reason=f"Not shown to be worth having. {' '.join(gate.sentence for gate in failed)}")

@@ -8,7 +8,7 @@ from deploy.runs import Dataset, Recorded
 from evaluation.benchmarks.benchmark import resolve_benchmark
 from evaluation.errors import EvaluationError
 from flows.settings import Settings
-from flows.state.decision import Decision, Score, gate_metrics, guard_metrics
+from flows.state.decision import Decision, Score, divergence_metrics, gate_metrics, guard_metrics
 from flows.state.windows import window_directory
 
 # The curve of what really was, in MLflow.
@@ -134,7 +134,12 @@ def metrics(decision: Decision) -> dict[str, float]:
     for score in decision.selection:
         if score.model == decision.winner:
             numbers["selection_accuracy"] = score.accuracy
-    return numbers | gate_metrics(decision.gates) | guard_metrics(decision.guards)
+    return (
+        numbers
+        | gate_metrics(decision.gates)
+        | guard_metrics(decision.guards)
+        | divergence_metrics(decision.divergence)
+    )
 
 
 def curves(decision: Decision) -> dict[str, dict[int, float]]:

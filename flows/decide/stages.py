@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from deploy import registry
+from evaluation.answers.divergence import divergence
 from evaluation.answers.harness import Progress
 from evaluation.benchmarks.overlap import refuse_overlap
 from evaluation.verdict.gate import Gate, gate
@@ -19,7 +20,7 @@ from flows.progress import ProgressArtifact, log_result
 from flows.run_names import benchmark_name
 from flows.search.ladder import Answered, answered, score
 from flows.settings import Settings
-from flows.state.decision import Decision, Model, Score
+from flows.state.decision import Decision, Divergence, Model, Score
 from flows.state.scored import best_for
 from flows.state.snapshot import look_at
 from relex.backtest.convergence import Proposal
@@ -176,6 +177,22 @@ def guard_scored(
         compared = gate(ours, theirs, margin=margin / 100, confidence=confidence, comparisons=comparisons, look=look)
         guards.append(replace(compared, candidate=winner[0].title, reference=observed[0].title))
     return guards
+
+
+def diverge_models(settings: Settings, winner: Model, observed: Model, base: Model) -> Divergence:
+    """Measure how far the chosen candidate and the last observed checkpoint are from the base on the gate's prompts."""
+    measured = divergence(
+        [Path(winner.directory), Path(observed.directory)],
+        Path(base.directory),
+        settings.gate,
+        cache=settings.home / "evaluations",
+        device=settings.device,
+        dtype=settings.dtype,
+        evaluations=settings.evaluations,
+    )
+    result = Divergence(measured.benchmark, measured.prompts, measured.tokens, *measured.nats)
+    log_result(f"divergence: {result.sentence}")
+    return result
 
 
 def register_decision(settings: Settings, decision: Decision, tracking_uri: str) -> Decision:

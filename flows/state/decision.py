@@ -84,6 +84,30 @@ class Backtested:
 
 
 @dataclass(frozen=True)
+class Divergence:
+    """How far candidate and last observed checkpoint are from the base on `tokens` tokens of so many gate prompts.
+
+    KL(model ‖ base) of the next token, in nats a token, see evaluation.answers.divergence.
+    """
+
+    benchmark: str
+    prompts: int
+    tokens: int
+    candidate: float
+    observed: float
+
+    @property
+    def sentence(self) -> str:
+        """Both numbers in plain words; they decide nothing."""
+        more = f", {self.candidate / self.observed:.2g} times as far" if self.observed > 0 else ""
+        return (
+            f"On the tokens of {self.prompts} prompts of {self.benchmark}, which nobody was rewarded for, the candidate"
+            f" is {self.candidate:.2g} nats a token from the base and the last observed checkpoint"
+            f" {self.observed:.2g}{more}."
+        )
+
+
+@dataclass(frozen=True)
 class Decision:
     """The verdict on one window. `winner` is the candidate that went to the gate, None when none did.
 
@@ -113,6 +137,7 @@ class Decision:
     report: tuple[Score, ...] = ()
     gates: tuple[Gate, ...] = ()
     guards: tuple[Gate, ...] = ()
+    divergence: Divergence | None = None
     warnings: tuple[str, ...] = ()
     winner: Model | None = None
     stop: str = ""
@@ -160,6 +185,13 @@ def guard_metrics(guards: Sequence[Gate]) -> dict[str, float]:
             ("lower_bound", guard.lower_bound),
         )
     }
+
+
+def divergence_metrics(divergence: Divergence | None) -> dict[str, float]:
+    """Return nats a token of both models, for MLflow; nothing where they were not measured."""
+    if divergence is None:
+        return {}
+    return {"divergence_candidate": divergence.candidate, "divergence_observed": divergence.observed}
 
 
 def gate_metrics(gates: Sequence[Gate]) -> dict[str, float]:

@@ -16,7 +16,7 @@ from flows.decide.predict import Predicted
 from flows.decide.procedure import Stages, decide
 from flows.search.ladder import Answered
 from flows.settings import Settings
-from flows.state.decision import Backtested, Decision, Model, Score
+from flows.state.decision import Backtested, Decision, Divergence, Model, Score
 from relex.backtest.convergence import Proposal
 
 DISCORDANT = 0.2
@@ -90,6 +90,7 @@ class World:
             champion=lambda settings: [],
             gate=self._gate,
             guard=lambda settings, winner, observed, comparisons: [],
+            divergence=lambda settings, winner, observed, base: Divergence(_GATE, 64, 640, 0.2, 0.1),
         )
 
     def decide(self, *, attempt: tuple[int, int] = (1, 1)) -> Decision:

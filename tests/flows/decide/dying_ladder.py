@@ -14,7 +14,7 @@ from evaluation.answers.harness import Progress
 from flows.decide.predict import predict, write_rungs
 from flows.decide.procedure import Stages, decide
 from flows.decide.score import reports
-from flows.decide.stages import count_problems, gate_model, guard_model
+from flows.decide.stages import count_problems, diverge_models, gate_model, guard_model
 from flows.search.ladder import Answered, answered, score
 from flows.settings import Settings, load_settings
 from flows.state.decision import Model, Score
@@ -49,6 +49,7 @@ def main(path: str, last: int) -> None:
         champion=lambda _: [],
         gate=gate_model,
         guard=guard_model,
+        divergence=diverge_models,
     )
     stored = list(scan(settings.store, open_base(settings.base), now=time.time()))
     key = window_key(settings, open_base(settings.base), stored)

@@ -30,6 +30,7 @@ def write_config(root: Path, state: str) -> Path:
         "selection": "selection.yaml",
         "gate": "gate.yaml",
         "guards": {"guard.yaml": 40},
+        "divergence": True,
         "registered_model": "larger",
         "state": state,
         "batch_size": 25,
@@ -85,5 +86,7 @@ def test_killed_in_the_middle_of_the_ladder_it_goes_on_and_pays_for_no_answer_ag
     assert ours.cost[0] == theirs.cost[0]
     assert ours.verdict == theirs.verdict
     assert ours.guards == theirs.guards
+    assert ours.divergence == theirs.divergence
+    assert ours.winner is None or (ours.divergence is not None and ours.divergence.observed > 0)
     if all(gate.passed for gate in ours.gates):
         assert [guard.benchmark for guard in ours.guards] == ["guard"]

@@ -7,6 +7,7 @@ import pytest
 from scipy.stats import binom
 
 from evaluation.verdict.gate import Gate
+from flows.decide.page import page
 from flows.decide.procedure import decide
 from flows.search.halving import first_subset, search, subsets
 from flows.settings import Settings
@@ -172,6 +173,21 @@ def test_nothing_is_registered_unless_every_guard_is_shown_to_hold(
     told = [each.benchmark for each in decision.guards if each.sentence in decision.reason]
     assert told == {"registered": ["plus", "minus"], "refused": ["minus"], "not shown": ["minus"]}[verdict]
     assert Decision.from_json(decision.to_json()) == decision
+
+
+def test_how_far_the_chosen_one_is_from_the_base_is_said_only_where_it_is_asked_for_and_decides_nothing() -> None:
+    world = World((0.1,), selection=500, gate=5000, margin=0.0, seed=0)
+    silent = world.decide()
+    settings = world.settings.model_copy(update={"divergence": True})
+    told = decide(settings, [24, 48], "key", world.stages(), attempt=(1, 1))
+    assert silent.divergence is None
+    assert told.divergence is not None
+    assert told.divergence.sentence.endswith(
+        "0.2 nats a token from the base and the last observed checkpoint 0.1, 2 times as far."
+    )
+    assert told.divergence.sentence in page(told, settings)
+    assert Decision.from_json(told.to_json()) == told
+    assert (told.verdict, told.reason) == (silent.verdict, silent.reason)
 
 
 def test_guards_are_not_scored_for_what_does_not_pass_the_gate() -> None:
