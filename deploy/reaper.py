@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from deploy import audit
 from deploy.runs import KEY_TAG
 from deploy.tracking import local_path
-from deploy.versions import AUDIT, CANDIDATES, DIGEST, VERSIONS_TAG, champion_version, known_version, versions
+from deploy.versions import AUDIT, CANDIDATES, DIGEST, OBSERVED, VERSIONS_TAG, champion_version, known_version, versions
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -29,12 +29,10 @@ def reap(client: "MlflowClient", name: str, experiment: "Experiment", *, but: st
         # A model that ever had a version stays, whoever deleted that.
         if digest is None or digest == but or VERSIONS_TAG in logged.tags:
             continue
-        if known_version(client, f"{name}{CANDIDATES}", digest) is None:
-            if (directory := local_path(logged.artifact_location)) is not None:
-                # MLflow gives each model a directory of its name with artifacts/ in it.
-                whole = directory.parent if directory.parent.name == logged.model_id else directory
-                if whole.exists():
-                    shutil.rmtree(whole)
+        if all(known_version(client, f"{name}{shelf}", digest) is None for shelf in (CANDIDATES, OBSERVED)):
+            whole = directory_of(logged)
+            if whole is not None and whole.exists():
+                shutil.rmtree(whole)
             client.delete_logged_model(logged.model_id)
     for run in _running(client, experiment):
         if AUDIT in run.data.tags:
@@ -44,6 +42,13 @@ def reap(client: "MlflowClient", name: str, experiment: "Experiment", *, but: st
     if (root := local_path(experiment.artifact_location)) is not None:
         for unfinished in Path(root).rglob(".*.partial"):
             unfinished.unlink(missing_ok=True)
+
+
+def directory_of(logged: "LoggedModel") -> Path | None:
+    """Return the directory that a model alone has, None where artifacts are remote."""
+    directory = local_path(logged.artifact_location)
+    # MLflow gives each model a directory of its name with artifacts/ in it.
+    return directory.parent if directory is not None and directory.parent.name == logged.model_id else directory
 
 
 def _settle(client: "MlflowClient", name: str, run: "Run") -> None:

@@ -87,8 +87,9 @@ def register(
     gate_reports: Sequence[Path] = (),
     description: str = "",
     datasets: Mapping[str, Dataset] | None = None,
+    shelf: str = CANDIDATES,
 ) -> Registered:
-    """Verify the model directory and return its one version in `<name>-candidates`.
+    """Verify the model directory and return its one version in `<name>-candidates`, or on another `shelf` of `name`.
 
     `run_id` is the decision it comes from (`runs.record`); without one the digest gets a run of its own. Metrics are
     logged on the run and the model, with the `datasets` they were measured on (`runs.log_metrics`), tags and the
@@ -99,7 +100,7 @@ def register(
     """
     candidate = verify(model)
     client = connect(tracking_uri)
-    registered = f"{name}{CANDIDATES}"
+    registered = f"{name}{shelf}"
     with locked_experiment(client, name) as experiment:
         reap(client, name, experiment, but=candidate.digest)
         version = known_version(client, registered, candidate.digest)
@@ -318,11 +319,8 @@ def _create_version(
     description: str,
 ) -> "ModelVersion":
     promoted = registered.removesuffix(CANDIDATES)
-    ensure_registered_model(
-        client,
-        registered,
-        f"Every model that was registered; what is promoted of them is in `{promoted}`.",
-    )
+    about = f"Every model that was registered; what is promoted of them is in `{promoted}`."
+    ensure_registered_model(client, registered, about if promoted != registered else description)
     # The source is the artifact location and not models:/m-…: the database resolves that one through the process-wide
     # tracking URI, which belongs to the caller.
     return client.create_model_version(

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 CHAMPION = "champion"
 CANDIDATES = "-candidates"
+OBSERVED = "-observed"
 # Tags of a version: its digest, step and LoggedModel, a digest of its files, and the audit entry that copied it.
 DIGEST = "relex.digest"
 STEP = "relex.target_step"
@@ -95,10 +96,15 @@ def unknown(client: "MlflowClient", name: str) -> str:
 
 def champion_version(client: "MlflowClient", name: str) -> "ModelVersion | None":
     """Return the version of `name` that carries the alias champion, or None."""
+    return alias_version(client, name, CHAMPION)
+
+
+def alias_version(client: "MlflowClient", name: str, alias: str) -> "ModelVersion | None":
+    """Return the version of `name` that carries an alias, or None."""
     from mlflow.exceptions import MlflowException
 
     try:
-        return client.get_model_version_by_alias(name, CHAMPION)
+        return client.get_model_version_by_alias(name, alias)
     except MlflowException as error:
         # The registered model, or the alias on it, does not exist yet.
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):

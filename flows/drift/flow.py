@@ -16,6 +16,7 @@ from prefect.events import emit_event
 from prefect.states import Completed
 
 from deploy import registry, runs
+from deploy.observed import BEST, best_digest, keep_best
 from deploy.versions import OVERTAKEN
 from flows.decide.record import OBSERVED
 from flows.drift.due import look
@@ -29,6 +30,7 @@ from flows.run_names import flow_run_name
 from flows.settings import Settings, load_settings
 from flows.state.events import PREDICTION_DRIFTED, event
 from flows.state.failure import keep_failure
+from flows.state.scored import best
 from relex.files.block_cache import BlockCache
 
 logger = logging.getLogger(__name__)
@@ -72,7 +74,7 @@ def log_compared(settings: Settings, tracking_uri: str) -> None:
 
 
 def score_observed(settings: Settings, tracking_uri: str) -> None:
-    """Score the observed checkpoints that are due, and log accuracy by training step in MLflow."""
+    """Score the observed checkpoints that are due, log accuracy by training step in MLflow, and keep the best there."""
     progress = ProgressArtifact(f"observed-{settings.training_run}", "observed")
     with BlockCache(settings.home, size=int(settings.cache)) as blocks:
         rows = catch_up(settings, blocks=blocks, tell=progress)
@@ -86,6 +88,23 @@ def score_observed(settings: Settings, tracking_uri: str) -> None:
     )
     for line in observed(settings, rows):
         log_result(line)
+    chosen = best(rows, {})
+    if chosen is None or chosen.model.digest == best_digest(settings.registered_model, tracking_uri=tracking_uri):
+        return
+    done = keep_best(
+        Path(chosen.model.directory),
+        name=settings.registered_model,
+        tracking_uri=tracking_uri,
+        metrics={"selection_accuracy": chosen.accuracy},
+        tags={
+            "step": str(chosen.model.step),
+            "method": OBSERVED,
+            "selection_accuracy": f"{chosen.accuracy:.4f}",
+            "verdict": "not gated",
+            "training_run": settings.training_run,
+        },
+    )
+    log_result(f"{BEST}: step {chosen.model.step}, {done.name} version {done.version}")
 
 
 compare_task = task(name="compare", retries=2, retry_delay_seconds=5, cache_policy=NO_CACHE)(compare_reached)

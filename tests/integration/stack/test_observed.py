@@ -48,9 +48,11 @@ def test_observed_checkpoints_are_scored_beaten_and_registered(
     client = MlflowClient(servers.mlflow_url)
     experiment = client.get_experiment_by_name("observed")
     assert experiment is not None
-    (series,) = client.search_runs([experiment.experiment_id])
+    (series,) = client.search_runs([experiment.experiment_id], "tags.`relex.key` LIKE 'series %'")
     points = {each.step: each.value for each in client.get_metric_history(series.info.run_id, "selection_accuracy")}
     assert points == scores
+    best = client.get_model_version_by_alias("observed-observed", "best-observed")
+    assert best.tags["step"] == str(max(scores, key=lambda step: scores[step]))
     # The run has learned something between the two.
     assert scores[STEPS] > scores[WINDOW]
     decide_now(config, servers, server_environment)
@@ -60,4 +62,5 @@ def test_observed_checkpoints_are_scored_beaten_and_registered(
         str(servers.home))  # fmt: skip
     newest = registry.models("observed", tracking_uri=servers.mlflow_url)[0]
     assert (newest.target_step, newest.tags["method"]) == (STEPS, "observed")
+    assert newest.metrics["gate_last_observed_lower_bound"] > 0
     assert f"last observed @ {WINDOW} by +" in newest.tags["beat"]
