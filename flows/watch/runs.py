@@ -61,8 +61,10 @@ def run_of(process: Daemon) -> Run | None:
     except ConfigError as error:
         return Run(str(config), f"{name}: {error}")
     standing, decided = read_standing(settings), _verdict(read_decisions(settings))
-    if standing is None:
+    if standing is None and process.state == "running":
         return Run(str(config), f"{name}: {_waits(process)}", decided=decided)
+    if standing is None:
+        return Run(str(config), f"{name}: its watcher is {process.state} ({process.log})", decided=decided)
     age = time.time() - standing.at
     text = standing.text
     if process.state != "running":

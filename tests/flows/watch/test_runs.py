@@ -57,6 +57,9 @@ def test_status_says_of_each_run_what_it_is_at_and_what_was_decided_last(
     assert "tiny: its watcher has not looked yet" in cli.relex(capsys, "status", "--home", home)[1]
     started.log.write_text("12:00 | WARNING | flows.watch.watcher - waiting for room in /x: No space left on device\n")
     assert "tiny: waiting for room in /x: No space left on device\n" in cli.relex(capsys, "status", "--home", home)[1]
+    stopped = run_of(replace(started, state="stopped"))
+    assert stopped is not None
+    assert stopped.text == f"tiny: its watcher is stopped ({started.log})"
     settings.home.mkdir(parents=True)
     write_standing(settings, Standing(time.time(), 25.0, "tiny: step 10 of window 40"))
     decide(settings)
