@@ -120,23 +120,36 @@ def mean_interval(scores: Sequence[float], *, confidence: float = 0.95) -> tuple
     """Return the two-sided interval of a mean score: Wilson for scores 0/1, else BCa bootstrap over problems.
 
     The bootstrap is seeded. Scores in 0..1 may be 0 or 1 on a share of about 4/n of all problems of which none was
-    drawn: the interval has room for that, so that it is never narrower than that of equal scores. (nan, nan) for equal
-    scores outside 0..1.
+    drawn. Every interval of scores that differ has room for that, so that it is no narrower than that of any n equal
+    scores, right or wrong or in between. (nan, nan) for equal scores outside 0..1.
     """
     score_N = np.asarray(scores, dtype=np.float64)
-    if not {*score_N} - {0.0, 1.0}:
-        low, high = stats.binomtest(int(score_N.sum()), len(score_N)).proportion_ci(confidence, method="wilson")
-        return float(low), float(high)
+    varies = bool(np.ptp(score_N) >= 1e-9)
     ends: list[float] = []
-    if np.ptp(score_N) >= 1e-9:
+    if not {*score_N} - {0.0, 1.0}:
+        ends += stats.binomtest(int(score_N.sum()), len(score_N)).proportion_ci(confidence, method="wilson")
+        if not varies:
+            return ends[0], ends[1]
+    elif varies:
         ends += stats.bootstrap(
             (score_N,), np.mean, confidence_level=confidence, n_resamples=RESAMPLES, rng=np.random.default_rng(0)
         ).confidence_interval
     if score_N.min() >= 0 and score_N.max() <= 1:
         unseen = _unseen(len(score_N), confidence=(1 + confidence) / 2)
+        if varies:
+            # Wilson's interval of problems that are all right or all wrong is the wider one where there are many.
+            square = float(stats.norm.ppf((1 + confidence) / 2)) ** 2
+            unseen = max(unseen, square / (len(score_N) + square))
         least = (1 - unseen) * float(score_N.mean())
         ends += [least, least + unseen]
     return (float(np.nanmin(ends)), float(np.nanmax(ends))) if ends else (math.nan, math.nan)
+
+
+def interval_name(scores: Sequence[float]) -> str:
+    """Return in words which interval `mean_interval` gives of these scores."""
+    if not {*scores} - {0.0, 1.0}:
+        return "Wilson"
+    return "bootstrap over problems" if np.ptp(scores) >= 1e-9 else "equal scores, room for what was not drawn"
 
 
 def mean_lower_bound(scores: Sequence[float], *, confidence: float) -> float:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.errors import ReportError
-from evaluation.verdict.bounds import mean_interval
+from evaluation.verdict.bounds import interval_name, mean_interval
 from evaluation.verdict.report import Evaluated
 from evaluation.verdict.samples import read_samples
 
@@ -21,7 +21,8 @@ from evaluation.verdict.samples import read_samples
 class MetricRow:
     """One line of lm-eval's table: a metric of a task after a filter.
 
-    `interval` is the 95 % interval of a mean over problems, as in Report.interval; None for any other aggregate.
+    `interval` is the 95 % interval of a mean over problems, as in Report.interval, and `interval_name` says which; None
+    and empty for any other aggregate.
     """
 
     task: str
@@ -33,6 +34,7 @@ class MetricRow:
     value: float
     stderr: float | None
     interval: tuple[float, float] | None
+    interval_name: str
 
 
 def read_rows(evaluated: Evaluated) -> list[MetricRow]:
@@ -63,6 +65,7 @@ def read_rows(evaluated: Evaluated) -> list[MetricRow]:
                     value=float(value),
                     stderr=float(stderr) if isinstance(stderr, (int, float)) else None,
                     interval=mean_interval(each) if is_mean else None,
+                    interval_name=interval_name(each) if is_mean else "",
                 )
             )
     return sorted(rows, key=lambda row: row.metric != evaluated.report.metric)

@@ -286,9 +286,12 @@ def show_evaluated(console: Console, scored: Sequence["Evaluated"]) -> None:
     # Ten columns need all of a terminal's 80 characters.
     table.padding = 0
     arrows = {True: "↑", False: "↓", None: ""}
+    intervals: list[list[str]] = []
     for each in scored:
         name, version = each.report.benchmark, None
-        for row in read_rows(each):
+        rows = read_rows(each)
+        intervals.append(sorted({row.interval_name for row in rows if row.interval_name}))
+        for row in rows:
             error = ("", "") if row.stderr is None else ("±", f"{row.stderr:.4f}")
             ends = "" if row.interval is None else f"{row.interval[0]:.4f}–{row.interval[1]:.4f}"
             table.add_row(
@@ -304,9 +307,10 @@ def show_evaluated(console: Console, scored: Sequence["Evaluated"]) -> None:
             )
             name, version = "", row.version
     console.print(table)
-    for report in (each.report for each in scored):
+    for report, names in zip((each.report for each in scored), intervals, strict=True):
         truncated = f", {100 * report.rates['truncated']:.1f} % cut off" if "truncated" in report.rates else ""
-        print_line(console, f"{report.benchmark}: {report.n} problems{truncated}, {report.seconds:,.1f} s in the model")
+        counted = f"{report.benchmark}: {report.n} problems{truncated}, {report.seconds:,.1f} s in the model"
+        print_line(console, counted + (f"; 95 %: {', '.join(names)}" if names else ""))
 
 
 benchmarks = typer.Typer(rich_markup_mode=None)

@@ -34,6 +34,7 @@ def test_the_table_is_lm_evals_with_intervals_and_fits_a_terminal(
     assert first == "plus Yaml all 0 exact_match ↑ 0.3333 ± 0.1421 0.1381–0.6094"
     assert second.startswith("all 0 answered ↑ ")
     assert counted.startswith("plus: 12 problems, ")
+    assert counted.endswith(" s in the model; 95 %: Wilson")
     assert max(map(len, shown.stdout.splitlines())) <= 80
     written = sorted(tmp_path.rglob("*.json*"))
     assert [path.name.partition("_2")[0] for path in written] == ["results", "samples_plus"]

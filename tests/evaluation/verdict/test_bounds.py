@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 from scipy import stats
 
-from evaluation.verdict.bounds import PairedBounds, mean_interval, mean_lower_bound, paired_bounds
+from evaluation.verdict.bounds import PairedBounds, interval_name, mean_interval, mean_lower_bound, paired_bounds
 
 Scores = npt.NDArray[np.float64]
 REPEATS = 4
@@ -224,6 +224,32 @@ def test_an_interval_is_not_narrower_where_one_score_differs(score: float) -> No
         assert one_high - one_low >= high - low - 1e-12
         assert one_low <= math.fsum([score] * 29 + [other]) / 30 <= one_high
     assert mean_interval([0.0] * 29 + [1 / 8])[1] > mean_interval([0.0] * 30)[1] > 0.11
+
+
+def test_no_interval_narrows_when_variance_appears() -> None:
+    random = np.random.default_rng(41)
+    for n in (2, 3, 5, 12, 40, 100, 300):
+        widest = max(high - low for low, high in (mean_interval([score] * n) for score in (0.0, 0.3, 0.5, 1.0)))
+        draws = [
+            [0.0] + [1.0] * (n - 1),
+            [0.999] + [1.0] * (n - 1),
+            [0.5 - 1e-6] + [0.5] * (n - 1),
+            random.integers(2, size=n).tolist(),
+            *(random.binomial(8, random.beta(0.3, 0.3, size=n)) / 8 for _ in range(3)),
+            *((random.random(n) < 0.02) * random.random(n) for _ in range(2)),
+            random.beta(50, 2, size=n),
+        ]
+        for draw in draws:
+            low, high = mean_interval([float(score) for score in draw])
+            if np.ptp(draw) > 1e-9:
+                assert high - low >= widest - 1e-12, (n, draw)
+            assert low <= np.mean(draw) <= high
+
+
+def test_an_interval_is_named_by_what_it_is() -> None:
+    assert interval_name([0.0, 1.0, 1.0]) == interval_name([1.0, 1.0]) == "Wilson"
+    assert interval_name([0.5, 1.0]) == "bootstrap over problems"
+    assert interval_name([0.5, 0.5]) == "equal scores, room for what was not drawn"
 
 
 def test_the_interval_of_rare_success_covers_it() -> None:
