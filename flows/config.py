@@ -2,6 +2,7 @@
 
 import os
 import reprlib
+from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -68,8 +69,11 @@ class Compute(Config):
         return spec
 
 
-def read_config(path: Path, model: type[Read]) -> Read:
-    """Read a YAML file of keys and values as `model`; raises ConfigError with every wrong key in one line."""
+def read_config(path: Path, model: type[Read], *, context: Mapping[str, object] | None = None) -> Read:
+    """Read a YAML file of keys and values as `model`; raises ConfigError with every wrong key in one line.
+
+    `context` is what its validators are told.
+    """
     try:
         content = read_bounded_yaml(path)
     except OSError as error:
@@ -79,7 +83,7 @@ def read_config(path: Path, model: type[Read]) -> Read:
     if not isinstance(content, dict):
         raise ConfigError(f"config {path} holds a {type(content).__name__}, not keys and values.")
     try:
-        return model.model_validate(content)
+        return model.model_validate(content, context=context)
     except ValidationError as error:
         # What follows from another key that is wrong is right with that one.
         problems = [problem for problem in error.errors() if problem["type"] != "default_factory_not_called"]

@@ -10,6 +10,7 @@ from pydantic import (
     Discriminator,
     Field,
     Tag,
+    ValidationInfo,
     field_validator,
 )
 
@@ -17,9 +18,10 @@ from flows.config import GIVEN, Compute, Name, benchmark_location, location, rea
 from flows.errors import ConfigError
 from relex.errors import RelexError
 from relex.files.location import is_remote
-from relex.predictors import parse_method
 
 _REMOTE_POLL_SECONDS = 30.0
+# What validators are told where methods are not needed.
+AS_WRITTEN = {"methods": "as written"}
 
 Step = Annotated[int, Field(gt=0)]
 # Of two branches a wrong value would be said twice.
@@ -157,9 +159,12 @@ class Settings(Compute):
 
     @field_validator("methods")
     @classmethod
-    def _known(cls, specs: list[str] | str) -> list[str] | str:
-        if isinstance(specs, str):
+    def _known(cls, specs: list[str] | str, info: ValidationInfo) -> list[str] | str:
+        if isinstance(specs, str) or info.context == AS_WRITTEN:
             return specs
+        # torch comes with it, and takes seconds.
+        from relex.predictors import parse_method
+
         try:
             return [parse_method(spec).spec for spec in specs]
         except RelexError as error:
@@ -197,9 +202,12 @@ class Settings(Compute):
         return self.checkpoints if self.pin == "none" else str(self.pins)
 
 
-def load_settings(path: Path) -> Settings:
-    """Read and check `relex.yaml`; raises ConfigError with every wrong key in one line."""
-    settings = read_config(path, Settings)
+def load_settings(path: Path, *, look: bool = False) -> Settings:
+    """Read and check `relex.yaml`; raises ConfigError with every wrong key in one line.
+
+    Whoever only takes a `look` at a run has its methods as they are written: the watcher has checked them.
+    """
+    settings = read_config(path, Settings, context=AS_WRITTEN if look else None)
     _refuse_window(settings, path)
     if settings.selection == settings.gate:
         raise ConfigError(

@@ -22,8 +22,8 @@ from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from scipy import optimize, stats
 
+# scipy is imported below functions: it takes a second, and whoever shows a verdict computes none.
 FloatArray: TypeAlias = npt.NDArray[np.float64]
 
 FEW_DISCORDANT = 25
@@ -64,6 +64,8 @@ def paired_bounds(
 
     `clusters` names the cluster of each problem, at least two; None: problems are independent.
     """
+    from scipy import stats
+
     difference_N = np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64)
     # Scores averaged over repeats carry rounding.
     difference_N[np.abs(difference_N) < 1e-9] = 0.0
@@ -123,6 +125,8 @@ def mean_interval(scores: Sequence[float], *, confidence: float = 0.95) -> tuple
     drawn. Every interval of scores that differ has room for that, so that it is no narrower than that of any n equal
     scores, right or wrong or in between. (nan, nan) for equal scores outside 0..1.
     """
+    from scipy import stats
+
     score_N = np.asarray(scores, dtype=np.float64)
     varies = bool(np.ptp(score_N) >= 1e-9)
     ends: list[float] = []
@@ -157,6 +161,8 @@ def mean_lower_bound(scores: Sequence[float], *, confidence: float) -> float:
 
     Of averaged scores as many problems may be 0 as may be of which none was drawn.
     """
+    from scipy import stats
+
     score_N = np.asarray(scores, dtype=np.float64)
     if not {*score_N} - {0.0, 1.0}:
         test = stats.binomtest(int(score_N.sum()), len(score_N), alternative="greater")
@@ -175,6 +181,8 @@ def _unseen_bound(difference_N: FloatArray, confidence: float) -> float:
 
 
 def _hall_bound(difference_N: FloatArray, confidence: float) -> float:
+    from scipy import stats
+
     n, mean, deviation = len(difference_N), float(difference_N.mean()), float(difference_N.std(ddof=1))
     quantile = float(stats.t.ppf(confidence, n - 1))
     skewness = float(stats.skew(difference_N))
@@ -186,6 +194,8 @@ def _hall_bound(difference_N: FloatArray, confidence: float) -> float:
 
 
 def _cluster_bound(difference_N: FloatArray, cluster_N: npt.NDArray[np.intp], confidence: float) -> float:
+    from scipy import stats
+
     mean = float(difference_N.mean())
     size_C, net_C = np.bincount(cluster_N), np.bincount(cluster_N, weights=difference_N)
     clusters, typical = len(size_C), float(size_C.mean())
@@ -202,6 +212,8 @@ def _cluster_bound(difference_N: FloatArray, cluster_N: npt.NDArray[np.intp], co
 
 
 def _mcnemar_bound(wins: int, losses: int, *, n: int, confidence: float) -> float:
+    from scipy import stats
+
     # Above zero exactly when the one-sided binomial test of wins against losses rejects at 1 - confidence.
     discordant = wins + losses
     share = stats.binomtest(wins, discordant, alternative="greater").proportion_ci(confidence, method="exact").low
@@ -209,6 +221,8 @@ def _mcnemar_bound(wins: int, losses: int, *, n: int, confidence: float) -> floa
 
 
 def _tango_bound(difference_N: FloatArray, confidence: float) -> float:
+    from scipy import optimize, stats
+
     n = len(difference_N)
     won, lost = float(difference_N.clip(min=0).sum()), float(-difference_N.clip(max=0).sum())
     quantile = float(stats.norm.ppf(confidence))

@@ -185,7 +185,7 @@ def _show_record(config: Path, *, as_json: bool) -> None:
     from flows.state.finished import RISK, read_finished, vote
     from flows.stop.outlook import EVIDENCE
 
-    settings = load_settings(config)
+    settings = load_settings(config, look=True)
     runs = read_finished(settings.state)
     votes = {rule: vote(runs, rule, price=settings.stop_price) for rule in EVIDENCE}
     if as_json:

@@ -13,7 +13,6 @@ from flows.errors import ConfigError
 from flows.reground.trainer import PLACEHOLDERS, TEMPLATES, Trainer
 from flows.settings import StepOrAuto
 from relex.errors import RelexError
-from relex.predictors import parse_method
 
 
 class Reference(Config):
@@ -74,6 +73,9 @@ class RegroundSettings(Compute):
     @field_validator("method")
     @classmethod
     def _known(cls, spec: str) -> str:
+        # torch comes with it, and takes seconds.
+        from relex.predictors import parse_method
+
         try:
             return parse_method(spec).spec
         except RelexError as error:

@@ -8,22 +8,26 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flows.settings import Settings
 from flows.state.decision import Decision
 from flows.state.lock import held
 from flows.state.records import read_json
-from relex.layouts.weights import Weights
-from relex.store import StoredCheckpoint
+
+if TYPE_CHECKING:
+    # torch comes with them, and whoever reads a decision needs no tensor.
+    from relex.layouts.weights import Weights
+    from relex.store import StoredCheckpoint
 
 
-def window_key(settings: Settings, base: Weights, inside: list[StoredCheckpoint]) -> str:
+def window_key(settings: Settings, base: "Weights", inside: list["StoredCheckpoint"]) -> str:
     """Return the name of one decision: a digest of the observed files and of every setting that decides."""
     observed = {checkpoint.step: checkpoint.weights.identity for checkpoint in inside if checkpoint.weights is not None}
     return key_of(settings, base, observed)
 
 
-def key_of(settings: Settings, base: Weights, checkpoints: Mapping[int, str]) -> str:
+def key_of(settings: Settings, base: "Weights", checkpoints: Mapping[int, str]) -> str:
     """Return the same name, told by the identity of each checkpoint's files."""
     deciding = ("training_run", "window", "targets", "total_steps", "methods", "attempts", "margin", "confidence")
     scoring = ("selection", "gate", "report", "registered_model", "dtype", "batch_size", "backend")
@@ -41,7 +45,7 @@ def key_of(settings: Settings, base: Weights, checkpoints: Mapping[int, str]) ->
     return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def key_up_to(settings: Settings, base: Weights, checkpoints: Mapping[int, str], end: int) -> str:
+def key_up_to(settings: Settings, base: "Weights", checkpoints: Mapping[int, str], end: int) -> str:
     """Return the name of the window of those checkpoints that are at steps up to `end`."""
     return key_of(settings, base, {step: identity for step, identity in checkpoints.items() if step <= end})
 
@@ -67,7 +71,7 @@ def read_decisions(settings: Settings) -> list[Decision]:
     return [read_json(path, Decision) for path in paths]
 
 
-def decisions_of(settings: Settings, base: Weights, checkpoints: Mapping[int, str]) -> list[Decision]:
+def decisions_of(settings: Settings, base: "Weights", checkpoints: Mapping[int, str]) -> list[Decision]:
     """Return the decisions on windows of these checkpoints (identity by step), made under these settings.
 
     A run that was started anew, or resumed inside a window, has not been decided.
@@ -79,7 +83,7 @@ def decisions_of(settings: Settings, base: Weights, checkpoints: Mapping[int, st
     ]
 
 
-def attempt(settings: Settings, base: Weights, checkpoints: Mapping[int, str]) -> tuple[int, int]:
+def attempt(settings: Settings, base: "Weights", checkpoints: Mapping[int, str]) -> tuple[int, int]:
     """Return (n, of): the window of `checkpoints` (identity by step) is the n-th of `of` sharing the gate's error."""
     if settings.window != "auto":
         return 1, 1

@@ -57,7 +57,7 @@ def run_of(process: Daemon) -> Run | None:
         return None
     name = process.name.partition("-")[2]
     try:
-        settings = load_settings(config)
+        settings = load_settings(config, look=True)
     except ConfigError as error:
         return Run(str(config), f"{name}: {error}")
     standing, decided = read_standing(settings), _verdict(read_decisions(settings))
@@ -94,7 +94,7 @@ def tell(home: Path, name: str) -> Told:
     config, run = watched(process), run_of(process)
     if config is None or run is None:
         raise WatchError(f"{name} is re-grounded: its page is reground-{name} in Prefect, its log {process.log}.")
-    settings = load_settings(config)
+    settings = load_settings(config, look=True)
     decisions = read_decisions(settings)
     newest = decisions[-1] if decisions else None
     page = None if newest is None else window_directory(settings, newest.key) / "decision.md"
