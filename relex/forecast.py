@@ -51,6 +51,8 @@ class Forecast:
     `surviving` is the share of its delta that survives the rounding to `dtype` (see relex.output.rounding), None where
     nothing is rounded. `norm` is of what is predicted, `norm_band` where the delta's norm is with 90 % if the run goes
     on along a line (see `interval`). `warnings` say what looks wrong in the window (see `sanity`), a line each.
+    `copied` are the tensors that moved and that the method does not apply to, so that they are the latest checkpoint's,
+    `copied_share` how much of the model's parameters they are.
     `products` is the precision of the Gram's (see `relex.kernel`), "" where nobody kept it.
     `vectors` are what is added to rank-one tensors: not among the JSON, and absent from a forecast that was read back,
     where the tensors have their digests.
@@ -73,6 +75,8 @@ class Forecast:
     warnings: tuple[str, ...]
     surviving: float | None = None
     products: str = ""
+    copied: tuple[str, ...] = ()
+    copied_share: float = 0.0
     vectors: Mapping[str, RankOne] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -99,7 +103,8 @@ class Forecast:
             name: TensorForecast(**(tensor | {"coefficients": tuple(tensor["coefficients"])}))
             for name, tensor in content["tensors"].items()
         }
-        lists = {key: tuple(content[key]) for key in ("steps", "digests", "warnings")}
+        # Who was written before it was kept has none.
+        lists = {key: tuple(content.get(key, ())) for key in ("steps", "digests", "warnings", "copied")}
         band = tuple(content["norm_band"]) if content["norm_band"] is not None else None
         return cls(**(dict(content) | lists | {"tensors": tensors, "norm_band": band}))
 
@@ -167,6 +172,14 @@ def forecast(
         source: Source = "latest" if torch.equal(coefficients_TK[index], latest_K) else "combined"
         coefficients = tuple(coefficients_TK[index].tolist()) if source == "combined" else ()
         tensors[name] = TensorForecast(source, coefficients, float(energy_T[index]), float(r_squared_T[index]))
+    # Of what a matrix method applies to, too, it may leave out a tensor, as one that is too long.
+    left_out, applied = isinstance(method.predictor, MatrixPredictor), set(predicted)
+    copied = tuple(
+        name
+        for index, name in enumerate(gram.names)
+        if moved_T[index] and (index not in applied or (left_out and name not in added))
+    )
+    total = sum(math.prod(spec.base.shape) for spec in trajectory.tensors)
     norm = float(spectrum.norm(gram.products, coefficients_TK))
     return Forecast(
         method=method.spec,
@@ -188,5 +201,7 @@ def forecast(
         r_squared=spectrum.pooled(gram.products, r_squared_T),
         warnings=tuple(finding.text for finding in sanity.findings(gram)),
         products=gram.precision,
+        copied=copied,
+        copied_share=sum(math.prod(specs[name].base.shape) for name in copied) / total,
         vectors=added,
     )

@@ -52,25 +52,36 @@ def findings(gram: Gram) -> list[Finding]:
 
 
 def refuse_duplicates(gram: Gram) -> None:
-    """Raise DuplicateError for the first checkpoint that holds what the one before it holds."""
+    """Raise DuplicateError for the first checkpoint that holds what one before it holds."""
     for duplicate in duplicates(gram):
         raise DuplicateError(duplicate.text)
 
 
 def duplicates(gram: Gram) -> list[Finding]:
-    """Return the steps whose checkpoint is, bit for bit, the one before it."""
-    pairs = pairwise(zip(gram.steps, gram.digests, strict=True))
-    return [
-        Finding(
-            "duplicate",
-            step,
-            "",
-            f"the checkpoint of step {step} holds the same weights as that of step {before}, bit for bit: one was saved"
-            " under two names, or nothing was trained in between. Delete one of them.",
+    """Return the steps whose checkpoint is, bit for bit, an earlier one."""
+    latest: dict[str, int] = {}
+    findings = []
+    for place, (step, digest) in enumerate(zip(gram.steps, gram.digests, strict=True)):
+        if digest in latest:
+            between = gram.steps[latest[digest] + 1 : place]
+            findings.append(_duplicate(step, gram.steps[latest[digest]], between))
+        latest[digest] = place
+    return findings
+
+
+def _duplicate(step: int, earlier: int, between: Sequence[int]) -> Finding:
+    same = (
+        f"the checkpoint of step {step} holds the same weights as that of step {earlier}, bit for bit: one was saved"
+        " under two names, or "
+    )
+    if between:
+        others = f"{between[0]} to {between[-1]}" if len(between) > 1 else f"{between[0]}"
+        why = (
+            f"the run was rolled back. Delete step {step}, or, if it went on from there, steps {earlier} and {others}."
         )
-        for (before, earlier), (step, later) in pairs
-        if later == earlier
-    ]
+    else:
+        why = "nothing was trained in between. Delete one of them."
+    return Finding("duplicate", step, "", same + why)
 
 
 def far(gram: Gram) -> list[Finding]:

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator, svds
 
+from relex.layouts.weights import is_turned
 from relex.progress import Progress
 from relex.rank_one import RankOne
 from relex.streaming import CHUNK, Unit, Workspace, in_order, workspaces
@@ -43,6 +44,14 @@ class Source:
     def count(self) -> int:
         """The number of checkpoints."""
         return len(self.trajectory.checkpoints)
+
+    def turned(self, name: str) -> bool:
+        """Whether the matrix is stored as (in, out): it is looked at as (out, in) all the same."""
+        return is_turned(name, self.trajectory.base.config)
+
+    def outer(self, name: str, left_M: NDArray[np.float32], right_N: NDArray[np.float32]) -> RankOne:
+        """Return the matrix of a left and a right vector as the tensor is stored."""
+        return RankOne(right_N, left_M) if self.turned(name) else RankOne(left_M, right_N)
 
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Return (M, N) of every tensor, N = 1 where it has one dimension."""
@@ -87,6 +96,8 @@ def triplets(
             _read(matrix_MN, source.trajectory, space, unit, pair)
             leading.append(_leading(matrix_MN))
         left, sigma, right, norm = zip(*leading, strict=True)
+        if source.turned(source.trajectory.tensors[unit.tensor].name):
+            left, right = right, left
         return Triplets(np.stack(left), np.array(sigma), np.stack(right), np.array(norm))
 
     for done, (unit, decomposed) in enumerate(in_order(work, pieces, spaces), start=1):

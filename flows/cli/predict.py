@@ -147,6 +147,12 @@ def show_extrapolation(console: Console, manifests: "Mapping[str, Manifest]") ->
         if "told_by" in family:
             console.print(f"learning rate {family['lr']:g}, from {family['told_by']}")
     print_warnings(console, first.warnings)
+    if first.copied:
+        others = ", …" if len(first.copied) > 1 else ""
+        console.print(
+            f"{first.method} does not apply to {len(first.copied)} tensors, {first.copied_share:.1%} of the parameters:"
+            f" they are the latest checkpoint's ({first.copied[0]}{others})"
+        )
     console.print(table)
 
 

@@ -18,7 +18,7 @@ from relex.layouts.adapter_settings import MERGE, AdapterSettings, read_settings
 from relex.layouts.factors import AdapterWeights, Factor, LowRank, Unchanged
 from relex.layouts.foreign import refuse_known
 from relex.layouts.hf import descend, read_json
-from relex.layouts.weights import TensorEntry, Weights, embedding_name, whole
+from relex.layouts.weights import TensorEntry, Weights, embedding_name, is_turned, knows_turned, whole
 
 NAME = "peft"
 
@@ -28,9 +28,6 @@ PREFIX = "base_model.model."
 
 _PLACES = ("", "actor/lora_adapter", "lora_adapter")
 HEAD = "lm_head.weight"
-# Their linear layers are stored as (in, out), and of a square one the shape does not tell.
-_CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
-
 _LORA = re.compile(
     r"(?P<module>.+)\.lora_(?P<part>A|B|embedding_A|embedding_B|magnitude_vector)(\.default)?(\.weight)?"
 )
@@ -192,9 +189,9 @@ def _low_rank(opened: _Opened, module: str, parts: Mapping[str, TensorEntry], *,
 
 def _stored_straight(opened: _Opened, module: str) -> bool:
     """Whether a square layer is stored as (out, in): peft goes by its class, whatever fan_in_fan_out says."""
-    if opened.base.config.get("model_type") in _CONV1D_MODELS:
-        return module.endswith("lm_head")
-    if opened.settings.fan_in_fan_out:
+    if is_turned(module, opened.base.config):
+        return False
+    if opened.settings.fan_in_fan_out and not knows_turned(opened.base.config):
         raise CheckpointMismatchError(
             f"{opened.directory}/{opened.config_file} sets fan_in_fan_out, and of {module}, which is square, in a"
             f" {opened.base.config.get('model_type')!r:.40} nothing tells whether it is turned. {MERGE}."

@@ -18,6 +18,10 @@ import torch
 from relex.errors import CheckpointChangedError, CheckpointMismatchError
 from relex.files.directory import Directory, FileIdentity
 
+# transformers' Conv1D, by model and by the last part of the layer's name.
+_CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
+_CONV1D_LAYERS = {"c_attn", "c_proj", "c_fc", "q_attn"}
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -162,6 +166,17 @@ def tiled(
             f" {math.prod(shape)}. A rank's files are missing or left over: save the checkpoint again."
         )
     return TensorEntry(name, dtype, shape, ordered)
+
+
+def is_turned(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether a layer's matrix is stored as (in, out): Conv1D is, of a square one the shape does not tell."""
+    layer = name.removesuffix(".weight").rpartition(".")[2]
+    return knows_turned(config) and layer in _CONV1D_LAYERS
+
+
+def knows_turned(config: Mapping[str, Any]) -> bool:
+    """Whether the names of a model's layers tell which are Conv1D."""
+    return config.get("model_type") in _CONV1D_MODELS
 
 
 def make_weights(

@@ -28,7 +28,16 @@ Array = NDArray[np.float64]
 
 # A spread below this share of the values is none.
 _CONSTANT = 1e-12
-_PARTS = frozenset({"attn", "self_attn", "linear_attn", "attention", "self_attention", "mlp", "feed_forward"})
+_PARTS = frozenset(
+    {
+        "attn", "self_attn", "linear_attn", "attention", "self_attention", "mlp", "feed_forward", "ffn",
+        # Mixtral and kin; OPT; encoders' and decoders' other attention; T5.
+        "block_sparse_moe", "fc1", "fc2", "cross_attn", "encoder_attn", "SelfAttention", "EncDecAttention",
+        "DenseReluDense",
+    }
+)  # fmt: skip
+# A look-up table that stands in T5's attention.
+_TABLES = frozenset({"relative_attention_bias"})
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,8 @@ class AlphaRL:
 
     def moves(self, name: str, dimensions: int) -> bool:
         """Attention and MLP matrices, told by their names, are predicted; the others are the latest checkpoint's."""
-        return dimensions == 2 and not _PARTS.isdisjoint(name.split("."))
+        parts = name.split(".")
+        return dimensions == 2 and not _PARTS.isdisjoint(parts) and _TABLES.isdisjoint(parts)
 
     def aim(self, target_step: int) -> float:
         """Return what the regression is read at: the goal, whatever the target, or the target step."""
@@ -76,7 +86,8 @@ class AlphaRL:
             x_KM = (signs_K * decomposed.norm_P)[:, None] * decomposed.left_PM
             right_N = (signs_K[-1] * decomposed.right_PN[-1]).astype(np.float32)
             for by_name, aim in zip(matrices, aims, strict=True):
-                by_name[name] = RankOne(inverse_regression(x_KM, y_K, aim).astype(np.float32), right_N)
+                left_M = inverse_regression(x_KM, y_K, aim).astype(np.float32)
+                by_name[name] = source.outer(name, left_M, right_N)
         return matrices
 
     def _measured(self, steps: Sequence[int]) -> Array:

@@ -107,7 +107,7 @@ class Next:
             made_SD = self._predict(series, _telling(source.on_progress, begun, cost[key], total))
             predicted |= {(one.tensor, key[0]): vector_D for one, vector_D in zip(series, made_SD, strict=True)}
             begun += self.epochs * cost[key]
-        added = {name: _outer(predicted, name) for name in shapes}
+        added = {name: _outer(predicted, name, source) for name in shapes}
         return [anchored(source, added, source.count - 1)] * len(aims)
 
     def _collect(self, source: Source, shapes: dict[str, tuple[int, int]]) -> dict[tuple[Part, int], list[_Series]]:
@@ -168,12 +168,12 @@ def reference_signs(decomposed: Triplets, reference: int) -> NDArray[np.float64]
     return np.where(agreement_P < 0, -1.0, 1.0)
 
 
-def _outer(predicted: dict[tuple[str, Part], Array], name: str) -> RankOne:
+def _outer(predicted: dict[tuple[str, Part], Array], name: str, source: Source) -> RankOne:
     vector_D = predicted.get((name, "vector"))
     if vector_D is not None:
         return RankOne(vector_D, np.ones(1, dtype=np.float32))
     left_M, right_N = (_normalised(predicted[name, part]) for part in ("left", "right"))
-    return RankOne(left_M * predicted[name, "sigma"], right_N)
+    return source.outer(name, left_M * predicted[name, "sigma"], right_N)
 
 
 def _normalised(vector_D: Array) -> Array:

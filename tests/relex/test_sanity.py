@@ -1,3 +1,4 @@
+import re
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +14,7 @@ from relex.inspection import inspect
 from relex.layouts.hf import SINGLE_FILE, open_model
 from relex.output import manifest
 from relex.predictors import parse_method
-from relex.sanity import duplicates, findings, foreign, holes, increments, jumps
+from relex.sanity import duplicates, findings, foreign, holes, increments, jumps, refuse_duplicates
 from tests.helpers.trajectories import MIB, State, drift, measure, quiet, write_run
 
 SHAPES = {"attention": (12, 10), "mlp": (30, 7), "norm": (5,)}
@@ -242,3 +243,28 @@ def test_a_run_that_only_jitters_has_no_foreign_step(tmp_path: Path) -> None:
     base = {"w": torch.randn(200, 20, generator=generator)}
     jitter = {s: {"w": base["w"] + 0.01 * torch.randn(200, 20, generator=generator)} for s in range(10, 110, 10)}
     assert foreign(gram_of({0: base, **jitter}, tmp_path)) == []
+
+
+@pytest.mark.parametrize(
+    ("steps", "same", "said"),
+    [
+        (
+            (10, 20, 30, 40),
+            (40, 20),
+            r"of step 40 holds .* as that of step 20, .* rolled back\. Delete step 40, or, if it",
+        ),
+        ((10, 20, 30, 40, 50), (50, 20), "went on from there, steps 20 and 30 to 40"),
+        ((10, 20, 30), (30, 20), r"nothing was trained in between\. Delete one of them"),
+    ],
+)
+def test_a_run_that_was_rolled_back_is_seen(
+    steps: tuple[int, ...], same: tuple[int, int], said: str, tmp_path: Path
+) -> None:
+    states = walk([1.0] * len(steps), steps=steps)
+    states[same[0]] = states[same[1]]
+    measured = gram_of(states, tmp_path)
+    (found,) = duplicates(measured)
+    assert (found.kind, found.step) == ("duplicate", same[0])
+    assert re.search(said, found.text)
+    with pytest.raises(DuplicateError, match="bit for bit"):
+        refuse_duplicates(measured)

@@ -12,6 +12,7 @@ import torch
 from relex.forecast import forecast
 from relex.output.materialise import Output, materialise
 from relex.predictors import parse_method
+from tests.helpers import ROOT
 from tests.helpers.trajectories import FROZEN, MIB, NORM, SHAPES, STEPS, TARGET, drift, load, measure, write_run
 from tests.relex.reference import dense
 
@@ -114,3 +115,28 @@ def test_integers_and_booleans_come_from_the_latest_checkpoint(predicted: Path) 
         for name in ("position_ids", "mask"):
             assert loaded[name].dtype == latest[name].dtype
             assert torch.equal(loaded[name], latest[name])
+
+
+# What the authors' run scripts say: model, checkpoints that are seen, label of the target.
+PUBLISHED = (("Qwen2.5-Math-1.5B", 75, 500), ("Qwen3-4B-Base", 75, 500), ("Qwen3-8B-Base", 100, 750))
+
+
+def published(D: dense.Array, model: str, seen: int, label: int) -> dense.Array:
+    """Their arithmetic: time counts checkpoints from 0, and the target lies so many steps ahead of the last one."""
+    scaling = 2.0 if "Qwen2.5-Math-1.5B" in model else 1.0
+    values, directions = dense.coordinates(D[:seen], 1)
+    intercept, slope = dense.fit(values, range(seen))
+    target = seen - 1 + round(label * scaling) - seen
+    delta: dense.Array = (intercept + slope * target) @ directions
+    return delta
+
+
+@pytest.mark.parametrize(("model", "seen", "label"), PUBLISHED)
+def test_the_target_step_that_is_documented_is_the_published_one(model: str, seen: int, label: int) -> None:
+    lines = (ROOT / "docs" / "methods.md").read_text().splitlines()
+    (row,) = (line.strip("|").split("|") for line in lines if line.startswith(f"| RELEX-{model} |"))
+    _, trajectory, window, said, target = (cell.strip() for cell in row)
+    assert (trajectory, int(window), int(said)) == (f"`hf://relex-rlvr/RLVR-{model}`", seen, label)
+    walk = np.random.default_rng(0).standard_normal((seen, 40)).cumsum(axis=0)
+    ours = dense.relex(walk, range(1, seen + 1), int(target))
+    np.testing.assert_allclose(ours, published(walk, model, seen, label), rtol=1e-9)
