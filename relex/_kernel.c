@@ -19,9 +19,11 @@
 #endif
 
 /* What relex/kernel.py asks for; another number there means that this file was built from other sources. */
-#define VERSION 1
+#define VERSION 2
 
 #define LANES 16
+/* Sums that do not wait for each other; rows are filled with zeros to a multiple of so many lanes. */
+#define STEPS 4
 /* Columns that are subtracted and multiplied at once; of every CHAIN of them sums are fp32, across them fp64. */
 #define WIDTH 2048
 #define CHAIN 512
@@ -42,6 +44,7 @@
 typedef float lanes __attribute__((vector_size(4 * LANES)));
 typedef float lanes_anywhere __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef uint32_t bits __attribute__((vector_size(4 * LANES)));
+typedef uint32_t bits_anywhere __attribute__((vector_size(4 * LANES), aligned(2)));
 typedef int32_t signed_bits __attribute__((vector_size(4 * LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2)));
 typedef float half_lanes __attribute__((vector_size(2 * LANES)));
@@ -64,6 +67,13 @@ INLINE void load(lanes *to, const char *place, int kind) {
     else *to = (lanes)(__builtin_convertvector(*(const halves *)place, bits) << 16);
 }
 
+/* Two rows of lanes out of bf16 by one instruction each: the even elements, and the odd ones. */
+INLINE void load_pair(lanes *even, lanes *odd, const char *place) {
+    bits both = *(const bits_anywhere *)place;
+    *even = (lanes)(both << 16);
+    *odd = (lanes)(both & 0xffff0000);
+}
+
 INLINE float element(const char *place, int kind) {
     if (kind == FLOAT32) { float value; memcpy(&value, place, 4); return value; }
     uint16_t half; memcpy(&half, place, 2);
@@ -72,11 +82,23 @@ INLINE float element(const char *place, int kind) {
 
 INLINE uint32_t bits_of(float value) { uint32_t whole; memcpy(&whole, &value, 4); return whole; }
 
-/* Copy row - before, n <= WIDTH elements, to out (filled with zeros to a multiple of LANES). */
-INLINE void subtract(float *out, const char *row, const char *before, const char *next, int kind, Py_ssize_t n) {
+/* Copy row - before, n <= WIDTH elements, to out, in pairs as load_pair gives them where that is asked for (filled with zeros to a multiple of STEPS * LANES). */
+INLINE void subtract(
+    float *out, const char *row, const char *before, const char *next, int kind, int paired, Py_ssize_t n) {
     Py_ssize_t c = 0;
     /* A row is shorter than what the CPU fetches ahead by itself. */
     for (Py_ssize_t ahead = 0; ahead < n * (kind == FLOAT32 ? 4 : 2); ahead += 64) __builtin_prefetch(next + ahead);
+    for (; paired && c + 2 * LANES <= n; c += 2 * LANES) {
+        lanes even, odd, even_before, odd_before;
+        load_pair(&even, &odd, at(row, kind, c));
+        if (before) {
+            load_pair(&even_before, &odd_before, at(before, kind, c));
+            even -= even_before;
+            odd -= odd_before;
+        }
+        *(lanes *)(out + c) = even;
+        *(lanes *)(out + c + LANES) = odd;
+    }
     for (; c + LANES <= n; c += LANES) {
         lanes x, y;
         load(&x, at(row, kind, c), kind);
@@ -86,27 +108,29 @@ INLINE void subtract(float *out, const char *row, const char *before, const char
         }
         *(lanes *)(out + c) = x;
     }
-    if (c < n) *(lanes *)(out + c) = (lanes){0};
+    for (Py_ssize_t z = c; z < n || z % (STEPS * LANES); z += LANES) *(lanes *)(out + z) = (lanes){0};
     for (; c < n; c++) out[c] = element(at(row, kind, c), kind) - (before ? element(at(before, kind, c), kind) : 0.0f);
 }
 
 /* Set what is heavy in x to zero and keep it apart; 1 when the row has to be multiplied in fp64 instead. */
 INLINE int sift(float *x, Py_ssize_t n, heavy_t *heavy) {
-    lanes square = {0};
-    signed_bits largest = {0};
+    lanes square[STEPS] = {0};
+    signed_bits largest[STEPS] = {0};
     heavy->count = 0;
-    for (Py_ssize_t c = 0; c < n; c += LANES) {
-        lanes v = *(lanes *)(x + c);
-        signed_bits magnitude = (signed_bits)v & 0x7fffffff, more = magnitude > largest;
-        largest = (magnitude & more) | (largest & ~more);
-        square += v * v;
-    }
+    for (Py_ssize_t c = 0; c < n; c += STEPS * LANES)
+        _Pragma("GCC unroll 4") for (int s = 0; s < STEPS; s++) {
+            lanes v = *(lanes *)(x + c + s * LANES);
+            signed_bits magnitude = (signed_bits)v & 0x7fffffff, more = magnitude > largest[s];
+            largest[s] = (magnitude & more) | (largest[s] & ~more);
+            square[s] += v * v;
+        }
     uint32_t top = 0;
     float sum = 0.0f;
-    for (int l = 0; l < LANES; l++) {
-        if ((uint32_t)largest[l] > top) top = (uint32_t)largest[l];
-        sum += square[l];
-    }
+    for (int s = 0; s < STEPS; s++)
+        for (int l = 0; l < LANES; l++) {
+            if ((uint32_t)largest[s][l] > top) top = (uint32_t)largest[s][l];
+            sum += square[s][l];
+        }
     if (top == 0) return 0;
     /* Not a number and infinity are larger than every number. */
     if (top > bits_of(LARGEST) || top < bits_of(SMALLEST)) return 1;
@@ -232,12 +256,13 @@ typedef struct {
         char *in_fp64 = (char *)(heavy + groups * R);                                                                   \
         memset(g->scratch, 0, groups * R * ROW * sizeof(float));                                                      \
         for (Py_ssize_t start = 0; start < g->n; start += WIDTH) {                                                      \
-            Py_ssize_t n = g->n - start < WIDTH ? g->n - start : WIDTH, padded = (n + LANES - 1) / LANES * LANES;       \
+            Py_ssize_t n = g->n - start < WIDTH ? g->n - start : WIDTH, filled = STEPS * LANES;                         \
+            Py_ssize_t padded = (n + filled - 1) / filled * filled;                                                     \
             for (Py_ssize_t k = 0; k < g->count; k++) {                                                                 \
                 const char *before = k ? g->rows + (k - 1) * g->stride : g->relative ? NULL : g->base;                  \
                 subtract(g->scratch + k * ROW, at(g->rows + k * g->stride, kind, start),                              \
                          before ? at(before, kind, start) : NULL,                                                       \
-                         at(g->rows + (k + 1 < g->count ? k + 1 : k) * g->stride, kind, start), kind, n);               \
+                         at(g->rows + (k + 1 < g->count ? k + 1 : k) * g->stride, kind, start), kind, kind == BFLOAT16, n); \
                 in_fp64[k] = (char)sift(g->scratch + k * ROW, padded, heavy + k);                                     \
             }                                                                                                           \
             for (Py_ssize_t top = g->first / R; top < groups; top++)                                                    \
@@ -273,6 +298,7 @@ INLINE void rounded(const lanes *total, int out_kind, signed_bits *not_finite, b
 
 /* added + sum of coefficients times (row - base), each addition fused, row after row; 1 when all of it is finite. */
 INLINE int combine(const sum_t *s, int kind, int added_kind, int out_kind) {
+    const int paired = kind == BFLOAT16 && added_kind == BFLOAT16 && out_kind == BFLOAT16;
     signed_bits not_finite = {0};
     lanes from[WIDTH / LANES];
     memset(from, 0, sizeof from);
@@ -280,7 +306,7 @@ INLINE int combine(const sum_t *s, int kind, int added_kind, int out_kind) {
         Py_ssize_t n = s->n - start < WIDTH ? s->n - start : WIDTH;
         lanes total[WIDTH / LANES];
         memset(total, 0, sizeof total);
-        if (!s->relative) subtract((float *)from, at(s->base, kind, start), NULL, s->rows, kind, n);
+        if (!s->relative) subtract((float *)from, at(s->base, kind, start), NULL, s->rows, kind, paired, n);
         for (Py_ssize_t k = 0; k < s->count; k++) {
             float coefficient = s->coefficients[k];
             if (coefficient == 0.0f) continue;
@@ -289,6 +315,12 @@ INLINE int combine(const sum_t *s, int kind, int added_kind, int out_kind) {
             const char *next = at(s->rows + (k + 1 < s->count ? k + 1 : k) * s->stride, kind, start);
             for (Py_ssize_t ahead = 0; ahead < n * (kind == FLOAT32 ? 4 : 2); ahead += 64) __builtin_prefetch(next + ahead);
             Py_ssize_t c = 0;
+            for (; paired && c + 2 * LANES <= n; c += 2 * LANES) {
+                lanes even, odd;
+                load_pair(&even, &odd, at(row, kind, c));
+                total[c / LANES] += (even - from[c / LANES]) * factor;
+                total[c / LANES + 1] += (odd - from[c / LANES + 1]) * factor;
+            }
             for (; c + LANES <= n; c += LANES) {
                 lanes delta;
                 load(&delta, at(row, kind, c), kind);
@@ -302,7 +334,18 @@ INLINE int combine(const sum_t *s, int kind, int added_kind, int out_kind) {
         }
         const char *added = at(s->added, added_kind, start);
         char *out = (char *)at(s->out, out_kind, start);
-        for (Py_ssize_t c = 0; c < n; c += LANES) {
+        Py_ssize_t c = 0;
+        for (; paired && c + 2 * LANES <= n; c += 2 * LANES) {
+            lanes even, odd;
+            bits low, high;
+            load_pair(&even, &odd, at(added, added_kind, c));
+            even += total[c / LANES];
+            odd += total[c / LANES + 1];
+            rounded(&even, out_kind, &not_finite, &low);
+            rounded(&odd, out_kind, &not_finite, &high);
+            *(bits_anywhere *)(out + 2 * c) = high | low >> 16;
+        }
+        for (; c < n; c += LANES) {
             bits stored;
             lanes to = {0};
             if (c + LANES <= n) load(&to, at(added, added_kind, c), added_kind);

@@ -22,7 +22,7 @@ except ImportError:
     BUILT = False
 else:
     # One that is left from other sources is passed over.
-    BUILT = _kernel.VERSION == 1
+    BUILT = _kernel.VERSION == 2
 
 Suspects = list[tuple[int, int]]
 """(row, number of the stretch) of what may have lost a sector."""

@@ -103,7 +103,8 @@ def fill(
         ]
         for spec in tensors
     }
-    pieces = [unit for unit in units(trajectory) if filling[tensors[unit.tensor].name]]
+    # Backwards: what the pass before this one read last is still in the page cache, and what it read first may not be.
+    pieces = [unit for unit in reversed(units(trajectory)) if filling[tensors[unit.tensor].name]]
     rows = {
         index: sorted(
             {row for i in filling[spec.name] for row in needed_rows(forecasts[i].tensors[spec.name], len(spec.entries))}
