@@ -1,6 +1,7 @@
 """The files that a pass reads, kept open: to open one for every read costs more than to read it."""
 
 import os
+import resource
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from relex.errors import RelexError
 from relex.files.directory import Directory
 from relex.files.local import LocalDirectory
 
-# Far below the usual limit of a process, 1024: servers and libraries have theirs open.
+# And no more than half of what the process may open: servers and libraries have theirs.
 MOST: Final = 512
 
 File = tuple[Directory, str]
@@ -73,5 +74,6 @@ class OpenFiles:
 
     def _make_room(self) -> None:
         idle = [file for file, opened in self._open.items() if opened.users == 0]
-        for file in idle[: max(0, len(self._open) + 1 - MOST)]:
+        most = min(MOST, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+        for file in idle[: max(0, len(self._open) + 1 - most)]:
             os.close(self._open.pop(file).descriptor)
