@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deploy import audit
+from deploy import audit, wishes
 from deploy.runs import KEY_TAG
 from deploy.tracking import local_path
 from deploy.versions import AUDIT, CANDIDATES, DIGEST, OBSERVED, VERSIONS_TAG, champion_version, known_version, versions
@@ -55,10 +55,12 @@ def _settle(client: "MlflowClient", name: str, run: "Run") -> None:
     """Complete the audit run of a promotion or rollback if the alias was moved, otherwise undo what it had begun."""
     entry = audit.entry_of(client, run)
     champion = champion_version(client, name)
+    if entry.verdict == "under way" and champion is not None and entry.to_version == int(champion.version):
+        entry = audit.decide(client, entry, audit.DONE[entry.action])
     if entry.verdict != "under way":
+        if entry.asked:
+            wishes.answer(client, name, entry)
         audit.close(client, entry, entry.verdict)
-    elif champion is not None and entry.to_version == int(champion.version):
-        audit.close(client, entry, audit.DONE[entry.action])
     else:
         for copy in versions(client, f"name = '{name}' and tags.`{AUDIT}` = '{entry.number}'"):
             client.delete_model_version(name, str(copy.version))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from deploy import artifact
+from deploy import artifact, wishes
 from deploy.candidate import Candidate, digest_of, verify
 from deploy.errors import CandidateError
 from deploy.reaper import reap
@@ -28,7 +28,6 @@ from deploy.versions import (
     STEP,
     VERSIONS_TAG,
     RegisteredModelVersion,
-    champion_version,
     ensure_registered_model,
     known_version,
     registered_names,
@@ -145,7 +144,7 @@ def models(name: str, *, tracking_uri: str) -> list[RegisteredModelVersion]:
     """Return every registered prediction of `name`, newest first; empty where there is none."""
     client = connect(tracking_uri)
     with refusals(client):
-        promoted = champion_version(client, name)
+        promoted = wishes.standing(client, name, wishes.trail_of(client, name))
         digest = None if promoted is None else promoted.tags.get(DIGEST)
         candidates = versions(client, f"name = '{name}{CANDIDATES}'")
         rows = [row(client, version, champion=version.tags[DIGEST] == digest) for version in candidates]
@@ -164,10 +163,13 @@ def tag(name: str, version: int, tags: Mapping[str, str], *, tracking_uri: str) 
 
 
 def champion(name: str, *, tracking_uri: str) -> RegisteredModelVersion | None:
-    """Return the version of `<name>` that carries the alias champion, or None where nothing was promoted."""
+    """Return the version of `<name>` that stands as champion, or None where nothing was promoted.
+
+    An alias that was moved on MLflow's own page moves it once `champions.settle` has judged that.
+    """
     client = connect(tracking_uri)
     with refusals(client):
-        version = champion_version(client, name)
+        version = wishes.standing(client, name, wishes.trail_of(client, name))
         return None if version is None else row(client, version, champion=True)
 
 

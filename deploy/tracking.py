@@ -71,12 +71,14 @@ def connect(tracking_uri: str) -> "MlflowClient":
 
 
 @contextmanager
-def locked_experiment(client: "MlflowClient", name: str) -> Iterator["Experiment"]:
+def locked_experiment(client: "MlflowClient", name: str, *, seconds: float | None = None) -> Iterator["Experiment"]:
     """Yield the experiment `name`, created where it is missing, alone: one process at a time writes to it.
+
+    It is waited for `seconds`, a quarter of an hour if left out; RegistryError where it is held for longer.
 
     Where artifacts are a directory, a file lock in it: among all hosts that mount it, as far as its file system locks
     between hosts. Where they are remote, a file lock of this host and a registered model `<name>.lock`, whose name
-    MLflow gives out once. Neither binds a client that moves an alias without asking, such as MLflow's own page.
+    MLflow gives out once. Neither binds MLflow's own page.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise RegistryError(f"{name!r} is no name for a model. Use letters, digits, '.', '_' and '-'.")
@@ -88,22 +90,24 @@ def locked_experiment(client: "MlflowClient", name: str) -> Iterator["Experiment
         directory = own_directory(Path(tempfile.gettempdir()) / f"relex-{os.getuid()}-{key}")
     directory.mkdir(parents=True, exist_ok=True)
     lock = FileLock(directory / ".relex.lock")
+    patience = _LOCK_SECONDS if seconds is None else seconds
     try:
-        lock.acquire(timeout=_LOCK_SECONDS)
+        lock.acquire(timeout=patience)
     except Timeout as error:
         raise RegistryError(
-            f"{lock.lock_file} is still held after {_LOCK_SECONDS} s. Find the process that registers, or end it."
+            f"{lock.lock_file} is still held after {patience} s. Find the process that registers, or end it."
         ) from error
     try:
         remote = local_path(experiment.artifact_location) is None
-        with refusals(client), _lock_model(client, name, directory) if remote else contextlib.nullcontext():
+        held = _lock_model(client, name, directory, seconds=patience) if remote else contextlib.nullcontext()
+        with refusals(client), held:
             yield experiment
     finally:
         lock.release()
 
 
 @contextmanager
-def _lock_model(client: "MlflowClient", name: str, place: Path) -> Iterator[None]:
+def _lock_model(client: "MlflowClient", name: str, place: Path, *, seconds: float) -> Iterator[None]:
     """Hold the registered model `<name>.lock`; the caller holds the file lock of `place`, a directory of this host."""
     from mlflow.exceptions import MlflowException
 
@@ -112,7 +116,7 @@ def _lock_model(client: "MlflowClient", name: str, place: Path) -> Iterator[None
     if not identity.exists():
         identity.write_text(uuid.uuid4().hex)
     owner = {_PLACE: identity.read_text(), _OWNER: f"process {os.getpid()} of {socket.gethostname()}"}
-    held, deadline = f"{name}.lock", time.monotonic() + _LOCK_SECONDS
+    held, deadline = f"{name}.lock", time.monotonic() + seconds
     while True:
         try:
             client.create_registered_model(held, tags=owner, description="Held while relex writes; gone afterwards.")
@@ -132,7 +136,7 @@ def _lock_model(client: "MlflowClient", name: str, place: Path) -> Iterator[None
             continue
         if time.monotonic() > deadline:
             raise RegistryError(
-                f"{held} is still held by {holder.get(_OWNER, 'somebody')} after {_LOCK_SECONDS} s. If that process is"
+                f"{held} is still held by {holder.get(_OWNER, 'somebody')} after {seconds} s. If that process is"
                 f" gone, delete the registered model {held} in MLflow."
             )
         time.sleep(_LOCK_POLL_SECONDS)

@@ -68,13 +68,7 @@ def _config(watcher: Daemon) -> Path:
 
 
 def spawn_promoter(running: Stack) -> None:
-    """Start the process that takes approvals of promotions up; a live one is left alone."""
+    """Start the process that takes approvals up and judges what was set in MLflow; a live one is left alone."""
     argv = [sys.executable, "-m", "flows.promote.promoter", "--tracking-uri", running.mlflow_url]
     argv += ["--downloads", str(running.home / "models")]
     spawn(running.home, PROMOTER, argv, environment=environment(running))
-
-
-def revive_promoter(running: Stack) -> None:
-    """Start it where it was ever started: an answer may be waiting for it."""
-    if any(process.name == PROMOTER for process in status(running.home)):
-        spawn_promoter(running)

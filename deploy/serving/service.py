@@ -2,7 +2,8 @@
 
 The alias is looked at every few seconds. When it has moved, the new version is verified and an engine started for it
 beside the old one; once it answers, new requests go to it, and the old engine is ended after the requests it has. A
-version that is damaged or whose engine does not come up changes nothing, and is tried again after a while.
+version that is damaged or whose engine does not come up changes nothing, and is tried again after a while. An alias
+that somebody moved on MLflow's own page is followed once it is judged and stands.
 """
 
 import asyncio
@@ -10,11 +11,11 @@ import contextlib
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import uvicorn
 
@@ -55,9 +56,12 @@ class Service:
 
 @dataclass(frozen=True)
 class Notice:
-    """One line of what happened: a version answers, or something is wrong and what answered goes on."""
+    """One line of what happened: a version answers, what was set in MLflow was judged, or something is wrong.
 
-    kind: Literal["answers", "trouble"]
+    Whatever is wrong, what answered goes on.
+    """
+
+    kind: Literal["answers", "judged", "trouble"]
     version: int
     text: str
 
@@ -74,13 +78,19 @@ class _Running:
         return self.engine.process.returncode is not None
 
 
-def serve(service: Service, *, tracking_uri: Callable[[], str], on_notice: Callable[[Notice], None]) -> None:
+# Judges what was set on MLflow's own pages since the last time, and says what came of it.
+Settle: TypeAlias = Callable[[], Sequence[Notice]]
+
+
+def serve(
+    service: Service, *, tracking_uri: Callable[[], str], on_notice: Callable[[Notice], None], settle: Settle
+) -> None:
     """Serve until SIGINT or SIGTERM, then raise KeyboardInterrupt; refuses what `serving` does."""
 
     async def until_ended() -> None:
         # As at an interrupt, the engines are ended before this process is.
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
-        async with serving(service, tracking_uri=tracking_uri, on_notice=on_notice) as ended:
+        async with serving(service, tracking_uri=tracking_uri, on_notice=on_notice, settle=settle) as ended:
             await ended
 
     asyncio.run(until_ended())
@@ -90,15 +100,21 @@ def serve(service: Service, *, tracking_uri: Callable[[], str], on_notice: Calla
 
 @asynccontextmanager
 async def serving(
-    service: Service, *, tracking_uri: Callable[[], str], on_notice: Callable[[Notice], None]
+    service: Service, *, tracking_uri: Callable[[], str], on_notice: Callable[[Notice], None], settle: Settle
 ) -> AsyncIterator["asyncio.Task[None]"]:
     """Serve the champion of the registry that `tracking_uri` says, and follow it; every engine has ended afterwards.
+
+    What `settle` says is told, first of all and as often as the alias is looked at.
 
     Yields, once the first engine answers, a task that ends when the server was asked to (SIGTERM, SIGINT). Refuses with
     NoSuchVersionError where there is no champion, CandidateError where it is damaged, and ServingError where the
     address is taken or its engine does not come up.
     """
     with _bound(service) as listener:
+        # What hinders it now is told by `_judge`, or hinders all that follows.
+        with contextlib.suppress(DeployError):
+            for judged in await asyncio.to_thread(settle):
+                on_notice(judged)
         row = await _champion(service, tracking_uri)
         async with AsyncExitStack() as ending:
             proxy = Proxy(names=(service.host, socket.gethostname(), *service.names))
@@ -106,7 +122,11 @@ async def serving(
             follower = _Follower(service, tracking_uri, on_notice, proxy, await _start(service, tracking_uri, row))
             ending.push_async_callback(follower.aclose)
             server = server_of(proxy)
-            tasks = [asyncio.create_task(server.serve(sockets=[listener])), asyncio.create_task(follower.follow())]
+            tasks = [
+                asyncio.create_task(server.serve(sockets=[listener])),
+                asyncio.create_task(follower.follow()),
+                asyncio.create_task(_judge(settle, on_notice, pause=service.poll_seconds)),
+            ]
             try:
                 while not (server.started or tasks[0].done()):
                     await asyncio.sleep(_LOOK_SECONDS)
@@ -116,7 +136,8 @@ async def serving(
                 yield asyncio.create_task(_first(tasks))
             finally:
                 server.should_exit = True
-                tasks[1].cancel()
+                for task in tasks[1:]:
+                    task.cancel()
                 await asyncio.wait(tasks)
 
 
@@ -209,6 +230,22 @@ class _Follower:
         if line != self._last_trouble:
             self._last_trouble = line
             self._on_notice(Notice("trouble", row.version, line))
+
+
+async def _judge(settle: Settle, on_notice: Callable[[Notice], None], *, pause: float) -> None:
+    """Judge again and again, beside the engines: reading a model's weights takes a while."""
+    last = ""
+    while True:
+        await asyncio.sleep(pause)
+        try:
+            judged, trouble = await asyncio.to_thread(settle), ""
+        except DeployError as error:
+            judged, trouble = (), f"what was set in MLflow is not judged: {' '.join(str(error).split())}"
+        for notice in judged:
+            on_notice(notice)
+        if trouble and trouble != last:
+            on_notice(Notice("trouble", 0, trouble))
+        last = trouble
 
 
 async def _champion(service: Service, tracking_uri: Callable[[], str]) -> RegisteredModelVersion:

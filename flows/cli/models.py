@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
 from functools import partial
@@ -15,6 +16,9 @@ from flows.cli.options import HOME, MODEL, Home, Json, Registered, err, out, pri
 from flows.console import plain_table, print_line, print_warnings
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
+    from deploy.audit import Entry
     from flows.promote.promotion import Promotion
     from flows.promote.versions import ModelVersions
 
@@ -87,15 +91,20 @@ def show_models(console: Console, listed: "ModelVersions") -> None:
             print_line(console, f"gate of v{version.row.version}: {version.gate}")
         print_line(console, f"weights of v{version.row.version}: {version.row.weights}")
     print_warnings(console, [version.state for version in listed.versions if version.state.startswith("damaged")])
-    if not listed.trail:
-        return
+    if listed.trail:
+        console.print(_trail(listed.trail))
+    for line in listed.by_hand:
+        print_line(console, line)
+
+
+def _trail(entries: "Sequence[Entry]") -> "Table":
     trail = plain_table("#", "when", "who", "what", "verdict")
-    for entry in listed.trail[-_ROWS:]:
+    for entry in entries[-_ROWS:]:
         when = datetime.fromtimestamp(entry.at_ms / 1000).astimezone().strftime("%Y-%m-%d %H:%M")
         before, after = ("—" if number is None else f"v{number}" for number in (entry.from_version, entry.to_version))
         what = f"{entry.action} {'' if entry.candidate is None else f'candidate v{entry.candidate} '}{before} → {after}"
         trail.add_row(str(entry.number), when, entry.by, what, entry.verdict)
-    console.print(trail)
+    return trail
 
 
 @_command()
@@ -132,15 +141,19 @@ def promote(
     version: Annotated[
         int | None, typer.Argument(metavar="[VERSION]", help="Version of NAME-candidates (default: the newest).")
     ] = None,
+    *,
     approve: Annotated[
         bool, typer.Option("--approve", help="Ask in the Prefect UI, and promote when somebody there says so.")
     ] = False,
+    insist: Annotated[
+        str, typer.Option(metavar="REASON", help="Promote it whatever the gate says, for this reason.")
+    ] = "",
     home: Home = HOME,
     as_json: Json = False,
 ) -> None:
     """Make a registered prediction the champion, if its weights are whole and its stored gate results say so.
 
-    Nothing is scored and nothing is forced; every attempt is a run in MLflow.
+    Nothing is scored; every attempt is a run in MLflow. Damaged weights are refused whoever insists.
     Example: relex promote qwen 3
     """
     import psutil
@@ -149,6 +162,8 @@ def promote(
     from flows.promote.promotion import promote as move
 
     by = psutil.Process().username()
+    if approve and insist:
+        raise typer.BadParameter("--approve asks what the gate says; --insist goes without it")
     if approve:
         running = stack.running(home)
         os.environ.update(stack.environment(running))
@@ -160,9 +175,10 @@ def promote(
         else:
             print_sentence(asked.sentence)
         return
-    _show_promotion(
-        move(name, version, tracking_uri=stack.tracking_uri(home), by=by, downloads=home / "models"), as_json=as_json
+    done = move(
+        name, version, tracking_uri=stack.tracking_uri(home), by=by, downloads=home / "models", insist=insist.strip()
     )
+    _show_promotion(done, as_json=as_json)
 
 
 @_command()
@@ -241,6 +257,7 @@ def serve(
     from deploy.local import stack
     from deploy.serving.service import Notice, Service
     from deploy.serving.service import serve as run_service
+    from flows.promote.promotion import settle
 
     def on_notice(notice: Notice) -> None:
         if as_json:
@@ -259,4 +276,9 @@ def serve(
         names=tuple(allow_host or ()),
         poll_seconds=poll_seconds,
     )
-    run_service(service, tracking_uri=lambda: stack.tracking_uri(place), on_notice=on_notice)
+
+    def judge() -> list[Notice]:
+        settled = settle(name, tracking_uri=stack.tracking_uri(place), downloads=place / "models")
+        return [Notice("judged", int(each.entry.asked.rpartition("/")[2]), each.sentence) for each in settled]
+
+    run_service(service, tracking_uri=lambda: stack.tracking_uri(place), on_notice=on_notice, settle=judge)

@@ -56,7 +56,7 @@ def up(
     home: Home = HOME,
     as_json: Json = False,
 ) -> None:
-    """Start the local stack: Prefect server, MLflow server, and for each CONFIG its watcher, or its re-grounding.
+    """Start the local stack: Prefect and MLflow servers, the promoter, for each CONFIG its watcher or re-grounding.
 
     What runs is left alone, what died is started again. The first time, a password is made for both servers and shown.
     It ends when every watcher has looked once: a training that starts then loses no step.
@@ -65,7 +65,7 @@ def up(
     from deploy.local import stack
     from flows.check import clashes
     from flows.cli.configs import check_config
-    from flows.processes import revive_promoter, revive_watchers, spawn_watcher
+    from flows.processes import revive_watchers, spawn_promoter, spawn_watcher
     from flows.reground.settings import is_reground, load_reground_settings
     from flows.settings import load_settings
     from flows.watch.runs import wait_for_looks, watched_settings
@@ -93,7 +93,7 @@ def up(
         started = stack.up(home)
         watchers = [spawn_watcher(started, name, path) for name, path in configs.items()]
         watchers += revive_watchers(started)
-        revive_promoter(started)
+        spawn_promoter(started)
     with err.status("looking for the first time"):
         wait_for_looks(started.home, watchers)
     _show_stack(home, as_json=as_json)

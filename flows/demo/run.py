@@ -30,7 +30,7 @@ from flows.decide.record import OBSERVED
 from flows.decide.score import reports
 from flows.demo.errors import DemoRunError
 from flows.demo.task import DIGITS, problems
-from flows.processes import spawn_watcher
+from flows.processes import spawn_promoter, spawn_watcher
 from flows.search.ladder import score
 from flows.settings import Settings, load_settings
 from flows.state.decision import Decision, Model, Score
@@ -95,6 +95,8 @@ def run_demo(directory: Path, *, seed: int, home: Path, err: Console) -> Demonst
     figure = directory / "accuracy.png"
     draw(decision, figure, later=later)
     log_curve(started.mlflow_url, settings, later)
+    # Who looks at the pages now may promote on them.
+    spawn_promoter(started)
     seconds = time.monotonic() - began
     return Demonstration(decision, tuple(later), figure, started.prefect_url, started.mlflow_url, seconds)
 

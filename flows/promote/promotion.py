@@ -1,7 +1,7 @@
 """Promotion: a registered candidate becomes the champion if its stored gate results say so.
 
-Nothing is scored and nothing is forced: the weights are verified, the per-problem results that were registered are
-paired again, with the champion there is now, and deploy.champions moves the alias.
+Nothing is scored: the weights are verified, the per-problem results that were registered are paired again, with the
+champion there is now, and deploy.champions moves the alias. What people set on MLflow's own pages is judged alike.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,20 +32,32 @@ class Promotion:
     def sentence(self) -> str:
         """Return what happened in plain words."""
         entry = self.entry
+        if entry.asked:
+            return f"{entry.asked.replace('/', ' version ')}, set in MLflow, {self._answer}. {entry.reason}"
         there = f"{self.name} version {entry.to_version} (prediction {entry.digest[:12]})"
         was = "before there was none" if entry.from_version is None else f"before it was version {entry.from_version}"
         how = f"{entry.verdict} by {entry.by}"
         return f"{there} is the champion, {how}; {was}. {entry.reason}"
+
+    @property
+    def _answer(self) -> str:
+        entry = self.entry
+        if not entry.moved:
+            return entry.verdict
+        return f"stands: {self.name} version {entry.to_version} is the champion, {entry.verdict}"
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON types."""
         return {"name": self.name, **asdict(self.entry)}
 
 
-def promote(name: str, version: int | None, *, tracking_uri: str, by: str, downloads: Path) -> Promotion:
+def promote(
+    name: str, version: int | None, *, tracking_uri: str, by: str, downloads: Path, insist: str = ""
+) -> Promotion:
     """Promote version `version` of `<name>-candidates`, the newest for None; of the champion nothing is done.
 
-    PromotionError with the reason where the weights are damaged or the gate is not passed; the refusal is on record.
+    PromotionError with the reason where the weights are damaged, or where the gate is not passed and nobody insists;
+    the refusal is on record.
     """
     entry = champions.promote(
         name,
@@ -54,6 +66,7 @@ def promote(name: str, version: int | None, *, tracking_uri: str, by: str, downl
         by=by,
         judge=partial(judge, tracking_uri=tracking_uri),
         downloads=downloads,
+        insist=insist,
     )
     if not entry.moved:
         raise PromotionError(f"{name}-candidates version {entry.candidate} is not promoted. {entry.reason}")
@@ -62,7 +75,17 @@ def promote(name: str, version: int | None, *, tracking_uri: str, by: str, downl
 
 def rollback(name: str, *, tracking_uri: str, by: str, downloads: Path) -> Promotion:
     """Give the alias back to the champion before; a DeployError says why that cannot be."""
-    return Promotion(name, champions.rollback(name, tracking_uri=tracking_uri, by=by, downloads=downloads))
+    judges = partial(judge, tracking_uri=tracking_uri)
+    return Promotion(
+        name, champions.rollback(name, tracking_uri=tracking_uri, by=by, judge=judges, downloads=downloads)
+    )
+
+
+def settle(name: str, *, tracking_uri: str, downloads: Path) -> list[Promotion]:
+    """Judge what people set on MLflow's own pages since the last time; each version says there what came of it."""
+    judges = partial(judge, tracking_uri=tracking_uri)
+    settled = champions.settle(name, tracking_uri=tracking_uri, judge=judges, downloads=downloads)
+    return [Promotion(name, entry) for entry in settled]
 
 
 def judge(

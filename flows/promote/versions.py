@@ -10,6 +10,8 @@ from deploy.errors import CandidateError
 from deploy.registry import RegisteredModelVersion
 from deploy.tracking import local_path
 from deploy.versions import OVERTAKEN
+from deploy.wishes import Wish
+from flows.promote.promotion import Promotion
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,28 @@ class ListedVersion:
 
 @dataclass(frozen=True)
 class ModelVersions:
-    """Every registered prediction of `name`, newest first, the version that is champion, and how it came to be it."""
+    """Every registered prediction of `name`, newest first, the version that is champion, and how it came to be it.
+
+    `waiting` was set on MLflow's own pages and is not judged yet.
+    """
 
     name: str
     champion: int | None
     versions: tuple[ListedVersion, ...]
     trail: tuple[Entry, ...]
+    waiting: tuple[Wish, ...] = ()
+
+    @property
+    def by_hand(self) -> list[str]:
+        """Return what came of all that was set in MLflow since the champion became it, and what waits."""
+        moved = [entry.number for entry in self.trail if entry.moved]
+        since = [entry for entry in self.trail if entry.number >= max(moved, default=0) and entry.asked]
+        newest = {entry.asked: entry for entry in since if entry.finished and entry.verdict != "abandoned"}
+        return [Promotion(self.name, entry).sentence for entry in newest.values()] + [
+            f"{wish.title} is set as champion in MLflow and not judged yet: relex up and relex serve do that within a"
+            f" minute, relex promote {self.name} at once."
+            for wish in self.waiting
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON types."""
@@ -77,7 +95,9 @@ def list_versions(
         return ListedVersion(row, state, promoted.get(row.digest))
 
     rows = registry.models(name, tracking_uri=tracking_uri)
-    return ModelVersions(name, None if champion is None else champion.version, tuple(map(look, rows)), tuple(trail))
+    waiting = champions.pending(name, tracking_uri=tracking_uri)
+    standing = None if champion is None else champion.version
+    return ModelVersions(name, standing, tuple(map(look, rows)), tuple(trail), tuple(waiting))
 
 
 def _bounds(row: RegisteredModelVersion) -> dict[str, float]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from deploy.candidate import verify
+from deploy.champions import Clearance, settle
 from deploy.errors import CandidateError, DigestConflictError, RegistryError
 from deploy.registry import CHAMPION, Registered, champion, models, register
 from deploy.tracking import LocalStore, connect
@@ -129,13 +130,18 @@ def test_the_registry_lists_what_was_registered_with_its_tags_and_metrics(model:
     assert [file.path for file in connect(store.tracking_uri).list_artifacts(made.run_id)] == ["figure.png"]
 
 
-def test_a_champion_is_the_promoted_copy_and_marks_its_candidate(model: Path, store: LocalStore) -> None:
+def test_a_champion_is_the_copy_that_was_judged_and_marks_its_candidate(model: Path, store: LocalStore) -> None:
     made = _register(model, store)
-    assert champion("tiny", tracking_uri=store.tracking_uri) is None
     client = connect(store.tracking_uri)
     promoted = client.copy_model_version(made.model_uri, "tiny")
-    assert champion("tiny", tracking_uri=store.tracking_uri) is None
     client.set_registered_model_alias("tiny", CHAMPION, str(promoted.version))
+    assert champion("tiny", tracking_uri=store.tracking_uri) is None
+    settle(
+        "tiny",
+        tracking_uri=store.tracking_uri,
+        judge=lambda candidate, champion: Clearance(passed=True, reason="", metrics={}),
+        downloads=store.artifacts,
+    )
     row = champion("tiny", tracking_uri=store.tracking_uri)
     assert row is not None
     assert (row.name, row.digest, row.weights) == ("tiny", made.digest, str(made.weights))

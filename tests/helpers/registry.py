@@ -7,7 +7,7 @@ from pathlib import Path
 from deploy import champions, registry
 from evaluation.verdict.report import Report
 from flows.decide.gate_results import write_gate_results
-from flows.promote.promotion import Promotion, promote, rollback
+from flows.promote.promotion import Promotion, promote, rollback, settle
 from flows.state.decision import Model
 from tests.helpers.predictions import write_prediction
 
@@ -68,8 +68,13 @@ class Registry:
         content = json.loads((self.home / f"prediction-{number}" / "relex.json").read_text())
         return str(content["digest"])
 
-    def promote(self, version: int | None = None, *, name: str = "tiny", by: str = "ada") -> Promotion:
-        return promote(name, version, tracking_uri=self.uri, by=by, downloads=self.home / "models")
+    def promote(
+        self, version: int | None = None, *, name: str = "tiny", by: str = "ada", insist: str = ""
+    ) -> Promotion:
+        return promote(name, version, tracking_uri=self.uri, by=by, downloads=self.home / "models", insist=insist)
+
+    def settle(self, name: str = "tiny") -> list[Promotion]:
+        return settle(name, tracking_uri=self.uri, downloads=self.home / "models")
 
     def rollback(self, name: str = "tiny") -> Promotion:
         return rollback(name, tracking_uri=self.uri, by="ada", downloads=self.home / "models")

@@ -23,10 +23,11 @@ import pytest
 from deploy import champions, registry
 from deploy.champions import Clearance
 from deploy.errors import CandidateError, NoSuchVersionError, ServingError
+from deploy.registry import RegisteredModelVersion
 from deploy.serving import engine, proxy
 from deploy.serving.naming import NamedEvents
 from deploy.serving.service import Notice, Service, server_of, serving
-from deploy.tracking import prepare
+from deploy.tracking import connect, prepare
 from tests.helpers.predictions import write_prediction
 
 ANSWERING = (
@@ -43,33 +44,47 @@ class Home:
     path: Path
     notices: list[Notice] = field(default_factory=list)
     url: str = ""
+    # Candidates that no gate lets pass.
+    refused: tuple[int, ...] = ()
 
     @property
     def uri(self) -> str:
         return prepare(self.path / "mlflow").tracking_uri
 
+    def register(self, number: int) -> registry.Registered:
+        model = write_prediction(self.path / f"predicted-{number}", number=number)
+        return registry.register(model, name="digits", tracking_uri=self.uri)
+
     def promote(self, number: int) -> Path:
         """Register and promote the model with weights `number`; return the directory that is served."""
-        model = write_prediction(self.path / f"predicted-{number}", number=number)
-        made = registry.register(model, name="digits", tracking_uri=self.uri)
+        made = self.register(number)
         self.move(made.version)
         return made.weights
 
+    def set_alias(self, version: int) -> None:
+        """Give a candidate the alias as MLflow's own page does, which verifies nothing."""
+        connect(self.uri).set_registered_model_alias("digits-candidates", registry.CHAMPION, str(version))
+
+    def judged(self) -> int:
+        return max((one.version for one in self.notices if one.kind == "judged"), default=0)
+
     def move(self, version: int) -> None:
-        champions.promote(
-            "digits",
-            version,
-            tracking_uri=self.uri,
-            by="ada",
-            judge=lambda candidate, champion: Clearance(passed=True, reason="", metrics={}),
-            downloads=self.path,
-        )
+        champions.promote("digits", version, tracking_uri=self.uri, by="ada", judge=self.judge, downloads=self.path)
+
+    def judge(self, candidate: RegisteredModelVersion, champion: RegisteredModelVersion | None) -> Clearance:
+        passed = candidate.version not in self.refused
+        return Clearance(passed=passed, reason="It is better." if passed else "It is worse.", metrics={})
+
+    def settle(self) -> list[Notice]:
+        settled = champions.settle("digits", tracking_uri=self.uri, judge=self.judge, downloads=self.path)
+        return [Notice("judged", entry.candidate or 0, f"{entry.verdict}: {entry.reason}") for entry in settled]
 
     @asynccontextmanager
     async def serve(self, *, command: str = ANSWERING, poll_seconds: float = 0.1) -> AsyncIterator[httpx.AsyncClient]:
         service = Service("digits", self.path, command, port=0, poll_seconds=poll_seconds)
-        async with serving(service, tracking_uri=lambda: self.uri, on_notice=self.notices.append):
-            self.url = self.notices[0].text.rpartition(" ")[2].removesuffix("/v1")
+        on_notice = self.notices.append
+        async with serving(service, tracking_uri=lambda: self.uri, on_notice=on_notice, settle=self.settle):
+            self.url = self.notices[-1].text.rpartition(" ")[2].removesuffix("/v1")
             async with httpx.AsyncClient(base_url=self.url, trust_env=False, timeout=120) as client:
                 yield client
 
@@ -448,10 +463,18 @@ def test_a_damaged_version_changes_nothing_until_it_is_put_right(home: Home) -> 
     whole = file.read_bytes()
     home.move(1)
 
+    def damaging(candidate: RegisteredModelVersion, champion: RegisteredModelVersion | None) -> Clearance:
+        file.write_bytes(whole[:-1] + b"X")
+        return home.judge(candidate, champion)
+
     async def scenario() -> None:
         async with home.serve() as client:
-            file.write_bytes(whole[:-1] + b"X")
-            alias(home, 2)
+            # It was whole when it was promoted.
+            await asyncio.to_thread(
+                lambda: champions.promote(
+                    "digits", 2, tracking_uri=home.uri, by="ada", judge=damaging, downloads=home.path
+                )
+            )
             await until(lambda: len(home.notices) == 2)
             assert await weights(client) == "weights 1"
             file.write_bytes(whole)
@@ -464,6 +487,41 @@ def test_a_damaged_version_changes_nothing_until_it_is_put_right(home: Home) -> 
     assert "SHA-256" in refused.text
     assert "\n" not in refused.text
     assert served.kind == "answers"
+
+
+def test_an_alias_moved_by_hand_is_served_when_it_stands_and_never_when_it_does_not(home: Home) -> None:
+    for number in (1, 2, 3):
+        home.register(number)
+    home.move(1)
+    home.refused = (2,)
+
+    async def scenario() -> None:
+        async with home.serve() as client:
+            for number in (2, 3):
+                home.set_alias(number)
+                await until(lambda number=number: home.judged() == number)  # type: ignore[misc]
+                assert await weights(client) in ("weights 1", "weights 3")
+            await until(lambda: home.notices[-1].kind == "answers")
+            assert await weights(client) == "weights 3"
+
+    asyncio.run(scenario())
+    # What does not stand is never started.
+    assert [(one.kind, one.version) for one in home.notices] == [
+        *(("answers", 1), ("judged", 2), ("judged", 3), ("answers", 2))
+    ]
+    assert home.notices[1].text.startswith("refused: It is worse. To insist, say why:")
+
+
+def test_what_was_set_by_hand_while_nothing_served_is_judged_first(home: Home) -> None:
+    home.register(1)
+    home.set_alias(1)
+
+    async def scenario() -> None:
+        async with home.serve() as client:
+            assert await weights(client) == "weights 1"
+
+    asyncio.run(scenario())
+    assert [one.kind for one in home.notices] == ["judged", "answers"]
 
 
 def test_an_engine_that_does_not_come_up_changes_nothing(home: Home) -> None:
@@ -514,7 +572,8 @@ def test_an_engine_that_dies_is_started_again_from_whole_files(home: Home) -> No
 def test_what_cannot_be_served_is_refused_before_anything_listens(home: Home) -> None:
     async def refused(command: str = ANSWERING, port: int = 0) -> None:
         service = Service("digits", home.path, command, port=port)
-        async with serving(service, tracking_uri=lambda: home.uri, on_notice=home.notices.append):
+        on_notice = home.notices.append
+        async with serving(service, tracking_uri=lambda: home.uri, on_notice=on_notice, settle=home.settle):
             pass
 
     with pytest.raises(NoSuchVersionError, match="digits has no champion to serve"):
@@ -583,10 +642,3 @@ def test_without_an_engine_it_says_what_to_install(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ServingError, match=r"Install vllm or 'relex-rlvr\[serve\]'"):
         engine.command(tmp_path, name="digits", port=1, given=None, options=(), scratch=tmp_path)
-
-
-def alias(home: Home, version: int) -> None:
-    """Move the alias as MLflow's own page does, which verifies nothing."""
-    from deploy.tracking import connect
-
-    connect(home.uri).set_registered_model_alias("digits", registry.CHAMPION, str(version))

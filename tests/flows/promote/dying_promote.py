@@ -1,4 +1,4 @@
-"""Promotes, rolls back and registers in child processes that kill themselves at every step; run by test_promote.
+"""Promotes, rolls back, judges, registers in child processes that kill themselves at every step; run by test_promote.
 
     python -m tests.flows.promote.dying_promote HOME    prints how often each was killed, as JSON
 
@@ -17,6 +17,7 @@ from pathlib import Path
 from deploy import champions, registry
 from deploy.registry import CHAMPION
 from deploy.tracking import connect, prepare
+from deploy.wishes import ANSWER
 from tests.deploy.dying_register import child, watch
 from tests.helpers.predictions import write_prediction
 from tests.helpers.registry import BEST, BETTER, GOOD, Registry
@@ -93,6 +94,52 @@ def _rolled_back(store: Registry) -> None:
     _nothing_unfinished(store)
 
 
+def _judged(store: Registry) -> None:
+    """Candidate 3 was given the alias by hand, and stands."""
+    assert store.champion() is not None
+    store.settle()
+    client = connect(store.uri)
+    champion = registry.champion("tiny", tracking_uri=store.uri)
+    assert champion is not None
+    assert champion.digest == store.digest(3)
+    _answered(store, "tiny-candidates", 3, verdict="stands")
+    assert CHAMPION not in client.get_registered_model("tiny-candidates").aliases
+    assert int(client.get_registered_model("tiny").aliases[CHAMPION]) == champion.version
+    moved = [entry for entry in champions.history("tiny", tracking_uri=store.uri) if entry.moved]
+    assert (moved[-1].asked, moved[-1].to_version) == ("tiny-candidates/3", champion.version)
+    _nothing_unfinished(store)
+    _wish(store)
+
+
+def _wish(store: Registry) -> None:
+    _reset(store)
+    store.settle()
+    connect(store.uri).set_registered_model_alias("tiny-candidates", CHAMPION, "3")
+
+
+def _given_back(store: Registry) -> None:
+    """The copy of a worse candidate was given the alias by hand, and is refused."""
+    client = connect(store.uri)
+    assert store.champion() == 1
+    store.settle()
+    assert store.champion() == 1
+    assert int(client.get_registered_model("tiny").aliases[CHAMPION]) == 1
+    (worse,) = (copy.version for copy in client.search_model_versions("name = 'tiny'") if str(copy.version) != "1")
+    _answered(store, "tiny", int(worse), verdict="refused")
+    assert store.settle() == []
+    client.set_registered_model_alias("tiny", CHAMPION, str(worse))
+
+
+def _answered(store: Registry, model: str, version: int, *, verdict: str) -> None:
+    found = connect(store.uri).get_model_version(model, str(version))
+    assert found.tags[ANSWER] == verdict
+    assert found.description is not None
+    assert found.description.count("**Set in MLflow") == 1
+    entry = [entry for entry in champions.history("tiny", tracking_uri=store.uri) if entry.asked][-1]
+    assert (entry.asked, entry.finished) == (f"{model}/{version}", True)
+    assert entry.verdict == ("refused" if verdict == "refused" else "promoted")
+
+
 def _unused(store: Registry) -> int:
     return len(list(store.home.glob("prediction-*"))) + 1
 
@@ -139,10 +186,32 @@ def main(home: Path) -> None:
         _reset(store)
         store.promote(2)
 
+    def make_first(store: Registry) -> None:
+        store.settle()
+        client = connect(store.uri)
+        for copy in client.search_model_versions("name = 'tiny'"):
+            if str(copy.version) != "1":
+                client.delete_model_version("tiny", str(copy.version))
+
     assert child(lambda: fill(store)) == 0
     kills = {"promote": _at_every_step(store, work=lambda one: one.promote(3), after=_promoted)}
     assert child(lambda: make_second(store)) == 0
     kills["rollback"] = _at_every_step(store, work=lambda one: one.rollback(), after=_rolled_back, stride=2)
+    assert child(lambda: _wish(store)) == 0
+    kills["set in MLflow"] = _at_every_step(store, work=lambda one: one.settle(), after=_judged)
+
+    def refuse(store: Registry) -> None:
+        store.settle()
+        store.add(4, GOOD - 1)
+        client = connect(store.uri)
+        client.set_registered_model_alias("tiny", CHAMPION, "1")
+        make_first(store)
+        copied = client.copy_model_version("models:/tiny-candidates/4", "tiny")
+        client.set_registered_model_alias("tiny", CHAMPION, str(copied.version))
+
+    assert child(lambda: refuse(store)) == 0
+    kills["refused"] = _at_every_step(store, work=lambda one: one.settle(), after=_given_back)
+    assert child(lambda: make_first(store)) == 0
     kills["register"] = _at_every_step(store, work=lambda one: one.add(_unused(one), GOOD), after=_other, stride=6)
     sys.stdout.write(json.dumps(kills))
 

@@ -221,32 +221,6 @@ def test_nothing_is_rolled_back_to_a_damaged_version(store: Registry) -> None:
     assert store.champion() == 2
 
 
-def test_an_alias_moved_by_hand_is_the_champion_and_rollback_knows_what_was_before(store: Registry) -> None:
-    for number, solved in ((1, GOOD), (2, BETTER), (3, BEST)):
-        store.add(number, solved)
-        store.promote()
-    client = connect(store.uri)
-    client.set_registered_model_alias("tiny", CHAMPION, "1")
-    assert store.rollback().entry.to_version == 3
-    client.set_registered_model_alias("tiny", CHAMPION, "1")
-    assert store.promote(2).entry.from_version == 1
-    assert store.rollback().entry.to_version == 1
-
-
-def test_a_champion_made_by_hand_is_promoted_by_its_own_results_and_not_against_itself(store: Registry) -> None:
-    store.add(1, BETTER)
-    store.promote()
-    refused = store.add(2, BETTER - 1)
-    with pytest.raises(PromotionError, match="not shown"):
-        store.promote()
-    client = connect(store.uri)
-    copied = client.copy_model_version(refused.model_uri, "tiny")
-    client.set_registered_model_alias("tiny", CHAMPION, str(copied.version))
-    assert store.promote(2).entry.verdict == "promoted"
-    assert store.champion() == 2
-    assert store.rollback().entry.to_version == 1
-
-
 def test_a_decision_that_is_registered_again_does_not_come_after_a_later_one(store: Registry) -> None:
     for batch_size in (64, 8, 64):
         made = store.add(1, GOOD, batch_size=batch_size)

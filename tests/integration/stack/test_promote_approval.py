@@ -8,12 +8,16 @@ from prefect.settings import temporary_settings
 
 from deploy.local import daemon
 from deploy.local.stack import Stack
+from deploy.registry import CHAMPION
+from deploy.tracking import connect
+from deploy.wishes import ANSWER
 from flows.errors import PromotionError
-from flows.processes import PROMOTER, revive_promoter
+from flows.processes import PROMOTER, spawn_promoter
 from flows.promote.ask import ask
 from tests.helpers.questions import question, resume, wait_for_state
 from tests.helpers.registry import BEST, GOOD, Registry
 from tests.helpers.stacks import prefect_settings
+from tests.helpers.waiting import wait_for
 
 
 def answered(servers: Stack, run: str, **form: str) -> str:
@@ -50,11 +54,25 @@ def test_a_promotion_is_approved_in_the_ui_by_whoever_serves_it_then(servers: St
     # The process that asked is gone; the next `relex up` starts it again.
     daemon.stop(servers.home, [PROMOTER])
     assert resume(servers, asked.flow_run_id, answer="promote", name="grace") == "ACCEPT"
-    revive_promoter(servers)
+    spawn_promoter(servers)
     assert "promoted by grace in the Prefect UI, asked by ada" in ended(servers, asked.flow_run_id)
     assert store.champion("approved") == 1
     with pytest.raises(PromotionError, match="is the champion already"):
         ask(servers, "approved", None, by="ada")
+
+
+@pytest.mark.slow
+def test_an_alias_set_in_mlflow_is_judged_by_the_process_that_relex_up_starts(servers: Stack, tmp_path: Path) -> None:
+    store = Registry(tmp_path, servers.mlflow_url)
+    store.add(1, GOOD, name="pressed")
+    spawn_promoter(servers)
+    client = connect(servers.mlflow_url)
+    client.set_registered_model_alias("pressed-candidates", CHAMPION, "1")
+    wait_for("the champion", lambda: store.champion("pressed") == 1)
+    wait_for("the answer", lambda: ANSWER in client.get_model_version("pressed-candidates", "1").tags)
+    log = servers.home / "logs" / f"{PROMOTER}.log"
+    said = "pressed-candidates version 1, set in MLflow, stands: pressed version 1 is the champion"
+    wait_for("its line in the log", lambda: said in log.read_text())
 
 
 @pytest.mark.slow
