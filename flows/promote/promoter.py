@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from prefect.deployments.runner import RunnerDeployment
 
 from deploy import registry
 from deploy.errors import DeployError
 from flows.arguments import run_module
-from flows.log import show_own_lines
 from flows.processes import PROMOTER
 from flows.promote.flow import approval_deployment
 from flows.promote.promotion import settle
@@ -24,7 +24,8 @@ from flows.runner import serve
 # Who sets an alias looks at the page for a minute at most.
 _PAUSE_SECONDS = 15.0
 
-logger = logging.getLogger(__name__)
+# Not one of those that Prefect sends to the page of a flow run: there is none here.
+logger = logging.getLogger(PROMOTER)
 
 
 def main(tracking_uri: Annotated[str, typer.Option()], downloads: Annotated[Path, typer.Option()]) -> None:
@@ -32,14 +33,15 @@ def main(tracking_uri: Annotated[str, typer.Option()], downloads: Annotated[Path
 
     Example: python -m flows.promote.promoter --tracking-uri http://127.0.0.1:5000 --downloads ~/.relex/models
     """
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
-    show_own_lines()
-    asyncio.run(_serve(tracking_uri, downloads))
+    logger.setLevel(logging.INFO)
+    # Made outside an event loop, where nothing of it is left to await.
+    approval = approval_deployment(tracking_uri, downloads)
+    asyncio.run(_serve(approval, tracking_uri, downloads))
 
 
-async def _serve(tracking_uri: str, downloads: Path) -> None:
+async def _serve(approval: RunnerDeployment, tracking_uri: str, downloads: Path) -> None:
     tasks = [
-        asyncio.create_task(serve([approval_deployment(tracking_uri, downloads)], name=PROMOTER)),
+        asyncio.create_task(serve([approval], name=PROMOTER)),
         asyncio.create_task(_judge(tracking_uri, downloads)),
     ]
     done, others = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

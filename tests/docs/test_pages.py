@@ -54,6 +54,8 @@ MADE = {"relex/predictors/chord.py", "deploy/.env"}
 EVENTS = {
     *("relex.checkpoint.ready", "relex.window.ready", "relex.target.reached", "relex.prediction.drifted"),
     "relex.training",
+    # A tag that people set in MLflow.
+    "relex.insist",
 }
 
 
