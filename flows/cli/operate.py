@@ -327,7 +327,7 @@ def drift(config: Config, as_json: Json = False) -> None:
     Example: relex drift relex.yaml
     """
     from flows.drift.measure import catch_up
-    from flows.drift.page import observed, show, to_json
+    from flows.drift.page import observed, overtaken, show, to_json
     from flows.observed.score import catch_up as score
     from flows.settings import load_settings
     from relex.files.block_cache import BlockCache
@@ -339,6 +339,8 @@ def drift(config: Config, as_json: Json = False) -> None:
     if as_json:
         print_json(to_json(settings.training_run, rows, waiting) | {"observed": [asdict(row) for row in scored]})
         return
+    for line in overtaken(scored):
+        print_sentence(line)
     show(out, rows, waiting)
     for line in observed(settings, scored):
         print_sentence(line)

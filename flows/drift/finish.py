@@ -4,10 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
 
-from flows.drift.record import Paired, read_compared
+from flows.drift.record import read_compared
 from flows.settings import Settings
 from flows.state.decision import Decision, Model
 from flows.state.finished import Finished, keep_finished, read_finished
+from flows.state.overtaken import Paired
 from flows.state.windows import read_decisions
 from flows.stop.outlook import outlook
 

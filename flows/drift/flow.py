@@ -30,7 +30,7 @@ from flows.run_names import flow_run_name
 from flows.settings import Settings, load_settings
 from flows.state.events import PREDICTION_DRIFTED, event
 from flows.state.failure import keep_failure
-from flows.state.scored import best
+from flows.state.scored import Scored, best, read_scored
 from relex.files.block_cache import BlockCache
 
 logger = logging.getLogger(__name__)
@@ -62,15 +62,17 @@ def log_compared(settings: Settings, tracking_uri: str) -> None:
             curves.setdefault((series, f"real_accuracy/{pair.benchmark}"), {})[row.step] = pair.real
     for (series, metric), points in curves.items():
         runs.log_series(settings.registered_model, points, tracking_uri=tracking_uri, series=series, metric=metric)
-    for row in read_compared(settings):
-        beaten = row.overtaken
-        if beaten is not None:
-            registry.tag(
-                settings.registered_model,
-                int(row.registered.rpartition(" ")[2]),
-                {OVERTAKEN: f"real step {row.step} by {-100 * beaten.difference:.1f} points on {beaten.benchmark}"},
-                tracking_uri=tracking_uri,
-            )
+    tag_overtaken(settings, tracking_uri)
+
+
+def tag_overtaken(settings: Settings, tracking_uri: str) -> None:
+    """Tag each registered version that a real checkpoint beats with its step and by how much."""
+    rows: list[Compared | Scored] = [*read_compared(settings), *read_scored(settings)]
+    for row in sorted(rows, key=lambda row: row.step):
+        against = row.overtaken
+        if against is not None:
+            version = int(against.registered.rpartition(" ")[2])
+            registry.tag(settings.registered_model, version, {OVERTAKEN: against.short}, tracking_uri=tracking_uri)
 
 
 def score_observed(settings: Settings, tracking_uri: str) -> None:
@@ -86,8 +88,9 @@ def score_observed(settings: Settings, tracking_uri: str) -> None:
         series=f"{settings.training_run} {OBSERVED} on selection",
         metric="selection_accuracy",
     )
-    for line in observed(settings, rows):
+    for line in (*overtaken(rows), *observed(settings, rows)):
         log_result(line)
+    tag_overtaken(settings, tracking_uri)
     chosen = best(rows, {})
     if chosen is None or chosen.model.digest == best_digest(settings.registered_model, tracking_uri=tracking_uri):
         return

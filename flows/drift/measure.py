@@ -15,9 +15,10 @@ from evaluation.child import kept_children
 from flows.decide.score import reports
 from flows.drift.due import Reached, Waiting, look, planned_end
 from flows.drift.finish import finish, unfinished
-from flows.drift.record import Compared, Paired, comparing, keep, read_compared
+from flows.drift.record import Compared, comparing, keep, read_compared
 from flows.settings import Settings
 from flows.state.decision import Model
+from flows.state.overtaken import Paired
 from flows.state.snapshot import look_at
 from flows.study.compare import difference
 from relex.drift import drift, write_as_predicted

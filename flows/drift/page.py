@@ -95,15 +95,10 @@ def observed(settings: Settings, rows: Sequence[Scored]) -> list[str]:
     return [where, *(f"step {row.step} cannot be scored: {row.problem}" for row in rows if row.problem)]
 
 
-def overtaken(rows: Sequence[Compared]) -> list[str]:
-    """Return one line for each registered version that a real checkpoint beats, the latest step first."""
-    beaten = [(row, pair) for row in rows if (pair := row.overtaken) is not None]
-    return [
-        f"Real step {row.step} scores {-100 * pair.difference:.1f} points more than {row.registered} ({row.title}):"
-        f" {pair.real:.4f} and {pair.predicted:.4f} on {pair.n} problems of {pair.benchmark},"
-        f" {-100 * pair.high:.1f} to {-100 * pair.low:.1f} points with 95 % confidence."
-        for row, pair in sorted(beaten, key=lambda each: -each[0].step)
-    ]
+def overtaken(rows: Sequence[Compared | Scored]) -> list[str]:
+    """Return one line for each registered version that a real checkpoint beats, of several the last."""
+    beaten = {against.registered: against for row in rows if (against := row.overtaken) is not None}
+    return [against.sentence for against in sorted(beaten.values(), key=lambda against: -against.step)]
 
 
 def warnings(rows: Sequence[Compared]) -> list[str]:
@@ -155,7 +150,7 @@ def _accuracies(rows: Sequence[Compared]) -> list[str]:
         f" {pair.real:.4f}: {pair.difference:+.4f} ({pair.low:+.4f} to {pair.high:+.4f}, 95 %)."
         for row in rows
         for pair in row.accuracies
-        if pair != row.overtaken
+        if row.overtaken is None or pair != row.overtaken.pair
     ]
 
 

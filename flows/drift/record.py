@@ -8,25 +8,10 @@ from typing import Literal
 
 from flows.settings import Settings
 from flows.state.lock import held
+from flows.state.overtaken import Against, Paired
 from flows.state.records import read_json, write_json
 from relex.drift import Drift
 from relex.predictors import parse_method
-
-
-@dataclass(frozen=True)
-class Paired:
-    """A prediction and the real checkpoint on one benchmark, problem by problem.
-
-    `difference` is predicted minus real accuracy, with the ends of its 95 % interval.
-    """
-
-    benchmark: str
-    n: int
-    predicted: float
-    real: float
-    difference: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -65,9 +50,10 @@ class Compared:
         )
 
     @property
-    def overtaken(self) -> Paired | None:
+    def overtaken(self) -> Against | None:
         """The first comparison in which the real checkpoint beats the registered version, at 95 %; None without one."""
-        return next((pair for pair in self.accuracies if self.registered and pair.high < 0), None)
+        against = [Against(self.registered, self.title, self.step, pair) for pair in self.accuracies]
+        return next((each for each in against if each.registered and each.beaten), None)
 
 
 @contextmanager

@@ -8,14 +8,18 @@ from pathlib import Path
 
 from evaluation.answers.harness import Progress
 from evaluation.child import kept_children
+from evaluation.verdict.report import Report
 from flows.decide.score import reports
 from flows.observed.model import write
 from flows.search.ladder import score
 from flows.settings import Settings
 from flows.state.ledger import Seen
 from flows.state.lock import held
+from flows.state.overtaken import Against, Paired
 from flows.state.scored import Scored, best, current, keep_scored, read_scored, scored_directory
 from flows.state.snapshot import Snapshot, look_at
+from flows.state.windows import read_decisions
+from flows.study.compare import difference
 from relex.errors import CheckpointChangedError, CheckpointDamagedError, CheckpointMismatchError, NonFiniteError
 from relex.files.block_cache import BlockCache
 from relex.files.location import open_directory
@@ -94,7 +98,20 @@ def _score(settings: Settings, run: Snapshot, checkpoint: Checkpoint, tell: Tell
         return replace(row, problem=str(error))
     model = replace(written, role="observed", method="")
     (report,) = reports(settings, model, [settings.selection], on_progress=on_progress)
-    return replace(row, score=score(model, report))
+    return replace(row, score=score(model, report), against=_against(settings, checkpoint.step, report))
+
+
+def _against(settings: Settings, step: int, real: Report) -> Against | None:
+    """Compare with the version that was registered last; it was chosen by these problems, which speaks for it."""
+    for decision in reversed(read_decisions(settings)):
+        winner = decision.winner
+        if decision.registered and winner is not None and decision.window < step:
+            if not Path(winner.directory).is_dir():
+                return None
+            (ours,) = reports(settings, winner, [settings.selection])
+            pair = Paired(ours.benchmark, ours.n, ours.accuracy, real.accuracy, *difference(ours, real))
+            return Against(decision.registered, winner.title, step, pair)
+    return None
 
 
 def _tidy(settings: Settings, seen: Mapping[str, Seen]) -> None:

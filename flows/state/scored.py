@@ -13,6 +13,7 @@ from pathlib import Path
 from flows.settings import Settings
 from flows.state.decision import Model, Score
 from flows.state.ledger import Seen
+from flows.state.overtaken import Against
 from flows.state.records import read_json, write_json
 from flows.state.windows import window_directory
 
@@ -21,6 +22,7 @@ from flows.state.windows import window_directory
 class Scored:
     """The checkpoint of training step `step`, and its score, None where `problem` says why.
 
+    `against` compares it with the version that was registered last, before its step, on the same problems.
     `seen` is what its files were, and when they were written. The weights of the best lie in `score.model.directory`;
     those of the others are gone.
     """
@@ -29,6 +31,12 @@ class Scored:
     seen: Seen
     score: Score | None
     problem: str = ""
+    against: Against | None = None
+
+    @property
+    def overtaken(self) -> Against | None:
+        """The comparison with the registered version, if the checkpoint beats it."""
+        return self.against if self.against is not None and self.against.beaten else None
 
 
 def scored_directory(settings: Settings) -> Path:

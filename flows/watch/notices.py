@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from flows.drift.page import overtaken
-from flows.drift.record import read_compared
+from flows.drift.record import Compared, read_compared
 from flows.settings import Settings
 from flows.state.failure import read_failures
 from flows.state.records import read_json, write_json
+from flows.state.scored import Scored, read_scored
 from flows.state.windows import read_decisions
 from flows.stop.execute import read_stop
 
@@ -109,9 +109,11 @@ def due(settings: Settings) -> Iterator[Notice]:
                 f"{row.title}: at step {row.step} its skill is {row.drift.skill:.2f}, {row.promised:.2f} was promised."
             )
             yield Notice(f"drift {row.key} {row.title} {row.step}", f"{run}: drifted", text)
-        if row.overtaken is not None:
-            (text,) = overtaken([row])
-            yield Notice(f"overtaken {row.key} {row.title} {row.step}", f"{run}: overtaken", text)
+    rows: list[Compared | Scored] = [*read_compared(settings), *read_scored(settings)]
+    beaten = [against for row in rows if (against := row.overtaken) is not None]
+    for against in {each.registered: each for each in sorted(beaten, key=lambda each: -each.step)}.values():
+        # Once a version, by whichever step it was first.
+        yield Notice(f"overtaken {against.registered}", f"{run}: overtaken", against.sentence)
     for failure in read_failures(settings):
         yield Notice(f"failed {failure.key}", f"{run}: {failure.run} failed", failure.error)
     stop = read_stop(settings)

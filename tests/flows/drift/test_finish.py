@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from flows.drift.finish import finish
-from flows.drift.record import Compared, Paired, keep
+from flows.drift.record import Compared, keep
 from flows.settings import Settings
 from flows.state.decision import Model, Score
 from flows.state.finished import read_finished
+from flows.state.overtaken import Paired
 from tests.helpers.stopped import configure, decided
 from tests.helpers.straight_run import WriteCheckpoint
 

@@ -14,11 +14,12 @@ from flows.observed.score import catch_up, due
 from flows.settings import Settings, load_settings
 from flows.state.decision import Model, Score
 from flows.state.ledger import Ledger, Seen
+from flows.state.records import write_json
 from flows.state.scored import Scored, best, best_for, keep_scored, read_scored, scored_directory
 from flows.state.snapshot import look_at
-from flows.state.windows import key_of
+from flows.state.windows import decision_path, key_of, read_decisions
 from relex.output import manifest
-from tests.helpers.decided_run import write_decided
+from tests.helpers.decided_run import KEY, write_decided
 from tests.helpers.stopped import configure
 from tests.helpers.straight_run import WriteCheckpoint, make_old
 
@@ -133,10 +134,16 @@ def test_it_is_said_where_the_scores_lie_and_which_is_the_best(settings: Setting
 @pytest.mark.slow
 def test_real_checkpoints_are_scored_and_the_weights_of_the_best_are_kept(tmp_path: Path) -> None:
     settings = write_decided(tmp_path, score_every=10, report=[])
+    (decision,) = read_decisions(settings)
+    write_json(decision_path(settings, KEY), replace(decision, registered="tiny-candidates version 1").to_json())
     told: list[str] = []
     rows = catch_up(settings, tell=lambda what, done, total: told.append(what) if done == total else None)
     assert told == ["selection @ 100", "selection @ 25", "selection @ 10"]
     assert [(each.step, each.score.n) for each in rows if each.score is not None] == [(10, 12), (25, 12), (100, 12)]
+    # The registered version is paired with what the run reaches after its window.
+    assert [each.against.title if each.against else "" for each in rows] == ["", "", "relex @ 100"]
+    assert rows[-1].against is not None
+    assert (rows[-1].against.pair.benchmark, rows[-1].against.pair.n) == ("selection", 12)
     # Random models know nothing: of equals it is the earliest.
     kept = scored_directory(settings) / "step-10"
     assert list(scored_directory(settings).glob("step-*/")) == [kept]

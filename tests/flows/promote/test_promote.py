@@ -19,11 +19,12 @@ from deploy.tracking import connect, prepare
 from deploy.versions import VERSIONS_TAG
 from flows.decide.gate_results import write_gate_results
 from flows.drift.flow import log_compared
-from flows.drift.record import Compared, Paired, keep
+from flows.drift.record import Compared, keep
 from flows.errors import PromotionError
 from flows.promote.versions import list_versions
 from flows.settings import Settings
 from flows.state.decision import Model
+from flows.state.overtaken import Paired
 from tests.helpers import ROOT, cli
 from tests.helpers.mlflow_server import serve
 from tests.helpers.predictions import write_prediction

@@ -13,9 +13,12 @@ from prefect.states import Failed
 
 from flows.decide.flow import decide
 from flows.drift.flow import drift
-from flows.drift.record import Compared, Paired, keep
+from flows.drift.record import Compared, keep
 from flows.settings import Settings
 from flows.state.failure import keep_failure
+from flows.state.ledger import Seen
+from flows.state.overtaken import Against, Paired
+from flows.state.scored import Scored, keep_scored
 from flows.watch import notices
 from flows.watch.notices import Notices
 from tests.helpers.stopped import configure, decided
@@ -160,6 +163,9 @@ def test_a_registered_version_that_the_run_has_overtaken_is_told(settings: Setti
         settings,
         Compared("key", 40, "relex", 100, 130, None, "tiny-candidates version 1", "accuracy", None, accuracies=(pair,)),
     )
+    # A later checkpoint that was scored by itself beats it too: once a version.
+    against = Against("tiny-candidates version 1", "relex @ 100", 200, pair)
+    keep_scored(settings, Scored(200, Seen("", 1), None, against=against))
     (notice,) = notices.due(settings)
     assert notice.title == "tiny: overtaken"
     assert notice.text.startswith("Real step 130 scores 24.4 points more than tiny-candidates version 1")
