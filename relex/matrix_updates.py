@@ -22,7 +22,8 @@ from relex.rank_one import RankOne
 from relex.trajectory import Trajectory
 from relex.triplets import Source
 
-FORMAT = 1
+# What is kept of an earlier one knows fewer tensors, and Conv1D the wrong way round.
+FORMAT = 2
 
 
 def added(

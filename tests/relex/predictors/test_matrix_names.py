@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,11 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from relex import matrix_updates, rank_one
 from relex.extrapolation import Request, extrapolate
 from relex.predictors import parse_method
 from relex.predictors.alpha_rl import AlphaRL
-from tests.helpers.trajectories import MIB, Run, drift, load, write_run
+from tests.helpers.trajectories import MIB, Run, drift, load, measure, write_run
 
 NEXT = "next:epochs=20,ahead=2"
 
@@ -94,3 +96,19 @@ def test_what_a_method_does_not_apply_to_is_in_the_manifest(tmp_path: Path) -> N
     assert content["copied_share"] == pytest.approx(30 * 8 / (50 * 8 + 8))
     _, manifest = predicted(run, tmp_path / "relex", "relex")
     assert manifest["forecast"]["copied"] == []  # type: ignore[index]
+
+
+def test_vectors_that_were_kept_before_the_names_were_known_are_found_anew(tmp_path: Path) -> None:
+    shapes = {"model.decoder.layers.0.fc1.weight": (20, 8), "model.decoder.layers.0.self_attn.q_proj.weight": (8, 8)}
+    run = write_run(tmp_path, drift(shapes, base=torch.float32, stored=torch.float32))
+    wanted, _ = predicted(run, tmp_path / "first", "alpha-rl")
+    (kept,) = (tmp_path / "first" / "grams").rglob("*.npz")
+    gram, method = measure(run.open()), parse_method("alpha-rl")
+    assert isinstance(method.predictor, AlphaRL)
+    key = sha256(json.dumps([1, gram.digest, matrix_updates._unit(method.predictor), 200.0]).encode()).hexdigest()
+    old = (tmp_path / "second" / kept.relative_to(tmp_path / "first")).with_name(f"{key}.npz")
+    old.parent.mkdir(parents=True)
+    old.write_bytes(rank_one.to_bytes({}))
+    ours, _ = predicted(run, tmp_path / "second", "alpha-rl")
+    for name in shapes:
+        assert torch.equal(ours[name], wanted[name])
