@@ -33,7 +33,7 @@ def supervise(
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     # The rate falls to zero because a model that stops at a high rate leans to one of the two directions by chance.
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps))
     model.train()
     for step, tokens_BT in enumerate(torch.split(tokens_NT, BATCH), start=1):
         logits_BTV = model(input_ids=tokens_BT[:, :-1]).logits[:, prompt_length - 1 :]
@@ -47,5 +47,6 @@ def supervise(
     return model, tokenizer
 
 
-def _rate(step: int, steps: int) -> float:
+def rate(step: int, steps: int) -> float:
+    """Return the part of the learning rate at a step: up over the first WARM_UP, then down to zero by half a cosine."""
     return min(1.0, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / steps)) / 2
