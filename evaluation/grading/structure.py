@@ -252,9 +252,10 @@ def _formula(text: str, imaginary: bool) -> Expression:
 
 
 def _alone(node: Node, other: Node) -> Node:
-    """Return the one member of a set that stands against a single value, {5} and 5, else the node."""
+    """Return the one member of a set that stands against a value or a tuple, {5} and 5, else the node."""
     single = isinstance(node, Several) and node.kind == "set" and len(node.members) == 1
-    return node.members[0] if isinstance(node, Several) and single and isinstance(other, (Value, Relation)) else node
+    against = isinstance(other, (Value, Relation)) or (isinstance(other, Several) and other.kind == "()")
+    return node.members[0] if isinstance(node, Several) and single and against else node
 
 
 def _alike(ours: Node, theirs: Node) -> tuple[Node, Node]:
@@ -439,6 +440,8 @@ def _related(text: str) -> Node | None:
             sides, signs = sides[::-1], [_TURNED[sign] for sign in signs[::-1]]
         if len(sides) == 3 and _VARIABLE.fullmatch(sides[1]):
             return Region((Piece(sides[0], sides[2], signs[0] == "<=", signs[1] == "<="),), sides[1])
+        if len(sides) == 2 and (absolute := _absolute(sides, closed=signs[0] == "<=")):
+            return absolute
         if len(sides) == 2 and _VARIABLE.fullmatch(sides[0]) and not _mentions(sides[1], sides[0]):
             return Region((Piece(f"-{_INFINITE}", sides[1], False, signs[0] == "<="),), sides[0])
         if len(sides) == 2 and _VARIABLE.fullmatch(sides[1]) and not _mentions(sides[0], sides[1]):
@@ -452,6 +455,18 @@ def _related(text: str) -> Node | None:
         if isinstance(two, Several) and two.kind == "list":
             return Several("list", tuple(Relation((sides[0], str(_text(each))), ("=",)) for each in two.members))
     return Relation(tuple(sides), tuple(signs))
+
+
+def _absolute(sides: Sequence[str], *, closed: bool) -> Region | None:
+    """Return the region of |x| < a or a < |x|, a above 0; None when the sides are anything else."""
+    bars = [re.fullmatch(rf"(?:\||\\lvert\s*)({_VARIABLE.pattern})(?:\||\s*\\rvert)", side) for side in sides]
+    if bool(bars[0]) == bool(bars[1]) or _end(sides[bars[1] is None]) <= 0:
+        return None
+    if bars[0]:
+        return Region((Piece(f"-({sides[1]})", sides[1], closed, closed),), bars[0][1])
+    outside = Piece(f"-{_INFINITE}", f"-({sides[0]})", False, closed), Piece(sides[0], _INFINITE, closed, False)
+    assert bars[1] is not None
+    return Region(outside, bars[1][1])
 
 
 def _text(node: Node) -> str:
