@@ -11,6 +11,9 @@ from evaluation.errors import BenchmarkError
 if TYPE_CHECKING:
     import datasets
 
+# In which order problems are asked: of their ids, or of the file.
+HASH, GIVEN = "hash", "given"
+
 
 def problem_id(problem: Mapping[str, object]) -> str:
     """Return the sha256 (hex) of the problem's canonical JSON."""
@@ -37,13 +40,24 @@ def verify_data(path: Path, sha256: str) -> None:
 
 
 def load_problems(
-    config_source: str, data: str | Mapping[str, str], sha256: str | Mapping[str, str], **_: object
+    config_source: str,
+    data: str | Mapping[str, str],
+    sha256: str | Mapping[str, str],
+    *,
+    order: str = HASH,
+    asked: str = "test",
+    **_: object,
 ) -> "dict[str, datasets.Dataset]":
     """Return the split `test` of the JSONL file `data`, or of each split its own; lm-eval's `custom_dataset`.
+
+    The split that is `asked` is in the order of its problems' ids, unless `order` is GIVEN: the first n are a sample,
+    where files have subject after subject. Another split, of examples, is in the order of its file.
 
     Paths are relative to the YAML. lm-eval passes the YAML's path as `config_source`, the keys of `dataset_kwargs`, and
     all its metadata.
     """
+    if order not in {HASH, GIVEN}:
+        raise BenchmarkError(f"dataset_kwargs of {config_source} has order {order} and must be {HASH} or {GIVEN}.")
     import datasets
 
     directory = Path(config_source).parent
@@ -52,7 +66,10 @@ def load_problems(
         verify_data(directory / name, digest)
         # Not splitlines: a problem may hold U+2028, which JSON leaves as it is.
         written = (directory / name).read_text(encoding="utf-8").removesuffix("\n").split("\n")
-        splits[split] = datasets.Dataset.from_list([json.loads(line) for line in written])
+        problems = [json.loads(line) for line in written]
+        if order == HASH and split == asked:
+            problems.sort(key=problem_id)
+        splits[split] = datasets.Dataset.from_list(problems)
     return splits
 
 

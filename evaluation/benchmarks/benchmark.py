@@ -13,7 +13,7 @@ from evaluation.benchmarks.task_yaml import SHIPPED, find_task, read_yaml
 from evaluation.digest import digest_file, digest_value
 from evaluation.errors import BenchmarkError
 from evaluation.files import write_file
-from evaluation.problems import files, lines, verify_data
+from evaluation.problems import HASH, files, lines, verify_data
 from evaluation.verdict.report import Setting
 
 OWN_DATA = "evaluation.problems.load_problems"
@@ -74,12 +74,13 @@ def write_benchmark(
     max_new_tokens: int,
     stop: Sequence[str] = (),
     base: Literal["exact_match", "boxed_math"] = "exact_match",
+    order: Literal["hash", "given"] = "hash",
 ) -> Path:
     """Write `name`.jsonl and `name`.yaml, a benchmark of `problems` answered greedily, and return the path of the YAML.
 
-    Each problem has a `prompt` and an `answer`. `base` says how answers are graded. Writing the same again changes
-    nothing. Refuses with BenchmarkError problems that are incomplete or the same as another, and a name that holds
-    another benchmark.
+    Each problem has a `prompt` and an `answer`. `base` says how answers are graded. They are asked in the order of
+    their ids, so that the first n are a sample, or as they are `given`. Writing the same again changes nothing. Refuses
+    with BenchmarkError problems that are incomplete or the same as another, and a name that holds another benchmark.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
         raise BenchmarkError(f"{name!r} cannot name a benchmark: use letters, digits, dots, dashes and underscores.")
@@ -90,7 +91,11 @@ def write_benchmark(
     _write_once(data_path, data)
     head = {
         "task": name,
-        "dataset_kwargs": {"data": data_path.name, "sha256": digest_file(data_path)},
+        "dataset_kwargs": {
+            "data": data_path.name,
+            "sha256": digest_file(data_path),
+            **({} if order == HASH else {"order": order}),
+        },
         "generation_kwargs": {
             "max_gen_toks": max_new_tokens,
             "do_sample": False,

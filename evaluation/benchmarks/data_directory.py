@@ -110,16 +110,18 @@ def fetched_yaml(benchmark: str) -> Path | None:
         raise BenchmarkError(
             f"{name} was fetched for {manifest.task}, which is gone: run relex benchmarks fetch {name}"
         )
+    config = read_yaml(task)
+    asked = next((config[key] for key in ("test_split", "validation_split") if config.get(key)), "test")
     content: dict[str, Any] = {
         "include": str(task),
         "dataset_kwargs": {
             "data": {split: entry.file for split, entry in manifest.splits.items()},
             "sha256": {split: entry.sha256 for split, entry in manifest.splits.items()},
+            "asked": asked,
         },
     }
     functions = "custom_dataset: !function evaluation.problems.load_problems\n"
     if benchmark != name:
-        config = read_yaml(task)
         content |= {"task": benchmark, "metadata": {**(config.get("metadata") or {}), "chat_template": True}}
         asks = config.get("doc_to_text")
         if isinstance(asks, dict) and asks["function"] == "evaluation.prompts.raw_chat":

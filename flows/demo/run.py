@@ -110,6 +110,8 @@ def prepare(directory: Path) -> Path:
                 f"{NAME}-{split}",
                 problems(split, count),  # type: ignore[arg-type]
                 max_new_tokens=DIGITS + 1,
+                # Drawn at random: the first n are a sample as they are.
+                order="given",
             )
     content = {
         "training_run": NAME,

@@ -95,7 +95,9 @@ def problems(ask: Callable[[str], tuple[str, bool]]) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="session")
 def benchmark(problems: list[dict[str, str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_benchmark(tmp_path_factory.mktemp("benchmarks"), "plus", problems, max_new_tokens=NEW_TOKENS)
+    return write_benchmark(
+        tmp_path_factory.mktemp("benchmarks"), "plus", problems, max_new_tokens=NEW_TOKENS, order="given"
+    )
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
 import ast
+from collections import Counter
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,8 +10,9 @@ import yaml
 
 from evaluation.benchmarks.benchmark import resolve_benchmark, write_benchmark
 from evaluation.benchmarks.task_yaml import ALSO
+from evaluation.digest import digest_file
 from evaluation.errors import BenchmarkError
-from evaluation.problems import load_problems
+from evaluation.problems import load_problems, problem_id
 
 PROBLEMS = [{"prompt": "1+1=", "answer": "2"}, {"prompt": "2+2=", "answer": "4"}]
 
@@ -31,6 +33,7 @@ def test_any_change_of_problems_or_settings_is_another_benchmark(tmp_path: Path)
         write_benchmark(tmp_path / "c", "sums", PROBLEMS, max_new_tokens=5),
         write_benchmark(tmp_path / "d", "sums", PROBLEMS, max_new_tokens=4, stop=["."]),
         write_benchmark(tmp_path / "e", "sums", PROBLEMS, max_new_tokens=4, base="boxed_math"),
+        write_benchmark(tmp_path / "f", "sums", PROBLEMS, max_new_tokens=4, order="given"),
     ]
     assert len({resolve_benchmark(path).digest for path in variants}) == len(variants)
 
@@ -113,10 +116,42 @@ def test_a_grade_is_named_by_all_that_decides_it() -> None:
 
 def test_a_problem_keeps_every_kind_of_line_end_inside_it(tmp_path: Path) -> None:
     problems = [{"prompt": "a\u2028b\x85c\u2029d\n", "answer": "1"}, {"prompt": "e", "answer": "2"}]
-    path = write_benchmark(tmp_path, "ends", problems, max_new_tokens=4)
+    path = write_benchmark(tmp_path, "ends", problems, max_new_tokens=4, order="given")
     config = yaml.safe_load(path.read_text().replace("!function ", ""))
     loaded = load_problems(config_source=str(path), **config["dataset_kwargs"])
     assert loaded["test"].to_list() == problems
+
+
+def loaded(path: Path, **other: Any) -> dict[str, list[dict[str, str]]]:
+    """Return what lm-eval is given of a benchmark's YAML."""
+    config = yaml.safe_load(path.read_text().replace("!function ", ""))
+    splits = load_problems(config_source=str(path), **config["dataset_kwargs"] | other)
+    return {split: rows.to_list() for split, rows in splits.items()}
+
+
+def test_the_first_problems_are_a_sample_of_all_and_not_the_first_subject(tmp_path: Path) -> None:
+    subjects = [{"prompt": f"{subject} {number}", "answer": "1"} for subject in "abcd" for number in range(50)]
+    asked = loaded(write_benchmark(tmp_path / "hash", "sums", subjects, max_new_tokens=4))["test"]
+    assert asked != subjects
+    assert sorted(asked, key=problem_id) == asked
+    assert sorted(asked, key=str) == sorted(subjects, key=str)
+    first = Counter(problem["prompt"][0] for problem in asked[:40])
+    assert min(first[subject] for subject in "abcd") >= 4
+    # Whatever the order of the file.
+    assert loaded(write_benchmark(tmp_path / "other", "sums", subjects[::-1], max_new_tokens=4))["test"] == asked
+    kept = write_benchmark(tmp_path / "given", "sums", subjects, max_new_tokens=4, order="given")
+    assert loaded(kept)["test"] == subjects
+
+
+def test_examples_keep_the_order_of_their_file_and_an_unknown_order_is_refused(tmp_path: Path) -> None:
+    rows = [{"prompt": str(number), "answer": "1"} for number in range(20)]
+    path = write_benchmark(tmp_path, "sums", rows, max_new_tokens=4)
+    sha256 = digest_file(tmp_path / "sums.jsonl")
+    both = {"data": {"train": "sums.jsonl", "validation": "sums.jsonl"}}
+    splits = loaded(path, **both, sha256={"train": sha256, "validation": sha256}, asked="validation")
+    assert splits == {"train": rows, "validation": sorted(rows, key=problem_id)}
+    with pytest.raises(BenchmarkError, match="has order random and must be hash or given"):
+        loaded(path, order="random")
 
 
 @pytest.mark.parametrize(
