@@ -248,7 +248,7 @@ class Canned(LM):  # type: ignore[misc]  # lm_eval carries no types
 
 def test_boxed_mathematics_is_graded_through_lm_eval(journal: Journal, tmp_path: Path) -> None:
     problems = [{"prompt": prompt, "answer": answer} for prompt, answer, _, _ in MATHEMATICS]
-    path = write_benchmark(tmp_path, "boxes", problems, max_new_tokens=40, base="boxed_math")
+    path = write_benchmark(tmp_path, "boxes", problems, max_new_tokens=40, base="boxed_math", order="given")
     boxes = assignment(path)
     report, _ = score(Canned(), load_task(boxes), assignment=boxes, model="canned", limit=None, journal=journal)
     assert [score for _, score in report.scores] == [expected for _, _, _, expected in MATHEMATICS]

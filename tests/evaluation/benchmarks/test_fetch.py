@@ -401,7 +401,9 @@ def test_a_shipped_benchmark_loads_in_lm_eval_and_asks_the_papers_prompt(place: 
     for name in ("math", "aime_2026"):
         fetch(name)
         task = load_any_task(name, str(resolve_benchmark(name).path))
-        problem = next(iter(task.eval_docs))
+        asked = [problem_id(each) for each in task.eval_docs]
+        assert asked == sorted(asked)
+        problem = next(each for each in task.eval_docs if each["id"].endswith("/0"))
         assert task.doc_to_text(problem) == raw_chat(problem)
         assert next(iter(task.aggregation())) == "correct"
         answers = [r"\boxed{277}", "no"] * (task.config.repeats // 2) or [r"\boxed{2}"]
