@@ -25,6 +25,7 @@ from evaluation.benchmarks.lm_eval_task import load_any_task
 from evaluation.benchmarks.recipe import part_of
 from evaluation.benchmarks.task_yaml import SHIPPED, find_task, read_yaml
 from evaluation.errors import BenchmarkError
+from evaluation.problems import problem_id
 from evaluation.prompts import instructed, raw_chat
 from tests.helpers import cli
 from tests.helpers.hub_server import Hub, serve
