@@ -185,7 +185,7 @@ def _whole_keys(trajectory: Trajectory, spec: TensorSpec) -> list[str]:
     keys = [latest.keys[spec.name]]
     # peft wants a tied head too, if it is saved with its embedding.
     if latest.alias is not None and spec.name == embedding_name(latest.tensors):
-        keys.append(latest.keys[latest.alias.name])
+        keys.append(latest.keys[HEAD])
     return [PREFIX + key for key in keys]
 
 

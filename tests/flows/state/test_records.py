@@ -38,12 +38,14 @@ def test_a_decision_of_an_earlier_version_is_read_number_by_number() -> None:
     assert gate.comparisons == 3
     assert gate.confidence_each == pytest.approx(1 - 0.05 / 3)
     before, now = json.loads(path.read_bytes()), json.loads(json.dumps(decision.to_json()))
-    # It counted no looks.
-    before["gates"][0] |= dict.fromkeys(("look", "error", "candidate_at_least"))
+    # It counted no looks, knew no clusters, and was never shown to be worse.
+    before["gates"][0] |= dict.fromkeys(("look", "error", "candidate_at_least", "upper_bound", "clusters"))
     before["gates"][0]["comparisons"] = before["gates"][0].pop("looks")
     # What it could not say: what a score cost, what was climbed, and where the page is.
     assert now.pop("ladder") == []
     assert now.pop("page_url") == ""
+    # What was not asked for.
+    assert (now.pop("guards"), now.pop("divergence")) == ([], None)
     for score in (*now["selection"], *now["dropped"], *now["report"]):
         assert (score.pop("answers"), score.pop("seconds")) == (0, 0.0)
     # One of the numbers is not a number.
