@@ -312,7 +312,9 @@ def _cleared(
     if clearance.passed:
         return clearance
     if insist:
-        return replace(clearance, passed=True, reason=f"Insisted on: {insist} Without that: {clearance.reason}")
+        return replace(
+            clearance, passed=True, reason=f"Insisted on: {insist.rstrip('.')}. Without that: {clearance.reason}"
+        )
     return replace(clearance, reason=f"{clearance.reason} {to_insist}")
 
 

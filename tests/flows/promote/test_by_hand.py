@@ -139,7 +139,7 @@ def test_who_insists_with_a_reason_is_heard_and_both_reasons_are_on_record(store
         2,
         "a shorter answer is worth it",
     )
-    assert done.entry.reason.startswith("Insisted on: a shorter answer is worth it Without that: ")
+    assert done.entry.reason.startswith("Insisted on: a shorter answer is worth it. Without that: ")
     assert (alias(store), said(store, 2, model=model)[0]) == (2, "stands")
     assert INSIST not in client.get_model_version("tiny", "2").tags or model == "tiny"
     assert store.rollback().entry.to_version == 1
