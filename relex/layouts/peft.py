@@ -6,7 +6,7 @@ Trainer's and TRL's `checkpoint-N` of an adapter run, and verl's `global_step_N/
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -97,7 +97,7 @@ def put_together(
     `config_file` and `weights_file` say where they are stored. Raises CheckpointMismatchError as `open_weights` does.
     """
     settings = read_settings(content, where=f"{directory}/{config_file}")
-    named = {canonical(name): entry for name, entry in stored.items()}
+    named = {canonical(name): replace(entry, name=canonical(name)) for name, entry in stored.items()}
     opened = _Opened(directory, settings, named, base, config_file, weights_file)
     tensors: dict[str, TensorEntry] = {
         name: Unchanged(name, entry.dtype, entry.shape, ()) for name, entry in base.tensors.items()
@@ -221,7 +221,7 @@ def _replaced(opened: _Opened) -> tuple[dict[str, TensorEntry], dict[str, str]]:
                 " the trainer does."
             )
         if not key.endswith(".base_layer.weight"):  # which is a copy of the base
-            tensors[name] = entry
+            tensors[name] = replace(entry, name=name)
             keys[name] = key
     return tensors, keys
 

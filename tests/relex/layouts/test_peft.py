@@ -96,7 +96,9 @@ def test_an_adapter_on_its_base_is_what_peft_merges(kind: str, tmp_path: Path) -
         weights = checkpoint.weights
         assert isinstance(weights, AdapterWeights)
         merged = states(merge(run.base, adapter(run, checkpoint.step)))
+        assert weights.alias is None or weights.alias.name == "lm_head.weight"
         for name, entry in weights.tensors.items():
+            assert entry.name == name
             if isinstance(entry, Unchanged):
                 loaded = base[name]
             else:
