@@ -2,31 +2,18 @@
 
 import threading
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
 from deploy import champions, registry
 from deploy.registry import CHAMPION, Registered
-from deploy.tracking import connect, prepare
+from deploy.tracking import connect
 from deploy.wishes import ANSWER, INSIST
 from flows.errors import PromotionError
 from flows.promote.promoter import settle_all
 from flows.promote.promotion import Promotion
 from tests.helpers import cli
 from tests.helpers.registry import BEST, BETTER, GOOD, Registry
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare(tmp_path_factory.mktemp("template")).database
-
-
-@pytest.fixture
-def store(tmp_path: Path, template: Path) -> Registry:
-    (tmp_path / "mlflow").mkdir()
-    (tmp_path / "mlflow" / "mlflow.db").write_bytes(template.read_bytes())
-    return Registry(tmp_path, prepare(tmp_path / "mlflow").tracking_uri)
 
 
 def press_promote(store: Registry, made: Registered) -> int:

@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 from deploy import audit, champions, registry
 from deploy.errors import CandidateError, NoSuchVersionError
 from deploy.registry import CHAMPION
-from deploy.tracking import connect, prepare
+from deploy.tracking import connect
 from deploy.versions import VERSIONS_TAG
 from flows.decide.gate_results import write_gate_results
 from flows.drift.flow import log_compared
@@ -29,18 +29,6 @@ from tests.helpers import ROOT, cli
 from tests.helpers.mlflow_server import serve
 from tests.helpers.predictions import write_prediction
 from tests.helpers.registry import BEST, BETTER, GOOD, OBSERVED, PROBLEMS, Registry, report
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare(tmp_path_factory.mktemp("template")).database
-
-
-@pytest.fixture
-def store(tmp_path: Path, template: Path) -> Registry:
-    (tmp_path / "mlflow").mkdir()
-    (tmp_path / "mlflow" / "mlflow.db").write_bytes(template.read_bytes())
-    return Registry(tmp_path, prepare(tmp_path / "mlflow").tracking_uri)
 
 
 def test_the_first_champion_is_no_worse_than_what_was_observed_and_the_next_is_better_than_it(store: Registry) -> None:
