@@ -119,8 +119,7 @@ def predicted(run: Published, method: str, step: int, root: Path, bars: Bars, *,
 
 
 def fetched(base: str, directory: Path) -> Path:
-    """Return the copy of the base in `directory`, fetched unless it is there."""
-    # One that is under way is hidden.
+    """Return the copy of the base in `directory`, fetched unless it is there; one that is under way is hidden."""
     return next(directory.glob("[!.]*"), None) or local_model(base, directory)
 
 

@@ -109,7 +109,7 @@ def test_three_runs_are_predicted_scored_and_set_beside_the_published_figures_an
         assert re.search(line, page), page
     assert "| real run, step 500 |  |  |  |  |  |  |  | 71.5 | 28.4 |" in page
 
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise AssertionError("asked again")
 
     monkeypatch.setattr(evaluation.answers.harness, "_run_workers", refuse)
