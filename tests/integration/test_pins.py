@@ -94,7 +94,7 @@ def test_a_trainer_that_keeps_one_checkpoint_loses_no_step_of_the_window(
     watcher = start("tests.integration.pinning_watcher", tmp_path / "relex.yaml", log="watcher.log")
     wait_for("the watcher", lambda: (settings.home / "watcher.lock").exists())
     log = tmp_path / "saved"
-    trainer = start("tests.integration.pruning_trainer", base, settings.checkpoints, STEPS, 0.15, log, log="train.log")
+    trainer = start("tests.integration.pruning_trainer", base, settings.checkpoints, STEPS, 0.5, log, log="train.log")
     assert trainer.wait(600) == 0, (tmp_path / "train.log").read_text()
     wait_for("the full window", lambda: "window full" in (tmp_path / "watcher.log").read_text())
     digests = saved(log)

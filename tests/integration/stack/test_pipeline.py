@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from deploy import registry
 from deploy.local import stack
 from deploy.local.stack import Stack
+from flows.promote.promotion import promote
 from flows.settings import load_settings
 from flows.state.ledger import read_ledger
 from flows.state.windows import read_decisions
@@ -255,10 +256,7 @@ def test_a_candidate_must_be_better_than_the_champion(
         decide_now(config, servers, server_environment)
         decisions += read_decisions(load_settings(config))
         if target == 150:
-            client = MlflowClient(servers.mlflow_url)
-            client.create_registered_model("contested")
-            champion = client.copy_model_version("models:/contested-candidates/1", "contested")
-            client.set_registered_model_alias("contested", "champion", champion.version)
+            promote("contested", 1, tracking_uri=servers.mlflow_url, by="ada", downloads=tmp_path / "downloads")
     first, second = decisions
     assert first.verdict == "registered"
     # Better than the last observed checkpoint, and still not better than what people use.
