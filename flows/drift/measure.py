@@ -16,12 +16,13 @@ from flows.decide.score import reports
 from flows.drift.due import Reached, Waiting, look, planned_end
 from flows.drift.finish import finish, unfinished
 from flows.drift.record import Compared, comparing, keep, read_compared
+from flows.observed.model import write_observed
 from flows.settings import Settings
 from flows.state.decision import Model
 from flows.state.overtaken import Paired
 from flows.state.snapshot import look_at
 from flows.study.compare import difference
-from relex.drift import drift, write_as_predicted
+from relex.drift import drift
 from relex.errors import (
     CheckpointChangedError,
     CheckpointDamagedError,
@@ -145,16 +146,7 @@ def _paired(
     *,
     tell: Tell | None,
 ) -> tuple[Paired, ...]:
-    directory = _real_models(settings) / f"step-{checkpoint.step}"
-    write_as_predicted(
-        base,
-        checkpoint,
-        directory,
-        memory=int(settings.memory),
-        threads=settings.threads,
-        dtype=settings.output_dtype,
-    )
-    real = Model("observed", checkpoint.step, str(directory))
+    real = write_observed(settings, base, checkpoint, _real_models(settings))
 
     def on_progress(step: Progress) -> None:
         if tell is not None:

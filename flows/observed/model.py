@@ -1,5 +1,6 @@
 """A real checkpoint as a model directory: in the base's precision, with its tokenizer, as predictions are."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from flows.errors import ObservedError
@@ -43,3 +44,8 @@ def write(settings: Settings, base: Weights, checkpoint: Checkpoint, place: Path
         dtype=settings.output_dtype,
     )
     return Model("candidate", checkpoint.step, str(directory), OBSERVED, manifest.read(directory).digest)
+
+
+def write_observed(settings: Settings, base: Weights, checkpoint: Checkpoint, place: Path) -> Model:
+    """Write the checkpoint as `write` does, and return it as what was observed, which predictions are compared with."""
+    return replace(write(settings, base, checkpoint, place), role="observed", method="")

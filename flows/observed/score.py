@@ -10,7 +10,7 @@ from evaluation.answers.harness import Progress
 from evaluation.child import kept_children
 from evaluation.verdict.report import Report
 from flows.decide.score import reports
-from flows.observed.model import write
+from flows.observed.model import write_observed
 from flows.search.ladder import score
 from flows.settings import Settings
 from flows.state.ledger import Seen
@@ -92,11 +92,10 @@ def _score(settings: Settings, run: Snapshot, checkpoint: Checkpoint, tell: Tell
 
     row = Scored(checkpoint.step, run.known[str(checkpoint.step)], None)
     try:
-        written = write(settings, run.base, checkpoint, scored_directory(settings))
+        model = write_observed(settings, run.base, checkpoint, scored_directory(settings))
     except (CheckpointDamagedError, CheckpointMismatchError, NonFiniteError) as error:
         # Trying again would find the same.
         return replace(row, problem=str(error))
-    model = replace(written, role="observed", method="")
     (report,) = reports(settings, model, [settings.selection], on_progress=on_progress)
     return replace(row, score=score(model, report), against=_against(settings, checkpoint.step, report))
 
