@@ -72,11 +72,11 @@ def trail_of(client: "MlflowClient", name: str) -> list[Entry]:
 
 def read(client: "MlflowClient", name: str, trail: Sequence[Entry]) -> list[Wish]:
     """Return the wishes that the trail does not answer: aliases first, then insisting, then copies, oldest first."""
-    found: dict[str, Wish] = {}
+    wishes: dict[str, Wish] = {}
     for version in _wanted(client, name, trail):
         wish = Wish(version.name, int(version.version), version.tags.get(INSIST, "").strip())
-        found.setdefault(wish.asked, wish)
-    return list(found.values())
+        wishes.setdefault(wish.asked, wish)
+    return list(wishes.values())
 
 
 def answer(client: "MlflowClient", name: str, entry: Entry) -> None:

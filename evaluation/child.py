@@ -198,7 +198,7 @@ def _run(
 
 @contextmanager
 def _child(module: str, number: int, job: ChildJob, kept: _Kept | None) -> Iterator[_Child]:
-    environment = frozenset(item for item in os.environ.items() if not item[0].startswith(UNREAD))
+    environment = frozenset(pair for pair in os.environ.items() if not pair[0].startswith(UNREAD))
     key = (module, number, job.device, Path.cwd(), environment)
     with job.log_path.open("wb") as log:
         child = None if kept is None else kept.take(key)

@@ -93,7 +93,7 @@ class Workspace:
             for one, entry, size in zip(weights, entries, sizes, strict=True)
         ]
         # What lies in one stretch of one file is read for all rows at once; what is dealt out, row by row.
-        single = [number for number, found in enumerate(places) if len(found) == 1]
+        single = [number for number, stretches in enumerate(places) if len(stretches) == 1]
         with self.files.using([(weights[number].directory, places[number][0][0]) for number in single]) as descriptors:
             opened = {number: one for number, one in zip(single, descriptors, strict=True) if one is not None}
             together = list(opened)

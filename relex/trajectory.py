@@ -113,11 +113,11 @@ def open_again(
 ) -> Trajectory:
     """Open a base and checkpoints, a directory a step, where they were when they were opened before."""
     opened = open_base(base, blocks=blocks)
-    found = [
+    again = [
         Checkpoint(step, open_any(open_directory(location, blocks=blocks), base=opened))
         for step, location in zip(steps, checkpoints, strict=True)
     ]
-    return open_trajectory(opened, found)
+    return open_trajectory(opened, again)
 
 
 def open_trajectory(base: Weights, checkpoints: Sequence[Checkpoint]) -> Trajectory:

@@ -169,8 +169,8 @@ def _without(answer: str, signs: str) -> str:
     signs = signs.replace("°", "") if _ANGULAR.search(answer) else signs
     if answer.startswith("-$"):
         answer = f"-{answer[2:]}"
-    while (found := _AFTER.search(answer)) and (found[0].strip()[0] in signs or found[0].strip()[0] == "\\"):
-        answer = answer[: found.start()].strip()
+    while (match := _AFTER.search(answer)) and (match[0].strip()[0] in signs or match[0].strip()[0] == "\\"):
+        answer = answer[: match.start()].strip()
     return answer
 
 
@@ -210,13 +210,13 @@ def _connective(word: str | None) -> str:
     return rf"\text{{{word}}}" if word in {"and", "or"} else word or ""
 
 
-def _scale(found: re.Match[str]) -> str:
-    return r"\text{" + {"C": "celsius", "F": "fahrenheit"}[found[1]] + "}"
+def _scale(match: re.Match[str]) -> str:
+    return r"\text{" + {"C": "celsius", "F": "fahrenheit"}[match[1]] + "}"
 
 
-def _unit_as_text(found: re.Match[str]) -> str:
-    said = [_singular(word.lower()) for word in found[2].split()]
-    return rf"{found[1]}\text{{{found[2]}}}" if _of_things(said) else found[0]
+def _unit_as_text(match: re.Match[str]) -> str:
+    said = [_singular(word.lower()) for word in match[2].split()]
+    return rf"{match[1]}\text{{{match[2]}}}" if _of_things(said) else match[0]
 
 
 def _of_things(said: list[str]) -> bool:

@@ -157,10 +157,10 @@ class _Judge:
         # Equality is transitive, so what is matched first need not be given up again.
         left = [*theirs]
         for one in ours:
-            found = next((place for place, other in enumerate(left) if self.same(one, other)), None)
-            if found is None:
+            partner = next((place for place, other in enumerate(left) if self.same(one, other)), None)
+            if partner is None:
                 return False
-            del left[found]
+            del left[partner]
         return not left
 
     def _same_ratio(self, ours: Sequence[Node], theirs: Sequence[Node]) -> bool:
@@ -177,10 +177,10 @@ class _Judge:
             return False
         left = [*theirs.pieces]
         for one in ours.pieces:
-            found = next((place for place, other in enumerate(left) if self._same_piece(one, other)), None)
-            if found is None:
+            partner = next((place for place, other in enumerate(left) if self._same_piece(one, other)), None)
+            if partner is None:
                 return False
-            del left[found]
+            del left[partner]
         return not left
 
     def _same_piece(self, one: Piece, other: Piece) -> bool:
@@ -348,8 +348,8 @@ def _same_in_base(ours: str, theirs: str) -> bool:
 
 
 def _in_base(text: str) -> tuple[str, str]:
-    found = _BASE.fullmatch(text)
-    return (found[1], found[2] or found[3]) if found else (text, "")
+    based = _BASE.fullmatch(text)
+    return (based[1], based[2] or based[3]) if based else (text, "")
 
 
 def _has_imaginary(gold: str) -> bool:
@@ -510,7 +510,7 @@ def _top_level(text: str) -> list[tuple[int, str]]:
 
     Round and square brackets close each other, as those of intervals do, and one that would close nothing opens.
     """
-    found, depth, position = [], 0, 0
+    tokens, depth, position = [], 0, 0
     matrices = 0
     while position < len(text):
         match = _TOP.search(text, position)
@@ -529,12 +529,12 @@ def _top_level(text: str) -> list[tuple[int, str]]:
         elif token in {")", "]", "}", r"\}", r"\rangle", r"\rfloor", r"\rceil"}:
             depth = depth + 1 if token == "]" and depth == 0 else depth - 1
         elif depth == 0 and matrices == 0:
-            found.append((match.start(), token))
+            tokens.append((match.start(), token))
         if depth < 0:
             raise UnreadableError(text)
     if depth or matrices:
         raise UnreadableError(text)
-    return found
+    return tokens
 
 
 def _closes(text: str, position: int) -> bool:
@@ -662,7 +662,7 @@ def _touch(one: Piece, other: Piece) -> bool:
 
 def _common(ours: Sequence[Piece], theirs: Sequence[Piece]) -> tuple[Piece, ...]:
     """Return what two unions have in common; UnreadableError when an end is no number."""
-    found = []
+    common = []
     for one in ours:
         for other in theirs:
             low = max(one, other, key=lambda piece: (_end(piece.low), not piece.low_closed))
@@ -670,8 +670,8 @@ def _common(ours: Sequence[Piece], theirs: Sequence[Piece]) -> tuple[Piece, ...]
             piece = Piece(low.low, high.high, low.low_closed, high.high_closed)
             start, end = _ends(piece)
             if start < end or (start == end and piece.low_closed and piece.high_closed):
-                found.append(piece)
-    return tuple(found)
+                common.append(piece)
+    return tuple(common)
 
 
 def _refused(text: str) -> NoReturn:

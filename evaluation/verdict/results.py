@@ -145,22 +145,22 @@ class _Table:
 
 
 def _directory(path: Path, name: str) -> Result:
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     for each in sorted(path.rglob("samples_*.jsonl")):
         named = _SAMPLES.fullmatch(each.name)
         task = named["task"] if named else each.stem.removeprefix("samples_")
-        if task in found:
-            raise ReportError(f"{path} has two results of {task}, {found[task].name} and {each.name}: give one file.")
-        found[task] = each
-    if not found:
+        if task in files:
+            raise ReportError(f"{path} has two results of {task}, {files[task].name} and {each.name}: give one file.")
+        files[task] = each
+    if not files:
         raise ReportError(f"{path} has no samples_*.jsonl in it: give lm-eval's --log_samples, or a file.")
-    parts = {task: read_result(each) for task, each in found.items()}
+    parts = {task: read_result(each) for task, each in files.items()}
     rows = tuple(
-        {**row, "doc_id": f"{task} {row.get('doc_id')}" if len(found) > 1 else row.get("doc_id"), TASK: task}
+        {**row, "doc_id": f"{task} {row.get('doc_id')}" if len(files) > 1 else row.get("doc_id"), TASK: task}
         for task, part in parts.items()
         for row in part.rows
     )
-    return _samples(rows, name, path, benchmark=" and ".join(found) if len(found) < _SHOWN else f"{len(found)} tasks")
+    return _samples(rows, name, path, benchmark=" and ".join(files) if len(files) < _SHOWN else f"{len(files)} tasks")
 
 
 def _report(text: str, path: Path) -> Report | None:

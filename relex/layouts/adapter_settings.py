@@ -62,9 +62,9 @@ class AdapterSettings(BaseModel):
         excluded = _matching(self.exclude_modules or [], "exclude_modules", modules, where)
         saved = [re.compile(rf"(^|.*\.){name}($|\..*)") for name in self.modules_to_save or ()]
         excluded |= {module for module in modules if any(one.match(module) for one in saved)}
-        found = _matching(self.target_modules, "target_modules", modules, where)
+        matched = _matching(self.target_modules, "target_modules", modules, where)
         named = set() if isinstance(self.target_modules, str) else {*self.target_modules}
-        return {module for module in found - excluded if module in named or self._transforms(module)}
+        return {module for module in matched - excluded if module in named or self._transforms(module)}
 
     def ranks(self, modules: Collection[str], *, where: str) -> ModulePatterns:
         """Return the rank of each module's factors."""
