@@ -26,6 +26,8 @@ _command = partial(commands.command, rich_help_panel=MODEL)
 # Exit status of a comparison: shown better (or worse by less than the margin), shown worse, not shown, no comparison.
 _STATUS = {"passed": 0, "worse": 1, "not shown": 2}
 _INCOMPARABLE = 3
+# The columns of a table of scores that may take several lines: the others hold numbers.
+_FOLDED = frozenset({"Tasks", "Filter", "Metric"})
 
 Margin = Annotated[float, typer.Option(help="How much worse the first may be, in accuracy; 0: must be better.")]
 Confidence = Annotated[float, typer.Option(help="One-sided confidence of the verdict.")]
@@ -283,8 +285,10 @@ def show_evaluated(console: Console, scored: Sequence["Evaluated"]) -> None:
     from evaluation.verdict.export import read_rows
 
     table = plain_table("Tasks", "Version", "Filter", "n-shot", "Metric", "", "Value", "", "Stderr", "95 %")
-    # Ten columns need all of a terminal's 80 characters.
+    # Ten columns need all of a terminal's 80 characters, and numbers folded into their columns cannot be read.
     table.padding = 0
+    for column in table.columns:
+        column.no_wrap = column.header not in _FOLDED
     arrows = {True: "↑", False: "↓", None: ""}
     intervals: list[list[str]] = []
     for each in scored:

@@ -1,12 +1,19 @@
 """relex evaluate: what a person reads, and the same for machines."""
 
+import dataclasses
+import io
 import json
+import re
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
+from evaluation.verdict.report import Evaluated
+from flows.cli.evaluate import show_evaluated
 from flows.cli.main import app
+from tests.helpers.registry import report
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +50,28 @@ def test_the_table_is_lm_evals_with_intervals_and_fits_a_terminal(
     (report,) = json.loads(relex(cache, model, "--benchmark", benchmark, "--json").stdout)
     assert report["accuracy"] == pytest.approx(1 / 3)
     assert report["interval"] == pytest.approx([0.1381, 0.6094], abs=1e-4)
+
+
+def test_numbers_stay_whole_however_long_the_names_are(tmp_path: Path) -> None:
+    name = "minerva_math_intermediate_algebra"
+    results = {
+        "results": {name: {"exact_match,flexible-extract": 0.5, "exact_match_stderr,flexible-extract": 0.5}},
+        "versions": {name: 1},
+        "n-shot": {name: 4},
+        "higher_is_better": {name: {"exact_match": True}},
+    }
+    sample = {"doc_id": 0, "filter": "flexible-extract", "metrics": ["exact_match"]}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    (tmp_path / "samples.jsonl").write_text(
+        "".join(json.dumps(sample | {"exact_match": score}) + "\n" for score in (0.0, 1.0))
+    )
+    told = io.StringIO()
+    evaluated = Evaluated(
+        dataclasses.replace(report(1), benchmark=name), tmp_path / "results.json", tmp_path / "samples.jsonl"
+    )
+    show_evaluated(Console(file=told, width=80), [evaluated])
+    assert re.search(r"↑ 0\.5000 ± 0\.5000 0\.\d{4}–0\.\d{4}", told.getvalue())
+    assert max(map(len, told.getvalue().splitlines())) <= 80
 
 
 def test_two_models_are_compared_problem_by_problem(
