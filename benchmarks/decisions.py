@@ -340,7 +340,7 @@ def record(rows: Sequence[Row]) -> list[tuple[Finished, ...]]:
     for row in sorted(rows, key=lambda row: row.window):
         if row.finished is not None:
             looks.setdefault(row.name, []).append(row.finished)
-    return [tuple(found) for found in looks.values()]
+    return [tuple(each) for each in looks.values()]
 
 
 def tables(rows: Sequence[Row]) -> str:

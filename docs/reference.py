@@ -89,7 +89,7 @@ def _paper(number: str) -> str:
 
 def _tables(model: type[BaseModel]) -> str:
     # What a model shares with others comes after its own keys.
-    fields = sorted(model.model_fields.items(), key=lambda item: item[0] not in model.__annotations__)
+    fields = sorted(model.model_fields.items(), key=lambda field: field[0] not in model.__annotations__)
     needed = [(name, field) for name, field in fields if field.is_required()]
     given = [(name, field) for name, field in fields if not field.is_required()]
     return (
@@ -143,10 +143,10 @@ def _words(annotation: Any, metadata: list[Any]) -> str:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "keys and values"
     bounds = [
-        f"{word} {getattr(item, name):g}"
+        f"{word} {getattr(bound, name):g}"
         for kind, name, word in _BOUNDS
-        for item in _flat(metadata)
-        if isinstance(item, kind)
+        for bound in _flat(metadata)
+        if isinstance(bound, kind)
     ]
     return " ".join([_WORDS[annotation], *filter(None, [" and ".join(bounds)])])
 
@@ -157,8 +157,8 @@ def _either(words: list[str]) -> str:
 
 def _flat(metadata: list[Any]) -> Iterator[Any]:
     """Yield the constraints, those inside a Field(...) among them."""
-    for item in metadata:
-        yield from item.metadata if isinstance(item, FieldInfo) else (item,)
+    for constraint in metadata:
+        yield from constraint.metadata if isinstance(constraint, FieldInfo) else (constraint,)
 
 
 def _alternatives(annotation: Any) -> Iterator[Any]:

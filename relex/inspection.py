@@ -98,9 +98,9 @@ def inspect(
         norms_K = (gram.products.diagonal(dim1=-2, dim2=-1).sum(0) / gram.base_norms.sum()).sqrt()
         findings = tuple(sanity.findings(gram))
         deltas = dict(zip(trajectory.steps, norms_K.tolist(), strict=True))
-    doubt = foreign_base([checkpoint.weights for checkpoint in ready if checkpoint.weights is not None])
-    if doubt:
-        findings = (*findings, Finding("base", ready[-1].step, "", doubt))
+    suspicion = foreign_base([checkpoint.weights for checkpoint in ready if checkpoint.weights is not None])
+    if suspicion:
+        findings = (*findings, Finding("base", ready[-1].step, "", suspicion))
     steps = tuple(
         Step(
             checkpoint.step,

@@ -94,7 +94,7 @@ def main() -> None:
     # Whoever started the parent may have ignored or blocked it, which children inherit.
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
-    from evaluation.grading.structure import same_answer
+    from evaluation.grading.comparison import same_answer
 
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     sys.stdout.write(READY.decode())

@@ -6,6 +6,7 @@ what the grammar does not know, and what is left over, is refused.
 
 import re
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import sympy
@@ -69,16 +70,17 @@ class UnreadableError(ValueError):
     """Some text is no formula, or could be more than one."""
 
 
+@lru_cache(maxsize=1000)
 def read_formula(text: str, *, imaginary: bool) -> Expression:
     """Return the sympy expression or matrix that a LaTeX text states, `i` as the imaginary unit or as a letter.
 
     Numbers are exact. UnreadableError when the text is no such formula.
     """
     reader = _Reader(text, imaginary=imaginary)
-    found = reader.inside()
+    formula = reader.inside()
     if reader.token:
         raise UnreadableError(text)
-    return found
+    return formula
 
 
 def same_value(ours: Expression, theirs: Expression) -> bool:
@@ -142,12 +144,12 @@ class _Reader:
         self._tokens = []
         position = 0
         while position < len(text):
-            found = _TOKEN.match(text, position)
-            if found is None:
+            match = _TOKEN.match(text, position)
+            if match is None:
                 raise UnreadableError(text)
-            if found["token"]:
-                self._tokens.append(found["token"])
-            position = found.end()
+            if match["token"]:
+                self._tokens.append(match["token"])
+            position = match.end()
         self._tokens.reverse()
 
     @property
@@ -156,12 +158,12 @@ class _Reader:
 
     def inside(self) -> Expression:
         r"""Return what fills a group or all of the text, `a \over b` and `n \choose k` too."""
-        found = self.sum()
+        first = self.sum()
         if self.token not in {r"\over", r"\choose"}:
-            return found
+            return first
         over = self._next() == r"\over"
-        under = self.sum()
-        return found / under if over else sympy.binomial(found, under)
+        second = self.sum()
+        return first / second if over else sympy.binomial(first, second)
 
     def sum(self) -> Expression:
         total = self._signed()
@@ -178,27 +180,27 @@ class _Reader:
 
     def _product(self) -> Expression:
         mixed = self._mixed()
-        found = self._power() if mixed is None else mixed
+        product = self._power() if mixed is None else mixed
         divided = False
         while True:
             if self.token in _TIMES:
                 self._next()
-                found *= self._signed_power()
+                product *= self._signed_power()
                 divided = False
             elif self.token in _DIVIDE:
                 self._next()
                 divisor = self._signed_power()
                 if isinstance(divisor, sympy.MatrixBase) or divided:
                     self._refuse()
-                found /= divisor
+                product /= divisor
                 divided = True
             elif self._begins_factor():
                 # 1/2x, x2, 2 3
                 if divided or self.token[0].isdigit() or self.token[0] == ".":
                     self._refuse()
-                found *= self._power()
+                product *= self._power()
             else:
-                return found
+                return product
 
     def _signed_power(self) -> Expression:
         if self.token == "-":
@@ -248,24 +250,24 @@ class _Reader:
         return token not in {r"\end", r"\rvert", r"\rfloor", r"\rceil", r"\over", r"\choose", "°"}
 
     def _power(self) -> Expression:
-        found = self._atom()
+        power = self._atom()
         while self.token in {"!", "^", "%", "°"}:
             mark = self._next()
             if mark == "%":
-                found /= 100
+                power /= 100
             elif mark == "°":
-                found *= sympy.pi / 180
+                power *= sympy.pi / 180
             elif mark == "!":
-                if self.token == "!" or isinstance(found, sympy.MatrixBase):
+                if self.token == "!" or isinstance(power, sympy.MatrixBase):
                     self._refuse()
-                found = sympy.factorial(found)
+                power = sympy.factorial(power)
             else:
-                found = found ** self._argument(digit=False)
+                power = power ** self._argument(digit=False)
                 if self.token == "^":
                     self._refuse()
         if self.token in {"_", "'"}:
             self._refuse()
-        return found
+        return power
 
     def _atom(self) -> Expression:
         token = self._next()
@@ -326,16 +328,16 @@ class _Reader:
         return exact
 
     def _enclosed(self, opening: str) -> Expression:
-        found = self.sum()
+        inside = self.sum()
         self._expect(_CLOSING[opening])
         if opening in {"|", r"\lvert"}:
-            return found.det() if isinstance(found, sympy.MatrixBase) else sympy.Abs(found)
-        return {r"\lfloor": sympy.floor, r"\lceil": sympy.ceiling}.get(opening, lambda inside: inside)(found)
+            return inside.det() if isinstance(inside, sympy.MatrixBase) else sympy.Abs(inside)
+        return {r"\lfloor": sympy.floor, r"\lceil": sympy.ceiling}.get(opening, lambda whole: whole)(inside)
 
     def _group(self) -> Expression:
-        found = self.inside()
+        inside = self.inside()
         self._expect("}")
-        return found
+        return inside
 
     def _argument(self, *, digit: bool = True) -> Expression:
         """Return what a command or `^` is applied to: a group, a digit (a number for ^), a letter or a command."""
@@ -383,8 +385,8 @@ class _Reader:
                 if name not in _INVERSES:
                     self._refuse(name)
                 function, power = _INVERSES[name], None
-        found = function(self._function_argument())
-        return found if power is None else found**power
+        value = function(self._function_argument())
+        return value if power is None else value**power
 
     def _logarithm(self) -> Expression:
         base: Expression = _SOME_BASE
@@ -397,7 +399,7 @@ class _Reader:
         """Return what stands in parentheses, or the factors up to the next function, sign or bracket."""
         if self.token in _CLOSING or self.token == "{":
             return self._atom()
-        found = self._power()
+        product = self._power()
         while (
             self._begins_factor()
             and self.token not in _CLOSING
@@ -405,11 +407,11 @@ class _Reader:
         ):
             if self.token[0].isdigit():
                 self._refuse()
-            found *= self._power()
+            product *= self._power()
         # \sin 2\pi/3
         if self.token in _DIVIDE:
             self._refuse()
-        return found
+        return product
 
     def _series(self, command: str) -> Expression:
         self._expect("_")

@@ -263,8 +263,8 @@ def test_a_run_that_was_rolled_back_is_seen(
     states = walk([1.0] * len(steps), steps=steps)
     states[same[0]] = states[same[1]]
     measured = gram_of(states, tmp_path)
-    (found,) = duplicates(measured)
-    assert (found.kind, found.step) == ("duplicate", same[0])
-    assert re.search(said, found.text)
+    (duplicate,) = duplicates(measured)
+    assert (duplicate.kind, duplicate.step) == ("duplicate", same[0])
+    assert re.search(said, duplicate.text)
     with pytest.raises(DuplicateError, match="bit for bit"):
         refuse_duplicates(measured)

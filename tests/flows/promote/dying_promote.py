@@ -131,10 +131,10 @@ def _given_back(store: Registry) -> None:
 
 
 def _answered(store: Registry, model: str, version: int, *, verdict: str) -> None:
-    found = connect(store.uri).get_model_version(model, str(version))
-    assert found.tags[ANSWER] == verdict
-    assert found.description is not None
-    assert found.description.count("**Set in MLflow") == 1
+    judged = connect(store.uri).get_model_version(model, str(version))
+    assert judged.tags[ANSWER] == verdict
+    assert judged.description is not None
+    assert judged.description.count("**Set in MLflow") == 1
     entry = [entry for entry in champions.history("tiny", tracking_uri=store.uri) if entry.asked][-1]
     assert (entry.asked, entry.finished) == (f"{model}/{version}", True)
     assert entry.verdict == ("refused" if verdict == "refused" else "promoted")

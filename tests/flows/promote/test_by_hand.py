@@ -39,8 +39,8 @@ def alias(store: Registry, model: str = "tiny") -> int | None:
 
 def said(store: Registry, version: int, *, model: str = "tiny") -> tuple[str, str]:
     """Return what a version's page says: its tag for people, and its description."""
-    found = connect(store.uri).get_model_version(model, str(version))
-    return found.tags.get(ANSWER, ""), found.description or ""
+    judged = connect(store.uri).get_model_version(model, str(version))
+    return judged.tags.get(ANSWER, ""), judged.description or ""
 
 
 def settled(store: Registry) -> Promotion:

@@ -164,7 +164,7 @@ def decide_now(config: Path, servers: Stack, environment: dict[str, str]) -> str
         "from flows.settings import load_settings; from relex.store import open_base, scan\n"
         "s = load_settings(Path(sys.argv[1])); base = open_base(s.base)\n"
         "stored = scan(s.checkpoints, base, now=time.time()); steps = full_window(stored, s.end)\n"
-        "key = window_key(s, base, [item for item in stored if item.step in steps])\n"
+        "key = window_key(s, base, [one for one in stored if one.step in steps])\n"
         "decide(config=sys.argv[1], steps=steps, key=key, tracking_uri=sys.argv[2])\n"
         "decide(config=sys.argv[1], steps=steps, key=key, tracking_uri=sys.argv[2])\n"
     )

@@ -138,8 +138,8 @@ def test_settings_without_targets_are_refused() -> None:
     ],
 )
 def test_modules_are_targeted_as_peft_targets_them(changes: Mapping[str, Any], layers: Any, names: str) -> None:
-    found = read_settings({**WRITTEN, **changes}, where="there").targets(MODULES, where="there")
-    assert found == {f"model.layers.{layer}.self_attn.{name}_proj" for layer in layers for name in names}
+    targeted = read_settings({**WRITTEN, **changes}, where="there").targets(MODULES, where="there")
+    assert targeted == {f"model.layers.{layer}.self_attn.{name}_proj" for layer in layers for name in names}
 
 
 def test_factors_that_the_settings_do_not_target_are_refused(tmp_path: Path) -> None:
