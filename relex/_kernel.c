@@ -36,6 +36,8 @@
 /* Outside of these a row's products may leave the range of fp32, and are taken in fp64. */
 #define SMALLEST 0x1p-40f
 #define LARGEST 0x1p+50f
+/* Rows of a prediction's sum that are added while the sum is in registers. */
+#define TOGETHER 4
 /* Zero checks: of one stretch of a tensor, its sectors' first elements and its last ones are looked at. */
 #define STRETCH 32768
 #define SECTOR_BYTES 512
@@ -49,6 +51,8 @@ typedef int32_t signed_bits __attribute__((vector_size(4 * LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2)));
 typedef float half_lanes __attribute__((vector_size(2 * LANES)));
 typedef double wide __attribute__((vector_size(4 * LANES)));
+typedef double half_wide __attribute__((vector_size(2 * LANES)));
+typedef double quarter_wide __attribute__((vector_size(LANES)));
 
 enum kind { BFLOAT16, FLOAT32 };
 
@@ -57,6 +61,11 @@ typedef struct {
     int32_t column[MOST_HEAVY];
     float value[MOST_HEAVY];
 } heavy_t;
+
+/* Sums over chains begin with the first chain, which GCC does not see. */
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -87,9 +96,9 @@ INLINE void subtract(
     float *out, const char *row, const char *before, const char *next, int kind, int paired, Py_ssize_t n) {
     Py_ssize_t c = 0;
     /* A row is shorter than what the CPU fetches ahead by itself. */
-    for (Py_ssize_t ahead = 0; ahead < n * (kind == FLOAT32 ? 4 : 2); ahead += 64) __builtin_prefetch(next + ahead);
     for (; paired && c + 2 * LANES <= n; c += 2 * LANES) {
         lanes even, odd, even_before, odd_before;
+        __builtin_prefetch(at(next, kind, c));
         load_pair(&even, &odd, at(row, kind, c));
         if (before) {
             load_pair(&even_before, &odd_before, at(before, kind, c));
@@ -101,6 +110,7 @@ INLINE void subtract(
     }
     for (; c + LANES <= n; c += LANES) {
         lanes x, y;
+        __builtin_prefetch(at(next, kind, c));
         load(&x, at(row, kind, c), kind);
         if (before) {
             load(&y, at(before, kind, c), kind);
@@ -179,7 +189,13 @@ INLINE double fp64_product(const float *x, const float *y, Py_ssize_t n) {
 
 INLINE double add_lanes(const wide *low, const wide *high) {
     wide both = *low + *high;
-    return ((both[0] + both[4]) + (both[2] + both[6])) + ((both[1] + both[5]) + (both[3] + both[7]));
+    half_wide four[2];
+    memcpy(four, &both, sizeof both);
+    four[0] += four[1];
+    quarter_wide two[2];
+    memcpy(two, four, sizeof two);
+    two[0] += two[1];
+    return two[0][0] + two[0][1];
 }
 
 /* The squares of n elements, added in fp64. */
@@ -225,7 +241,6 @@ typedef struct {
     typedef float vector_##NAME __attribute__((vector_size(4 * V)));                                                    \
     TARGET INLINE void NAME(const float *x, const float *y, Py_ssize_t n, double sums[R][R]) {                          \
         double lane[R][R][LANES] __attribute__((aligned(64)));                                                          \
-        memset(lane, 0, sizeof lane);                                                                                   \
         for (Py_ssize_t begin = 0; begin < n; begin += CHAIN) {                                                         \
             Py_ssize_t end = begin + CHAIN < n ? begin + CHAIN : n;                                                     \
             for (int part = 0; part < LANES; part += V) {                                                               \
@@ -242,7 +257,7 @@ typedef struct {
                 }                                                                                                       \
                 _Pragma("GCC unroll 8") for (int i = 0; i < R; i++)                                                     \
                     _Pragma("GCC unroll 8") for (int j = 0; j < R; j++)                                                 \
-                        WIDEN(lane[i][j] + part, chain[i][j]);                                                          \
+                        WIDEN(lane[i][j] + part, chain[i][j], begin == 0);                                              \
             }                                                                                                           \
         }                                                                                                               \
         for (int i = 0; i < R; i++)                                                                                     \
@@ -296,6 +311,39 @@ INLINE void rounded(const lanes *total, int out_kind, signed_bits *not_finite, b
     *not_finite |= ((*stored & 0x7f800000) == 0x7f800000) | ((whole & 0x7f800000) == 0x7f800000);
 }
 
+/* Add factors times (rows - from), R rows one after the other. */
+INLINE void add_rows(lanes *total, const lanes *from, const char *const *rows, const char *const *next,
+                     const lanes *factors, const int R, int kind, int paired, Py_ssize_t n) {
+    Py_ssize_t c = 0;
+    for (; paired && c + 2 * LANES <= n; c += 2 * LANES) {
+        lanes low = total[c / LANES], high = total[c / LANES + 1];
+        _Pragma("GCC unroll 8") for (int r = 0; r < R; r++) {
+            lanes even, odd;
+            __builtin_prefetch(at(next[r], kind, c));
+            load_pair(&even, &odd, at(rows[r], kind, c));
+            low += (even - from[c / LANES]) * factors[r];
+            high += (odd - from[c / LANES + 1]) * factors[r];
+        }
+        total[c / LANES] = low;
+        total[c / LANES + 1] = high;
+    }
+    for (; c + LANES <= n; c += LANES) {
+        lanes sum = total[c / LANES];
+        _Pragma("GCC unroll 8") for (int r = 0; r < R; r++) {
+            lanes delta;
+            __builtin_prefetch(at(next[r], kind, c));
+            load(&delta, at(rows[r], kind, c), kind);
+            sum += (delta - from[c / LANES]) * factors[r];
+        }
+        total[c / LANES] = sum;
+    }
+    for (int r = 0; c < n && r < R; r++) {
+        lanes delta = {0};
+        for (Py_ssize_t l = 0; c + l < n; l++) delta[l] = element(at(rows[r], kind, c + l), kind);
+        total[c / LANES] += (delta - from[c / LANES]) * factors[r];
+    }
+}
+
 /* added + sum of coefficients times (row - base), each addition fused, row after row; 1 when all of it is finite. */
 INLINE int combine(const sum_t *s, int kind, int added_kind, int out_kind) {
     const int paired = kind == BFLOAT16 && added_kind == BFLOAT16 && out_kind == BFLOAT16;
@@ -307,31 +355,20 @@ INLINE int combine(const sum_t *s, int kind, int added_kind, int out_kind) {
         lanes total[WIDTH / LANES];
         memset(total, 0, sizeof total);
         if (!s->relative) subtract((float *)from, at(s->base, kind, start), NULL, s->rows, kind, paired, n);
+        const char *rows[TOGETHER], *next[TOGETHER];
+        lanes factors[TOGETHER];
+        int taken = 0;
         for (Py_ssize_t k = 0; k < s->count; k++) {
             float coefficient = s->coefficients[k];
             if (coefficient == 0.0f) continue;
-            lanes factor = coefficient - (lanes){0};
-            const char *row = at(s->rows + k * s->stride, kind, start);
-            const char *next = at(s->rows + (k + 1 < s->count ? k + 1 : k) * s->stride, kind, start);
-            for (Py_ssize_t ahead = 0; ahead < n * (kind == FLOAT32 ? 4 : 2); ahead += 64) __builtin_prefetch(next + ahead);
-            Py_ssize_t c = 0;
-            for (; paired && c + 2 * LANES <= n; c += 2 * LANES) {
-                lanes even, odd;
-                load_pair(&even, &odd, at(row, kind, c));
-                total[c / LANES] += (even - from[c / LANES]) * factor;
-                total[c / LANES + 1] += (odd - from[c / LANES + 1]) * factor;
-            }
-            for (; c + LANES <= n; c += LANES) {
-                lanes delta;
-                load(&delta, at(row, kind, c), kind);
-                total[c / LANES] += (delta - from[c / LANES]) * factor;
-            }
-            if (c < n) {
-                lanes delta = {0};
-                for (Py_ssize_t l = 0; c + l < n; l++) delta[l] = element(at(row, kind, c + l), kind);
-                total[c / LANES] += (delta - from[c / LANES]) * factor;
-            }
+            factors[taken] = coefficient - (lanes){0};
+            rows[taken] = at(s->rows + k * s->stride, kind, start);
+            next[taken++] = at(s->rows + (k + TOGETHER < s->count ? k + TOGETHER : k) * s->stride, kind, start);
+            if (taken < TOGETHER) continue;
+            add_rows(total, from, rows, next, factors, TOGETHER, kind, paired, n);
+            taken = 0;
         }
+        for (int r = 0; r < taken; r++) add_rows(total, from, rows + r, next + r, factors + r, 1, kind, paired, n);
         const char *added = at(s->added, added_kind, start);
         char *out = (char *)at(s->out, out_kind, start);
         Py_ssize_t c = 0;
@@ -386,27 +423,27 @@ INLINE int combine(const sum_t *s, int kind, int added_kind, int out_kind) {
 /* Rows of scratch are counted in the largest of the shapes. */
 #define LARGEST_SHAPE 5
 
-/* Add the lanes of a sum in fp32 to those in fp64. */
+/* Add the lanes of a sum in fp32 to those in fp64, or begin these with them. */
 #if defined(__x86_64__)
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512")))
 #define AVX2 __attribute__((target("avx2,fma")))
-AVX512 INLINE void widen_avx512(double *lane, __m512 sum) {
+AVX512 INLINE void widen_avx512(double *lane, __m512 sum, int first) {
     __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(sum)), high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(sum, 1));
-    _mm512_store_pd(lane, _mm512_add_pd(_mm512_load_pd(lane), low));
-    _mm512_store_pd(lane + 8, _mm512_add_pd(_mm512_load_pd(lane + 8), high));
+    _mm512_store_pd(lane, first ? low : _mm512_add_pd(_mm512_load_pd(lane), low));
+    _mm512_store_pd(lane + 8, first ? high : _mm512_add_pd(_mm512_load_pd(lane + 8), high));
 }
-AVX2 INLINE void widen_avx2(double *lane, __m256 sum) {
+AVX2 INLINE void widen_avx2(double *lane, __m256 sum, int first) {
     __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(sum)), high = _mm256_cvtps_pd(_mm256_extractf128_ps(sum, 1));
-    _mm256_store_pd(lane, _mm256_add_pd(_mm256_load_pd(lane), low));
-    _mm256_store_pd(lane + 4, _mm256_add_pd(_mm256_load_pd(lane + 4), high));
+    _mm256_store_pd(lane, first ? low : _mm256_add_pd(_mm256_load_pd(lane), low));
+    _mm256_store_pd(lane + 4, first ? high : _mm256_add_pd(_mm256_load_pd(lane + 4), high));
 }
 VARIANT(avx512, AVX512, 5, 16)
 VARIANT(avx2, AVX2, 3, 8)
 #elif defined(__aarch64__)
-INLINE void widen_neon(double *lane, float32x4_t sum) {
+INLINE void widen_neon(double *lane, float32x4_t sum, int first) {
     float64x2_t low = vcvt_f64_f32(vget_low_f32(sum)), high = vcvt_high_f64_f32(sum);
-    vst1q_f64(lane, vaddq_f64(vld1q_f64(lane), low));
-    vst1q_f64(lane + 2, vaddq_f64(vld1q_f64(lane + 2), high));
+    vst1q_f64(lane, first ? low : vaddq_f64(vld1q_f64(lane), low));
+    vst1q_f64(lane + 2, first ? high : vaddq_f64(vld1q_f64(lane + 2), high));
 }
 VARIANT(neon, , 5, 4)
 #else
