@@ -28,7 +28,7 @@ from relex.predictors import parse_method
 from relex.progress import Progress
 from relex.store import Checkpoint, check_same_tensors, open_base
 from relex.streaming import CHUNK, Block, Unit, Workspace, as_bytes, in_order, units, workspaces
-from relex.trajectory import TensorSpec, Trajectory
+from relex.trajectory import TensorSpec, Trajectory, tensors_of
 
 # What a manifest calls the method of a real checkpoint: nothing is predicted.
 OBSERVED = "observed"
@@ -73,12 +73,14 @@ class _Written:
 
     def delta(self, spec: TensorSpec, base_N: Tensor, start: int, *, dtype: torch.dtype) -> Tensor:
         """Return what elements from `start` on add to the base, in `dtype`."""
-        source = self.forecast.tensors[spec.name].source
+        # Who was predicted before fused experts were taken one by one has them in one.
+        forecasts = self.forecast.tensors
+        source = forecasts[spec.name if spec.name in forecasts else spec.stored.name].source
         if source == "base":
             return torch.zeros(len(base_N), dtype=dtype)
-        entry = self.weights.tensors[spec.name]
+        entry = self.weights.tensors[spec.stored.name]
         stored_N = torch.empty(len(base_N), dtype=entry.dtype)
-        self.weights.read_into(entry, start * entry.dtype.itemsize, as_bytes(stored_N))
+        self.weights.read_into(entry, (spec.start + start) * entry.dtype.itemsize, as_bytes(stored_N))
         rounded = source == "latest" and _finer(base_N.dtype, spec.dtype)
         return stored_N.to(dtype) - (base_N.to(spec.dtype) if rounded else base_N).to(dtype)
 
@@ -159,8 +161,7 @@ def write_as_predicted(
 
 def _alone(base: Weights, real: Checkpoint) -> Trajectory:
     check_same_tensors(real.weights, base)
-    specs = (TensorSpec(entry, (real.weights.tensors[name],)) for name, entry in base.tensors.items())
-    return Trajectory(base, (real,), tuple(specs))
+    return Trajectory(base, (real,), tensors_of(base, [real]))
 
 
 def _compare(trajectory: Trajectory, models: Sequence[_Written], space: Workspace, unit: Unit) -> _Sums:

@@ -140,6 +140,7 @@ def forecast(
             " method."
         )
     added = added or {}
+    gram = _by_name(gram)
     steps_K = torch.tensor(trajectory.steps, dtype=torch.float64)
     energy_T = spectrum.energy(gram.products)
     r_squared_T = spectrum.r_squared(gram.products, steps_K)
@@ -205,3 +206,13 @@ def forecast(
         copied_share=sum(math.prod(specs[name].base.shape) for name in copied) / total,
         vectors=added,
     )
+
+
+def _by_name(gram: Gram) -> Gram:
+    """Return the Gram with its tensors in the order of their names, whatever that of the files is.
+
+    The last bits of an eigenvector depend on where in the batch its matrix stands.
+    """
+    order = sorted(range(len(gram.names)), key=gram.names.__getitem__)
+    names = tuple(gram.names[index] for index in order)
+    return replace(gram, names=names, products=gram.products[order], base_norms=gram.base_norms[order])

@@ -234,12 +234,14 @@ def cached(
     """Return the Gram of `trajectory`: from `directory`, else measured (from what is there) and saved."""
     wanted = trajectory.checkpoints
     base = trajectory.base.identity
+    # An earlier version had experts that are stored fused as one tensor.
+    names = tuple(spec.name for spec in trajectory.tensors if spec.moves)
     known: Gram | None = None
     superseded: Path | None = None
     for path in sorted(directory.glob("*.safetensors")):
         kept = _load(path, base)
         # A file may be written again with its size and time put back; then it has changed all the same.
-        if kept is None or not _untouched(trajectory.base.changes, kept.base_changes):
+        if kept is None or kept.names != names or not _untouched(trajectory.base.changes, kept.base_changes):
             continue
         have = zip(kept.steps, kept.identities, kept.changes, strict=True)
         # Only from the first on: the last bits of a product depend on its place in the tiles.

@@ -22,8 +22,8 @@ from relex.rank_one import RankOne
 from relex.trajectory import Trajectory
 from relex.triplets import Source
 
-# What is kept of an earlier one knows fewer tensors, and Conv1D the wrong way round.
-FORMAT = 2
+# What is kept of an earlier one knows fewer tensors, Conv1D the wrong way round, and another order to learn in.
+FORMAT = 3
 
 
 def added(

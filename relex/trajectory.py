@@ -3,16 +3,18 @@
 import itertools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from relex.errors import CheckpointMismatchError, StoreError
 from relex.files.block_cache import BlockCache
 from relex.files.location import open_directory
+from relex.layouts import experts
 from relex.layouts.detection import open_any
 from relex.layouts.factors import AdapterWeights, LowRank, Unchanged
 from relex.layouts.weights import TensorEntry, Weights, embedding_name
@@ -23,16 +25,42 @@ _COMPARED_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where one expert's matrix lies in the tensor of fused experts that is `stored`: from element `start` on.
+
+    `turned` when it is stored as (in, out).
+    """
+
+    stored: TensorEntry
+    start: int
+    turned: bool
+
+
+@dataclass(frozen=True)
 class TensorSpec:
-    """One tensor of the model, as the base and as every checkpoint store it (one entry a checkpoint, in step order)."""
+    """One tensor of the model, as the base and as every checkpoint store it (one entry a checkpoint, in step order).
+
+    `within` is there when it is one expert's matrix, of experts that are stored fused.
+    """
 
     base: TensorEntry
     entries: tuple[TensorEntry, ...]
+    within: Place | None = None
 
     @property
     def name(self) -> str:
         """The canonical name."""
         return self.base.name
+
+    @property
+    def stored(self) -> TensorEntry:
+        """The tensor of the base's files that it is, or that it lies in."""
+        return self.base if self.within is None else self.within.stored
+
+    @property
+    def start(self) -> int:
+        """The element of the stored tensor that it begins at."""
+        return 0 if self.within is None else self.within.start
 
     @property
     def count(self) -> int:
@@ -109,19 +137,31 @@ def open_run(
 
 
 def open_again(
-    base: str, steps: Sequence[int], checkpoints: Sequence[str], *, blocks: BlockCache | None = None
+    base: str,
+    steps: Sequence[int],
+    checkpoints: Sequence[str],
+    *,
+    whole: Container[str] = (),
+    blocks: BlockCache | None = None,
 ) -> Trajectory:
-    """Open a base and checkpoints, a directory a step, where they were when they were opened before."""
+    """Open a base and checkpoints, a directory a step, where they were when they were opened before.
+
+    Fused experts whose name is in `whole` stay one tensor.
+    """
     opened = open_base(base, blocks=blocks)
     again = [
         Checkpoint(step, open_any(open_directory(location, blocks=blocks), base=opened))
         for step, location in zip(steps, checkpoints, strict=True)
     ]
-    return open_trajectory(opened, again)
+    return open_trajectory(opened, again, whole=whole)
 
 
-def open_trajectory(base: Weights, checkpoints: Sequence[Checkpoint]) -> Trajectory:
-    """Put a base and checkpoints together; refuses what does not agree, and a tied head unlike its embedding."""
+def open_trajectory(base: Weights, checkpoints: Sequence[Checkpoint], *, whole: Container[str] = ()) -> Trajectory:
+    """Put a base and checkpoints together; refuses what does not agree, and a tied head unlike its embedding.
+
+    Experts that are stored fused become a tensor for each matrix of each expert, as if they were not, but for those
+    whose name is in `whole`.
+    """
     steps = [checkpoint.step for checkpoint in checkpoints]
     if len(steps) < 2 or any(later <= earlier for earlier, later in itertools.pairwise(steps)):
         raise StoreError(f"a trajectory needs at least 2 checkpoints at increasing steps, and these are at {steps}.")
@@ -129,8 +169,7 @@ def open_trajectory(base: Weights, checkpoints: Sequence[Checkpoint]) -> Traject
         check_same_tensors(weights, base)
         _check_tied_head(weights)
     _check_one_kind(checkpoints)
-    tensors = []
-    for name, entry in base.tensors.items():
+    for name in base.tensors:
         entries = tuple(checkpoint.weights.tensors[name] for checkpoint in checkpoints)
         for checkpoint, other in zip(checkpoints, entries, strict=True):
             if other.dtype is not entries[0].dtype:
@@ -144,8 +183,34 @@ def open_trajectory(base: Weights, checkpoints: Sequence[Checkpoint]) -> Traject
                     f" {_kept_as(entries[0])} in that of step {steps[0]}. One trajectory adapts the same modules: leave"
                     " out the checkpoints of other settings."
                 )
-        tensors.append(TensorSpec(entry, entries))
-    return Trajectory(base, tuple(checkpoints), tuple(tensors))
+    return Trajectory(base, tuple(checkpoints), tensors_of(base, checkpoints, whole=whole))
+
+
+def tensors_of(
+    base: Weights, checkpoints: Sequence[Checkpoint], *, whole: Container[str] = ()
+) -> tuple[TensorSpec, ...]:
+    """Return the tensors of a base and of checkpoints that agree with it; see `open_trajectory`.
+
+    Whatever adapters keep stays as it is.
+    """
+    adapters = any(isinstance(checkpoint.weights, AdapterWeights) for checkpoint in checkpoints)
+    tensors: list[TensorSpec] = []
+    for name, entry in base.tensors.items():
+        spec = TensorSpec(entry, tuple(checkpoint.weights.tensors[name] for checkpoint in checkpoints))
+        tensors += [spec] if adapters or name in whole else _by_expert(spec, base.config)
+    return tuple(tensors)
+
+
+def _by_expert(spec: TensorSpec, config: Mapping[str, Any]) -> list[TensorSpec]:
+    """Return the matrices of a tensor of fused experts, each a tensor of its own; of another one itself."""
+    cut = experts.matrices(spec.base, config) if spec.moves and spec.base.dtype.is_floating_point else ()
+    if not cut:
+        return [spec]
+    first, *others = (experts.parts(entry, cut) for entry in (spec.base, *spec.entries))
+    return [
+        TensorSpec(base, tuple(entries), Place(spec.base, matrix.start, matrix.turned))
+        for matrix, base, *entries in zip(cut, first, *others, strict=True)
+    ]
 
 
 def _check_one_kind(checkpoints: Sequence[Checkpoint]) -> None:

@@ -9,6 +9,7 @@ Shape suffixes: P = differences, M, N = rows and columns.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -47,7 +48,8 @@ class Source:
 
     def turned(self, name: str) -> bool:
         """Whether the matrix is stored as (in, out): it is looked at as (out, in) all the same."""
-        return is_turned(name, self.trajectory.base.config)
+        within = self._specs[name].within
+        return within.turned if within is not None else is_turned(name, self.trajectory.base.config)
 
     def outer(self, name: str, left_M: NDArray[np.float32], right_N: NDArray[np.float32]) -> RankOne:
         """Return the matrix of a left and a right vector as the tensor is stored."""
@@ -55,8 +57,11 @@ class Source:
 
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Return (M, N) of every tensor, N = 1 where it has one dimension."""
-        specs = {spec.name: spec for spec in self.trajectory.tensors}
-        return {name: _shape(specs[name]) for name in self.names}
+        return {name: _shape(self._specs[name]) for name in self.names}
+
+    @cached_property
+    def _specs(self) -> dict[str, TensorSpec]:
+        return {spec.name: spec for spec in self.trajectory.tensors}
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def surviving(
     pieces = [
         Unit(index, 0, min(_SAMPLE, spec.count))
         for index, spec in enumerate(trajectory.tensors)
-        if spec.moves and any(_is_coarse(dtypes[spec.name]) for dtypes in stored)
+        if spec.moves and any(_is_coarse(dtypes[spec.stored.name]) for dtypes in stored)
     ]
     if not pieces:
         return [None] * len(forecasts)
@@ -85,7 +85,7 @@ def _sums(
         for place, deltas in chunks(space, block, spec):
             base_N = block.base[place]
             for number, tensor in enumerate(tensors):
-                dtype = stored[number][spec.name]
+                dtype = stored[number][spec.stored.name]
                 if tensor.source == "base" or not _is_coarse(dtype):
                     continue
                 vectors = forecasts[number].vectors.get(spec.name)

@@ -7,6 +7,7 @@ The sum of a chunk is taken checkpoint by checkpoint rather than as a matrix pro
 on its shape: so the bytes of a prediction do not depend on what else is asked for at once (see `combine`).
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -58,7 +59,8 @@ def output_tensors(trajectory: Trajectory, dtype: str, shard_size: int | None) -
     With a `shard_size`: to files of at most so many bytes, in the base's order, a larger tensor alone in one.
     """
     override = None if dtype == "base" else getattr(torch, dtype)
-    tensors = [_output_tensor(spec, override) for spec in trajectory.tensors]
+    # Of experts that are stored fused, the first matrix stands for the tensor.
+    tensors = [_output_tensor(spec, override) for spec in trajectory.tensors if spec.start == 0]
     if shard_size is None:
         return tensors
     places, number, filled = [], 0, 0
@@ -74,7 +76,9 @@ def output_tensors(trajectory: Trajectory, dtype: str, shard_size: int | None) -
 
 def _output_tensor(spec: TensorSpec, override: torch.dtype | None) -> OutputTensor:
     dtype = override if override is not None and spec.moves else spec.base.dtype
-    return OutputTensor(spec.name, dtype, spec.base.shape, spec.count * dtype.itemsize, spec.base.pieces[0].file)
+    stored = spec.stored
+    size = math.prod(stored.shape) * dtype.itemsize
+    return OutputTensor(stored.name, dtype, stored.shape, size, stored.pieces[0].file)
 
 
 def fill(
@@ -99,7 +103,7 @@ def fill(
         spec.name: [
             i
             for i, writer in writers.items()
-            if (only is None or writer.tensors[spec.name].shard == only) and writer.pending(spec.name)
+            if (only is None or writer.tensors[spec.stored.name].shard == only) and writer.pending(spec.stored.name)
         ]
         for spec in tensors
     }
@@ -123,21 +127,22 @@ def fill(
         spec = tensors[unit.tensor]
         needed = rows[unit.tensor]
         for block in reading.blocks(space, unit, needed):
-            in_c = [i for i in filling[spec.name] if _is_summed(forecasts[i], writers[i], block, spec.name)]
+            in_c = [i for i in filling[spec.name] if _is_summed(forecasts[i], writers[i], block, spec)]
             for place, rows_RN in space.rows(block) if in_c else ():
                 for i in in_c:
                     writer = writers[i]
-                    dtype = writer.tensors[spec.name].dtype
+                    dtype = writer.tensors[spec.stored.name].dtype
                     values = [forecasts[i].tensors[spec.name].coefficients[row] for row in needed]
                     chunk = torch.empty(rows_RN.rows.shape[1], dtype=dtype)
                     if not kernel.combine(rows_RN, block.base[place], coefficients=torch.tensor(values), out=chunk):
                         raise _leaves_the_range(spec.name, forecasts[i], dtype)
-                    writer.write(spec.name, (block.start + place.start) * dtype.itemsize, as_bytes(chunk))
+                    begin = spec.start + block.start + place.start
+                    writer.write(spec.stored.name, begin * dtype.itemsize, as_bytes(chunk))
             others = [i for i in filling[spec.name] if i not in in_c]
             for place, deltas in chunks(space, block, spec) if others else ():
                 for i in others:
                     tensor, writer = forecasts[i].tensors[spec.name], writers[i]
-                    dtype = writer.tensors[spec.name].dtype
+                    dtype = writer.tensors[spec.stored.name].dtype
                     base, stored = block.base[place], None if spec.relative else block.stored[:, place]
                     vectors = forecasts[i].vectors.get(spec.name)
                     start = block.start + place.start
@@ -146,14 +151,14 @@ def fill(
                     # What was read is finite; a copy too may not be in a narrower precision.
                     if not bool(torch.isfinite(chunk).all()):
                         raise _leaves_the_range(spec.name, forecasts[i], dtype)
-                    writer.write(spec.name, start * dtype.itemsize, as_bytes(chunk))
+                    writer.write(spec.stored.name, (spec.start + start) * dtype.itemsize, as_bytes(chunk))
 
     last: dict[tuple[int, str], Unit] = {}
     for unit in pieces:
-        name = tensors[unit.tensor].name
-        for i in filling[name]:
-            writers[i].begin(name)
-            last[i, writers[i].tensors[name].shard] = unit
+        spec = tensors[unit.tensor]
+        for i in filling[spec.name]:
+            writers[i].begin(spec.stored.name)
+            last[i, writers[i].tensors[spec.stored.name].shard] = unit
     total = sum(unit.stop - unit.start for unit in pieces)
     done = 0
     for unit, _ in in_order(work, pieces, spaces):
@@ -165,11 +170,11 @@ def fill(
             on_progress(done, total)
 
 
-def _is_summed(forecast: Forecast, writer: ModelWriter, block: Block, name: str) -> bool:
+def _is_summed(forecast: Forecast, writer: ModelWriter, block: Block, spec: TensorSpec) -> bool:
     """Whether the loops in C make the sum: the same to the bit, and faster."""
     stored = (block.base.dtype, block.stored.dtype)
-    possible = kernel.BUILT and writer.tensors[name].dtype in kernel.DTYPES and torch.float64 not in stored
-    return possible and forecast.tensors[name].source == "combined"
+    possible = kernel.BUILT and writer.tensors[spec.stored.name].dtype in kernel.DTYPES and torch.float64 not in stored
+    return possible and forecast.tensors[spec.name].source == "combined"
 
 
 def _leaves_the_range(name: str, forecast: Forecast, dtype: torch.dtype) -> NonFiniteError:
@@ -246,5 +251,6 @@ def write_shard(shard: Shard, *, blocks: BlockCache | None = None) -> None:
 
 
 def reopen(plan: Manifest, *, blocks: BlockCache | None = None) -> Trajectory:
-    """Open the base and the checkpoints that a manifest names, where they lay."""
-    return open_again(plan.base, plan.forecast.steps, plan.checkpoints, blocks=blocks)
+    """Open the base and the checkpoints that a manifest names, where they lay, with the tensors it names."""
+    forecast = plan.forecast
+    return open_again(plan.base, forecast.steps, plan.checkpoints, whole=forecast.tensors, blocks=blocks)

@@ -34,6 +34,8 @@ _PARTS = frozenset(
         # Mixtral and kin; OPT; encoders' and decoders' other attention; T5.
         "block_sparse_moe", "fc1", "fc2", "cross_attn", "encoder_attn", "SelfAttention", "EncDecAttention",
         "DenseReluDense",
+        # Experts beside the attention, and those that all tokens share.
+        "experts", "shared_mlp",
     }
 )  # fmt: skip
 # A look-up table that stands in T5's attention.

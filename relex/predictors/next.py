@@ -6,7 +6,8 @@ all tensors with such a vector, learns the target's from the other two; u, sigma
 so have 1-D tensors, which are their own vector. The prediction is W_last + alpha sigma u v^T, with u and v normalised.
 
 Its horizon is k checkpoints times alpha, whatever the target step, which only names the output; checkpoints should be
-evenly spaced. Tensors with a side longer than LONGEST (embeddings) or of three dimensions are the latest checkpoint's.
+evenly spaced. Tensors with a side longer than LONGEST (embeddings) are the latest checkpoint's, and so are those of
+three dimensions, such as convolutions; experts that are stored fused come one by one.
 
 Three decompositions a checkpoint and matrix (see `triplets`), and training that grows with rows plus columns of all
 tensors times checkpoints: 1000 epochs on one core took 75 s for 0.4 M parameters and 24 checkpoints, which makes most
@@ -125,7 +126,8 @@ class Next:
             for part, values_PD in _parts(decomposed, reference=count - 1):
                 series = _Series(name, values_PD[:count], values_PD[count : 2 * count], values_PD[2 * count :])
                 collected.setdefault((part, values_PD.shape[1]), []).append(series)
-        return collected
+        # By name, so that the bits do not depend on how the model is stored.
+        return {key: sorted(series, key=lambda one: one.tensor) for key, series in collected.items()}
 
     def _predict(self, series: Sequence[_Series], on_epoch: Callable[[int], None]) -> Array:
         """Train on all pairs of the window and return (S, D) what is predicted from its last checkpoint."""

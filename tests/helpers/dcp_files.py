@@ -59,7 +59,7 @@ def save(state: Mapping[str, Any], writer: Writer, *, world: int = WORLD) -> Non
     writer.finish(metadata, results)
 
 
-def write_dcp_run(root: Path, states: Mapping[int, State]) -> Run:
+def write_dcp_run(root: Path, states: Mapping[int, State], *, world: int = WORLD) -> Run:
     """Write root/base, and root/run/step_N/trainer as prime-rl does: weights, optimizer and progress in one."""
     run = _write_base(root, states)
     for step, state in states.items():
@@ -67,7 +67,7 @@ def write_dcp_run(root: Path, states: Mapping[int, State]) -> Run:
             path = run.run / f"step_{step}" / "trainer"
             moments = {name: {"exp_avg": tensor.float() * 0.5} for name, tensor in state.items()}
             app = {"model": dict(state), "optimizers": {"state": moments}, "progress": {"step": step, "tokens": 1e6}}
-            save({"app": app}, FileSystemWriter(path, single_file_per_rank=True))
+            save({"app": app}, FileSystemWriter(path, single_file_per_rank=True), world=world)
             quiet_tree(run.run / f"step_{step}")
     return run
 
