@@ -1,4 +1,4 @@
-"""Real Dask: a scheduler and two workers, started as on three machines, write what the threads of one process write."""
+"""Real Dask: a scheduler and three workers, started as on four machines, write what the threads of one process do."""
 
 import contextlib
 import os
@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from dask.distributed import Client
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
@@ -27,7 +28,7 @@ from flows.settings import Settings, load_settings
 from relex import ranges
 from relex.errors import NonFiniteError
 from relex.extrapolation import Request, extrapolate
-from relex.gram import measure
+from relex.gram import cached, measure
 from relex.output.shards import Spread
 from relex.predictors import parse_method
 from relex.trajectory import open_run
@@ -42,15 +43,15 @@ TENSORS = 8
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory, server_environment: Mapping[str, str]) -> Iterator[str]:
-    """Yield the address of a scheduler with two workers."""
+    """Yield the address of a scheduler with three workers, of which two tests kill one each."""
     root = tmp_path_factory.mktemp("dask")
     file = root / "scheduler.json"
     common = ["--scheduler-file", str(file), "--no-dashboard"]
-    # Without the process that would start a killed one again: the other one is to take over.
+    # Without the process that would start a killed one again: the others are to take over.
     worker = ["worker", *common, "--nthreads", "1", "--memory-limit", "0", "--no-nanny"]
     environment = {**server_environment, "PYTHONPATH": str(ROOT)}
     with contextlib.ExitStack() as stack:
-        for command in (["scheduler", "--host", "127.0.0.1", "--port", "0", *common], worker, worker):
+        for command in (["scheduler", "--host", "127.0.0.1", "--port", "0", *common], worker, worker, worker):
             process = subprocess.Popen(
                 [str(Path(sys.executable).with_name("dask")), *command],
                 env=environment,
@@ -166,6 +167,42 @@ def test_workers_elsewhere_take_the_gram_of_one_process(
     made = measure(trajectory, memory=int(settings.memory), threads=1, share=sharing(settings))
     assert made.products.tolist() == alone.products.tolist()
     assert made.digest == alone.digest
+
+
+def die_when_reading(name: str, armed: str) -> None:
+    """Have this worker kill itself as it opens `name` to read a range, if no other one has: it takes `armed` along."""
+
+    def look(event: str, arguments: tuple[object, ...]) -> None:
+        if event == "open" and str(arguments[0]).endswith(name):
+            with contextlib.suppress(FileNotFoundError):
+                Path(armed).rename(f"{armed}-{os.getpid()}")
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(look)
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_while_it_reads_costs_its_range_alone(
+    cluster: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranges, "RANGE_BYTES", 8 << 20)
+    settings = settings_of(data, dask_address=cluster)
+    trajectory = open_run(settings.checkpoints, settings.base)
+    before = digests(data)
+    alone = cached(trajectory, tmp_path / "alone", memory=int(settings.memory), threads=1)
+    armed = tmp_path / "armed"
+    armed.touch()
+    with Client(cluster) as client:  # type: ignore[no-untyped-call]
+        workers = set(client.run(os.getpid).values())
+        client.run(die_when_reading, "checkpoint-40/model.safetensors", str(armed))
+        made = cached(trajectory, tmp_path / "dask", memory=int(settings.memory), threads=1, share=sharing(settings))
+        left = set(client.run(os.getpid).values())
+    (killed,) = workers - left
+    assert [path.name for path in tmp_path.glob("armed*")] == [f"armed-{killed}"]
+    assert made.products.tolist() == alone.products.tolist()
+    # Beside the Gram that is kept there is nothing, and it is the same file.
+    assert digests(tmp_path / "dask") == digests(tmp_path / "alone")
+    assert digests(data) == before
 
 
 @pytest.mark.slow
