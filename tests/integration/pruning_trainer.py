@@ -1,7 +1,7 @@
 """A GRPO run that keeps one checkpoint only: `python -m tests.integration.pruning_trainer BASE OUT STEPS SECONDS LOG`.
 
 LOG gets one line for each checkpoint the trainer has saved: its step and the digest of its weights. A step takes
-SECONDS more than its tiny model needs.
+SECONDS more than its tiny model needs, and none begins while LOG.paused is there.
 """
 
 import json
@@ -41,6 +41,8 @@ class DigestLog(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         time.sleep(self.seconds)
+        while self.log.with_suffix(".paused").exists():
+            time.sleep(0.05)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         weights = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / "model.safetensors"

@@ -126,7 +126,12 @@ def test_a_killed_watcher_loses_only_what_was_deleted_while_none_was_running(
     first.wait()
     before = len(saved(log))
     wait_for("three more", lambda: len(saved(log)) >= before + 3)
+    # However long a watcher takes to start, the run is not over when it does.
+    paused = log.with_suffix(".paused")
+    paused.touch()
     start("tests.integration.pinning_watcher", tmp_path / "relex.yaml", log="second.log")
+    wait_for("the second watcher's look", lambda: (tmp_path / "second.log").read_text() != "")
+    paused.unlink()
     assert trainer.wait(600) == 0, (tmp_path / "train.log").read_text()
     wait_for("the hole", lambda: "checkpoints are missing" in (tmp_path / "second.log").read_text())
     digests, pins = saved(log), kept(settings)

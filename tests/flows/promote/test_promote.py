@@ -298,7 +298,7 @@ def run_promoter(store: Registry, version: int, name: str, start: threading.Barr
     [
         ("store", 10),
         pytest.param("served", 10, marks=pytest.mark.slow),
-        pytest.param("store", int(os.environ.get("RELEX_RACES", "40")), marks=pytest.mark.slow),
+        pytest.param("store", int(os.environ.get("RELEX_RACES", "20")), marks=pytest.mark.slow),
     ],
 )
 def test_two_promoters_at_once_never_leave_the_worse_champion(
