@@ -19,7 +19,7 @@
 #endif
 
 /* What relex/kernel.py asks for; another number there means that this file was built from other sources. */
-#define VERSION 2
+#define VERSION 3
 
 #define LANES 16
 /* Sums that do not wait for each other; rows are filled with zeros to a multiple of so many lanes. */
@@ -269,7 +269,7 @@ typedef struct {
         Py_ssize_t groups = (g->count + R - 1) / R;                                                                     \
         heavy_t *heavy = (heavy_t *)(g->scratch + groups * R * ROW);                                                  \
         char *in_fp64 = (char *)(heavy + groups * R);                                                                   \
-        memset(g->scratch, 0, groups * R * ROW * sizeof(float));                                                      \
+        memset(g->scratch + g->count * ROW, 0, (groups * R - g->count) * ROW * sizeof(float));                          \
         for (Py_ssize_t start = 0; start < g->n; start += WIDTH) {                                                      \
             Py_ssize_t n = g->n - start < WIDTH ? g->n - start : WIDTH, filled = STEPS * LANES;                         \
             Py_ssize_t padded = (n + filled - 1) / filled * filled;                                                     \
@@ -480,11 +480,10 @@ static int choose(const char *wanted) {
 
 static Py_ssize_t size_of(int kind) { return kind == FLOAT32 ? 4 : 2; }
 
-/* Whether count rows of n elements lie in a buffer, a row every stride bytes; a ValueError is set when they do not. */
-static int holds(const Py_buffer *buffer, Py_ssize_t stride, Py_ssize_t count, Py_ssize_t n, int kind) {
-    int fits = (kind == BFLOAT16 || kind == FLOAT32) && n >= 0 && count >= 0 && stride >= n * size_of(kind)
-               && (count == 0 || n == 0 || ((buffer->len - n * size_of(kind)) / stride >= count - 1 && buffer->len >= n * size_of(kind)));
-    if (!fits) PyErr_Format(PyExc_ValueError, "%zd rows of %zd elements do not lie in %zd bytes", count, n, buffer->len);
+/* Whether count rows of n elements can lie at an address, a row every stride bytes; a ValueError is set when not. */
+static int lie(Py_ssize_t address, Py_ssize_t stride, Py_ssize_t count, Py_ssize_t n, int kind) {
+    int fits = address && (kind == BFLOAT16 || kind == FLOAT32) && n > 0 && count > 0 && stride >= n * size_of(kind);
+    if (!fits) PyErr_Format(PyExc_ValueError, "%zd rows of %zd elements cannot lie every %zd bytes", count, n, stride);
     return fits;
 }
 
@@ -493,69 +492,69 @@ static Py_ssize_t scratch_bytes(Py_ssize_t count) {
     return rows * (Py_ssize_t)(ROW * sizeof(float) + sizeof(heavy_t) + 1) + 64;
 }
 
-PyDoc_STRVAR(gram_doc, "Add the products of a block's increments to sums; return the squared norm of `stored`.");
-static PyObject *py_gram(PyObject *self, PyObject *args) {
-    Py_buffer base, stored, rows, sums, scratch, suspects;
-    Py_ssize_t stride, count, n, first, across;
-    int kind, stored_kind, relative;
-    if (!PyArg_ParseTuple(args, "y*y*iy*nnnipnw*nw*w*", &base, &stored, &stored_kind, &rows, &stride, &count, &n, &kind,
-                          &relative, &first, &sums, &across, &scratch, &suspects))
-        return NULL;
-    PyObject *result = NULL;
-    Py_ssize_t stretches = (n + STRETCH - 1) / STRETCH;
-    if (holds(&base, base.len, 1, n, kind) && holds(&stored, stored.len, 1, n, stored_kind)
-        && holds(&rows, stride, count, n, kind)) {
-        if (across < count || first < 0 || first > count || sums.len < across * count * (Py_ssize_t)sizeof(double)
-            || scratch.len < scratch_bytes(count) || suspects.len < stretches * count)
-            PyErr_SetString(PyExc_ValueError, "a buffer for the result is too small");
-        else {
-            gram_t g = {base.buf, rows.buf, stride, count, n, first, kind, relative, sums.buf, across,
-                        (float *)(((uintptr_t)scratch.buf + 63) & ~(uintptr_t)63)};
-            double norm;
-            Py_BEGIN_ALLOW_THREADS
-            for (Py_ssize_t k = 0; k < count; k++)
-                for (Py_ssize_t s = 0; s < stretches; s++) {
-                    Py_ssize_t left = n - s * STRETCH;
-                    ((char *)suspects.buf)[k * stretches + s] =
-                        (char)suspect(at(g.rows + k * stride, kind, s * STRETCH), kind, left < STRETCH ? left : STRETCH);
-                }
-            if (count) gram_here(&g);
-            norm = squares_here(stored.buf, stored_kind, n);
-            Py_END_ALLOW_THREADS
-            result = PyFloat_FromDouble(norm);
-        }
+/* Numbers (row, stretch) of what is marked in (count, stretches). */
+static PyObject *listed(const char *marked, Py_ssize_t count, Py_ssize_t stretches) {
+    PyObject *list = PyList_New(0);
+    for (Py_ssize_t place = 0; list && place < count * stretches; place++) {
+        if (!marked[place]) continue;
+        PyObject *pair = Py_BuildValue("nn", place / stretches, place % stretches);
+        if (!pair || PyList_Append(list, pair) < 0) Py_CLEAR(list);
+        Py_XDECREF(pair);
     }
-    PyBuffer_Release(&base), PyBuffer_Release(&stored), PyBuffer_Release(&rows);
-    PyBuffer_Release(&sums), PyBuffer_Release(&scratch), PyBuffer_Release(&suspects);
-    return result;
+    return list;
+}
+
+/* Tensors come as addresses: to ask for a buffer of each takes longer than to add up a small block. Who calls has looked
+   at their shapes. */
+PyDoc_STRVAR(gram_doc, "Add the products of a block's increments to sums; return the squared norm of `stored`, suspects.");
+static PyObject *py_gram(PyObject *self, PyObject *args) {
+    Py_ssize_t base, stored, rows, sums, scratch, stride, count, n, first, across;
+    int kind, stored_kind, relative;
+    if (!PyArg_ParseTuple(args, "nninnnnipnnnn", &base, &stored, &stored_kind, &rows, &stride, &count, &n, &kind,
+                          &relative, &first, &sums, &across, &scratch))
+        return NULL;
+    if (!lie(base, n * 4, 1, n, kind) || !lie(stored, n * 4, 1, n, stored_kind) || !lie(rows, stride, count, n, kind))
+        return NULL;
+    if (!sums || !scratch || across < count || first < 0 || first > count)
+        return PyErr_Format(PyExc_ValueError, "products of %zd rows from %zd on do not fit %zd", count, first, across);
+    Py_ssize_t stretches = (n + STRETCH - 1) / STRETCH;
+    char *marked = PyMem_Malloc(count * stretches);
+    if (!marked) return PyErr_NoMemory();
+    gram_t g = {(const char *)base, (const char *)rows, stride, count, n, first, kind, relative, (double *)sums, across,
+                (float *)((scratch + 63) & ~(Py_ssize_t)63)};
+    double norm;
+    Py_BEGIN_ALLOW_THREADS
+    for (Py_ssize_t k = 0; k < count; k++)
+        for (Py_ssize_t s = 0; s < stretches; s++) {
+            Py_ssize_t left = n - s * STRETCH;
+            marked[k * stretches + s] =
+                (char)suspect(at(g.rows + k * stride, kind, s * STRETCH), kind, left < STRETCH ? left : STRETCH);
+        }
+    gram_here(&g);
+    norm = squares_here((const char *)stored, stored_kind, n);
+    Py_END_ALLOW_THREADS
+    PyObject *suspects = listed(marked, count, stretches);
+    PyMem_Free(marked);
+    return suspects ? Py_BuildValue("dN", norm, suspects) : NULL;
 }
 
 PyDoc_STRVAR(combine_doc, "Write added + sum of coefficients times (row - base) to out; return whether it is finite.");
 static PyObject *py_combine(PyObject *self, PyObject *args) {
-    Py_buffer base, added, rows, coefficients, out;
-    Py_ssize_t stride, count, n;
+    Py_ssize_t base, added, rows, coefficients, out, stride, count, n;
     int kind, added_kind, out_kind, relative;
-    if (!PyArg_ParseTuple(args, "y*y*iy*nnnipy*w*i", &base, &added, &added_kind, &rows, &stride, &count, &n, &kind,
-                          &relative, &coefficients, &out, &out_kind))
+    if (!PyArg_ParseTuple(args, "nninnnnipnni", &base, &added, &added_kind, &rows, &stride, &count, &n, &kind, &relative,
+                          &coefficients, &out, &out_kind))
         return NULL;
-    PyObject *result = NULL;
-    if (holds(&base, base.len, 1, n, kind) && holds(&added, added.len, 1, n, added_kind)
-        && holds(&rows, stride, count, n, kind) && holds(&out, out.len, 1, n, out_kind)) {
-        if (coefficients.len < count * (Py_ssize_t)sizeof(float))
-            PyErr_SetString(PyExc_ValueError, "there are fewer coefficients than rows");
-        else {
-            sum_t s = {base.buf, added.buf, rows.buf, stride, count, n, kind, added_kind, out_kind, relative,
-                       coefficients.buf, out.buf};
-            int finite;
-            Py_BEGIN_ALLOW_THREADS
-            finite = combine_here(&s);
-            Py_END_ALLOW_THREADS
-            result = PyBool_FromLong(finite);
-        }
-    }
-    PyBuffer_Release(&base), PyBuffer_Release(&added), PyBuffer_Release(&rows);
-    PyBuffer_Release(&coefficients), PyBuffer_Release(&out);
-    return result;
+    if (!lie(base, n * 4, 1, n, kind) || !lie(added, n * 4, 1, n, added_kind) || !lie(rows, stride, count, n, kind)
+        || !lie(out, n * 4, 1, n, out_kind) || !lie(coefficients, count * 4, 1, count, FLOAT32))
+        return NULL;
+    sum_t s = {(const char *)base, (const char *)added, (const char *)rows, stride, count, n, kind, added_kind, out_kind,
+               relative, (const float *)coefficients, (char *)out};
+    int finite;
+    Py_BEGIN_ALLOW_THREADS
+    finite = combine_here(&s);
+    Py_END_ALLOW_THREADS
+    return PyBool_FromLong(finite);
 }
 
 PyDoc_STRVAR(read_doc, "Read pieces of open files into a buffer; return whether all of them are there.");

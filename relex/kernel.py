@@ -22,7 +22,7 @@ except ImportError:
     BUILT = False
 else:
     # One that is left from other sources is passed over.
-    BUILT = _kernel.VERSION == 2
+    BUILT = _kernel.VERSION == 3
 
 Suspects = list[tuple[int, int]]
 """(row, number of the stretch) of what may have lost a sector."""
@@ -72,27 +72,24 @@ def gram(
     """
     rows = given.rows
     count, n = rows.shape
-    stretches = -(-n // STRETCH)
-    suspects = torch.zeros(count, stretches, dtype=torch.uint8)
-    origin = rows[0] if given.base is None else given.base
     stored = base if base.dtype in DTYPES else base.float()
-    norm = _kernel.gram(
-        _bytes(origin),
-        _bytes(stored),
+    if scratch.numel() < _kernel.scratch(count) or len(total) < count:
+        raise ValueError(f"there is no room for the products of {count} rows")
+    return _kernel.gram(
+        _address(rows[0] if given.base is None else given.base, n),
+        _address(stored, n),
         DTYPES[stored.dtype],
-        _spread(rows),
+        _address(rows, n),
         rows.stride(0) * rows.itemsize,
         count,
         n,
         DTYPES[rows.dtype],
         given.base is None,
         first,
-        _bytes(total),
+        _address(total, count),
         total.shape[1],
-        _bytes(scratch),
-        _bytes(suspects),
+        _address(scratch, 1),
     )
-    return norm, [(row, stretch) for row, stretch in suspects.nonzero().tolist()]
 
 
 def scratch(count: int) -> int:
@@ -106,28 +103,26 @@ def combine(given: Rows, base: Tensor, *, coefficients: Tensor, out: Tensor) -> 
     `out` is bf16 or fp32.
     """
     rows = given.rows
+    count, n = rows.shape
     added = base if base.dtype in DTYPES else base.float()
     return _kernel.combine(
-        _bytes(rows[0] if given.base is None else given.base),
-        _bytes(added),
+        _address(rows[0] if given.base is None else given.base, n),
+        _address(added, n),
         DTYPES[added.dtype],
-        _spread(rows),
+        _address(rows, n),
         rows.stride(0) * rows.itemsize,
-        len(rows),
-        rows.shape[1],
+        count,
+        n,
         DTYPES[rows.dtype],
         given.base is None,
-        _bytes(coefficients),
-        _bytes(out),
+        _address(coefficients, count),
+        _address(out, n),
         DTYPES[out.dtype],
     )
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-
-
-def _spread(rows: Tensor) -> memoryview:
-    """Return the bytes from the first row's first to the last row's last, what lies between them included."""
-    length = (len(rows) - 1) * rows.stride(0) + rows.shape[1]
-    return _bytes(rows.as_strided((length,), (1,)))
+def _address(tensor: Tensor, width: int) -> int:
+    """Return where a tensor begins that holds `width` elements a row without gaps."""
+    if tensor.shape[-1] < width or tensor.stride(-1) != 1:
+        raise ValueError(f"{width} elements do not lie side by side in a tensor of {list(tensor.shape)}")
+    return tensor.data_ptr()

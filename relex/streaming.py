@@ -23,7 +23,7 @@ from torch import Tensor
 from relex.errors import MemoryBudgetError
 from relex.kernel import DTYPES, Rows, read
 from relex.open_files import OpenFiles
-from relex.trajectory import Trajectory
+from relex.trajectory import TensorSpec, Trajectory
 
 # Small enough that the deltas of 20 checkpoints stay near the core, large enough that a call's own cost does not show.
 CHUNK = 1 << 15
@@ -108,19 +108,27 @@ class Workspace:
                 dtype=np.int64,
             )
             sizes_P = np.array([sizes[number] for number in together], dtype=np.int64)
+            widest = min(self.width, unit.stop - unit.start)
+            block = self._block(unit.start, widest, spec, sizes, whole)
+            pieces_4P[3] = widest * sizes_P
             for start in range(unit.start, unit.stop, self.width):
                 count = min(self.width, unit.stop - start)
-                raw = tuple(
-                    whole[number * stride : number * stride + count * size] for number, size in enumerate(sizes)
-                )
-                pieces_4P[3] = count * sizes_P
+                if count < widest:
+                    block = self._block(start, count, spec, sizes, whole)
+                    pieces_4P[3] = count * sizes_P
                 # A file was cut, or does not answer: whoever reads it alone says which.
                 for number in alone if read(pieces_4P, whole) else range(len(entries)):
-                    weights[number].read_into(entries[number], start * sizes[number], raw[number])
-                pieces_4P[1] += count * sizes_P
-                base = self.raw[0, : count * spec.base.dtype.itemsize]
-                stored = self.raw[1 : 1 + len(rows), : count * spec.dtype.itemsize]
-                yield Block(start, base.view(spec.base.dtype), stored.view(spec.dtype), spec.relative, raw)
+                    weights[number].read_into(entries[number], start * sizes[number], block.raw[number])
+                pieces_4P[1] += pieces_4P[3]
+                yield Block(start, block.base, block.stored, block.relative, block.raw)
+
+    def _block(self, start: int, count: int, spec: TensorSpec, sizes: Sequence[int], whole: memoryview) -> Block:
+        """Return the block of `count` elements, `sizes` bytes each, that the buffer will hold."""
+        stride = self.raw.shape[1]
+        raw = tuple(whole[number * stride : number * stride + count * size] for number, size in enumerate(sizes))
+        base = self.raw[0, : count * spec.base.dtype.itemsize]
+        stored = self.raw[1 : len(sizes), : count * spec.dtype.itemsize]
+        return Block(start, base.view(spec.base.dtype), stored.view(spec.dtype), spec.relative, raw)
 
     def subtract(self, block: Block) -> Iterator[tuple[slice, Tensor]]:
         """Yield, chunk by chunk, (the chunk's place in the block, deltas (R, n)), overwritten by the next.

@@ -153,6 +153,16 @@ def test_a_sum_beyond_the_range_is_said_to_be_so() -> None:
     assert not kernel.combine(Rows(rows[0], rows[1:]), rows[0], coefficients=torch.tensor([9.0, -9.5]), out=out)
 
 
+def test_what_has_gaps_or_no_room_is_refused_before_it_is_read() -> None:
+    rows, total, scratch = torch.zeros(4, 100), torch.zeros(3, 3, dtype=torch.float64), torch.zeros(1 << 20)
+    with pytest.raises(ValueError, match="100 elements do not lie side by side"):
+        kernel.gram(Rows(rows[0, :50], rows[1:]), rows[0], first=0, total=total, scratch=scratch)
+    with pytest.raises(ValueError, match="50 elements do not lie side by side"):
+        kernel.combine(Rows(None, rows[1:, ::2]), rows[0], coefficients=torch.ones(3), out=torch.empty(50))
+    with pytest.raises(ValueError, match="no room for the products of 3 rows"):
+        kernel.gram(Rows(rows[0], rows[1:]), rows[0], first=0, total=total, scratch=scratch[:10])
+
+
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """One tensor of more than a unit's elements, and one that is multiplied in fp64."""
