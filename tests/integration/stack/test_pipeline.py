@@ -24,6 +24,7 @@ from relex.files.local import LocalDirectory
 from relex.layouts.steps import step_directories
 from relex.output import manifest
 from tests.helpers.api import call
+from tests.helpers.processes import kill_with_children
 from tests.helpers.stacks import auth
 from tests.helpers.waiting import wait_for
 from tests.integration.stack.conftest import STEPS, TrainedRun, write_config
@@ -283,8 +284,7 @@ def test_a_new_watcher_settles_what_a_killed_one_left_and_watches_its_own_run(
     first = write_config(old, trained, name="moved", targets=[150])
     killed = serve(first, "moved-old")
     wait_for("the first watcher", lambda: watching(first, "RUNNING"))
-    for process in [killed, *killed.children(recursive=True)]:
-        process.kill()
+    kill_with_children(killed)
     killed.wait(60)
     # The same training run, its config in another place, as after moving the directory while the stack was down.
     second = write_config(new, trained, name="moved", targets=[150])

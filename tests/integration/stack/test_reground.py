@@ -18,6 +18,7 @@ from flows.demo.task import DIGITS, problems
 from relex.output import manifest
 from tests.helpers import ROOT
 from tests.helpers.api import call
+from tests.helpers.processes import children_of, environment_of
 from tests.helpers.stacks import auth
 from tests.helpers.waiting import wait_for
 from tests.integration.stack.conftest import TrainedRun
@@ -103,8 +104,8 @@ def test_what_relex_up_serves_climbs_a_ladder_and_shows_its_cycles_on_a_page_and
     try:
         # Its flow dies on the ladder, and the next run of the schedule takes it up.
         wait_for("a rung", lambda: next(home.glob("cycles/0001/models/secant/step-*"), None), seconds=480)
-        for process in psutil.Process(service.pid).children(recursive=True):
-            if "PREFECT__FLOW_RUN_ID" in process.environ():
+        for process in children_of(psutil.Process(service.pid)):
+            if "PREFECT__FLOW_RUN_ID" in environment_of(process):
                 process.kill()
                 break
         wait_for("its end", lambda: "is the total" in (home / "reground.json").read_text() or None, seconds=480)

@@ -30,6 +30,7 @@ from flows.stop.execute import Stop, read_stop
 from flows.stop.flow import CONTINUE, STOP, offer, stop_flow
 from flows.stop.status import confirm
 from tests.helpers import ROOT
+from tests.helpers.processes import kill_with_children
 from tests.helpers.questions import look, question, resume, wait_for_state
 from tests.helpers.stacks import prefect_settings
 from tests.helpers.stopped import COMMAND, configure, decided, recorded, runs
@@ -63,8 +64,7 @@ def serving(config: Path, server: Stack) -> Iterator[psutil.Popen]:
         assert served.stdout.readline() == "cleared\n"
         yield served
     finally:
-        for process in (*served.children(recursive=True), served):
-            process.kill()
+        kill_with_children(served)
         served.wait(60)
 
 
