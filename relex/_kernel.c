@@ -236,8 +236,9 @@ typedef struct {
     float *scratch;
 } gram_t;
 
-/* R x R products at once, as many sums as the CPU has registers for, over V lanes at once: neither changes a bit. */
-#define BLOCK(NAME, TARGET, R, V, WIDEN)                                                                                \
+/* R x R products at once, as many sums as the CPU has registers for, over V lanes at once: neither changes a bit. Of rows
+   with themselves the lower triangle is enough: COLUMNS is how many are taken of row i. */
+#define BLOCK(NAME, TARGET, R, V, WIDEN, COLUMNS)                                                                       \
     typedef float vector_##NAME __attribute__((vector_size(4 * V)));                                                    \
     TARGET INLINE void NAME(const float *x, const float *y, Py_ssize_t n, double sums[R][R]) {                          \
         double lane[R][R][LANES] __attribute__((aligned(64)));                                                          \
@@ -246,28 +247,28 @@ typedef struct {
             for (int part = 0; part < LANES; part += V) {                                                               \
                 vector_##NAME chain[R][R];                                                                              \
                 _Pragma("GCC unroll 8") for (int i = 0; i < R; i++)                                                     \
-                    _Pragma("GCC unroll 8") for (int j = 0; j < R; j++) chain[i][j] = (vector_##NAME){0};               \
+                    _Pragma("GCC unroll 8") for (int j = 0; j < COLUMNS; j++) chain[i][j] = (vector_##NAME){0};         \
                 for (Py_ssize_t c = begin + part; c < end; c += LANES) {                                                \
                     vector_##NAME b[R];                                                                                 \
                     _Pragma("GCC unroll 8") for (int j = 0; j < R; j++) b[j] = *(const vector_##NAME *)(y + j * ROW + c); \
                     _Pragma("GCC unroll 8") for (int i = 0; i < R; i++) {                                               \
                         vector_##NAME a = *(const vector_##NAME *)(x + i * ROW + c);                                    \
-                        _Pragma("GCC unroll 8") for (int j = 0; j < R; j++) chain[i][j] += a * b[j];                    \
+                        _Pragma("GCC unroll 8") for (int j = 0; j < COLUMNS; j++) chain[i][j] += a * b[j];              \
                     }                                                                                                   \
                 }                                                                                                       \
                 _Pragma("GCC unroll 8") for (int i = 0; i < R; i++)                                                     \
-                    _Pragma("GCC unroll 8") for (int j = 0; j < R; j++)                                                 \
+                    _Pragma("GCC unroll 8") for (int j = 0; j < COLUMNS; j++)                                           \
                         WIDEN(lane[i][j] + part, chain[i][j], begin == 0);                                              \
             }                                                                                                           \
         }                                                                                                               \
         for (int i = 0; i < R; i++)                                                                                     \
-            for (int j = 0; j < R; j++) sums[i][j] = add_lanes((wide *)lane[i][j], (wide *)(lane[i][j] + LANES / 2)); \
+            for (int j = 0; j < COLUMNS; j++) sums[i][j] = add_lanes((wide *)lane[i][j], (wide *)(lane[i][j] + LANES / 2)); \
     }
 
 #define GRAM(NAME, TARGET, BLOCK_NAME, R)                                                                               \
-    TARGET INLINE void NAME(const gram_t *g, int kind) {                                                                       \
+    TARGET INLINE void NAME(const gram_t *g, int kind) {                                                                \
         Py_ssize_t groups = (g->count + R - 1) / R;                                                                     \
-        heavy_t *heavy = (heavy_t *)(g->scratch + groups * R * ROW);                                                  \
+        heavy_t *heavy = (heavy_t *)(g->scratch + groups * R * ROW);                                                    \
         char *in_fp64 = (char *)(heavy + groups * R);                                                                   \
         memset(g->scratch + g->count * ROW, 0, (groups * R - g->count) * ROW * sizeof(float));                          \
         for (Py_ssize_t start = 0; start < g->n; start += WIDTH) {                                                      \
@@ -275,18 +276,20 @@ typedef struct {
             Py_ssize_t padded = (n + filled - 1) / filled * filled;                                                     \
             for (Py_ssize_t k = 0; k < g->count; k++) {                                                                 \
                 const char *before = k ? g->rows + (k - 1) * g->stride : g->relative ? NULL : g->base;                  \
-                subtract(g->scratch + k * ROW, at(g->rows + k * g->stride, kind, start),                              \
+                subtract(g->scratch + k * ROW, at(g->rows + k * g->stride, kind, start),                                \
                          before ? at(before, kind, start) : NULL,                                                       \
                          at(g->rows + (k + 1 < g->count ? k + 1 : k) * g->stride, kind, start), kind, kind == BFLOAT16, n); \
-                in_fp64[k] = (char)sift(g->scratch + k * ROW, padded, heavy + k);                                     \
+                in_fp64[k] = (char)sift(g->scratch + k * ROW, padded, heavy + k);                                       \
             }                                                                                                           \
             for (Py_ssize_t top = g->first / R; top < groups; top++)                                                    \
                 for (Py_ssize_t left = 0; left <= top; left++) {                                                        \
                     double sums[R][R];                                                                                  \
-                    BLOCK_NAME(g->scratch + top * R * ROW, g->scratch + left * R * ROW, padded, sums);              \
+                    const float *x = g->scratch + top * R * ROW, *y = g->scratch + left * R * ROW;                      \
+                    if (top == left) BLOCK_NAME##_triangle(x, x, padded, sums);                                         \
+                    else BLOCK_NAME(x, y, padded, sums);                                                                \
                     for (Py_ssize_t i = top * R; i < top * R + R && i < g->count; i++)                                  \
                         for (Py_ssize_t j = left * R; j < left * R + R && j <= i; j++) {                                \
-                            const float *x = g->scratch + i * ROW, *y = g->scratch + j * ROW;                       \
+                            const float *x = g->scratch + i * ROW, *y = g->scratch + j * ROW;                           \
                             double sum = sums[i - top * R][j - left * R];                                               \
                             if (in_fp64[i] || in_fp64[j]) sum = fp64_product(x, y, padded);                             \
                             if (heavy[i].count || heavy[j].count) sum += heavy_product(x, heavy + i, y, heavy + j);     \
@@ -409,8 +412,9 @@ INLINE int combine(const sum_t *s, int kind, int added_kind, int out_kind) {
     return combine(s, (s)->kind, (s)->added_kind, (s)->out_kind);
 
 #define VARIANT(NAME, TARGET, R, V)                                                                                     \
-    BLOCK(block_##NAME, TARGET, R, V, widen_##NAME)                                                                     \
-    GRAM(gram_any_##NAME, TARGET, block_##NAME, R)                                                                            \
+    BLOCK(block_##NAME, TARGET, R, V, widen_##NAME, R)                                                                  \
+    BLOCK(block_##NAME##_triangle, TARGET, R, V, widen_##NAME, i + 1)                                                   \
+    GRAM(gram_any_##NAME, TARGET, block_##NAME, R)                                                                      \
     TARGET static void gram_##NAME(const gram_t *g) {                                                                   \
         if (g->kind == FLOAT32) gram_any_##NAME(g, FLOAT32);                                                            \
         else gram_any_##NAME(g, BFLOAT16);                                                                              \
