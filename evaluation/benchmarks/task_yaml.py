@@ -17,7 +17,8 @@ _MOST_INCLUDES = 100
 # What else decides a grade.
 ALSO = {
     "evaluation.grading": tuple(
-        f"evaluation.grading.{name}" for name in ("score", "notation", "equality", "structure", "formula")
+        f"evaluation.grading.{name}"
+        for name in ("score", "notation", "equality", "comparison", "structure", "brackets", "regions", "formula")
     )
 }
 
