@@ -5,6 +5,7 @@ from typing import Protocol
 from relex.errors import CheckpointIncompleteError
 from relex.files.directory import Directory
 from relex.layouts import dcp, dcp_safetensors, hf, peft, verl_fsdp
+from relex.layouts.experts import stored_as
 from relex.layouts.foreign import refuse_known
 from relex.layouts.settled import check_settled
 from relex.layouts.weights import Weights
@@ -43,7 +44,7 @@ def open_any(directory: Directory, *, base: Weights) -> Weights:
     for layout in LAYOUTS:
         opened = layout.find(directory)
         if opened is not None:
-            return layout.open_weights(opened, base=base)
+            return stored_as(layout.open_weights(opened, base=base), base)
     refuse_known(directory)
     if _STABLE in directory.files():
         raise CheckpointIncompleteError(

@@ -8,10 +8,10 @@ matrix found here has the name of that storage, and is a contiguous range of the
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from relex.layouts.weights import Piece, TensorEntry
+from relex.layouts.weights import Piece, TensorEntry, Weights
 
 # Stored as (expert, in, out), where the shape does not tell; of gpt-oss the columns of gate and up alternate.
 _TURNED_MODELS = {"gpt_oss", "openai_privacy_filter", "llama4", "llama4_text", "aria", "aria_text"}
@@ -104,6 +104,22 @@ def parts(entry: TensorEntry, cut: Sequence[ExpertMatrix]) -> tuple[TensorEntry,
         TensorEntry(matrix.name, entry.dtype, matrix.shape, tuple(pieces))
         for matrix, pieces in zip(cut, found, strict=True)
     )
+
+
+def stored_as(weights: Weights, base: Weights) -> Weights:
+    """Return a checkpoint's weights with fused experts apart where the base has a tensor for each matrix of each one.
+
+    transformers keeps fused what it read by the expert, and a trainer's shards are what it keeps.
+    """
+    others = [entry for name, entry in weights.tensors.items() if name not in base.tensors]
+    cuts = {entry.name: matrices(entry, base.config) for entry in others if type(entry) is TensorEntry}
+    apart = {name: cut for name, cut in cuts.items() if cut and all(matrix.name in base.tensors for matrix in cut)}
+    if not apart:
+        return weights
+    tensors: dict[str, TensorEntry] = {}
+    for name, entry in weights.tensors.items():
+        tensors |= {part.name: part for part in parts(entry, apart[name])} if name in apart else {name: entry}
+    return replace(weights, tensors=tensors)
 
 
 def _placed(name: str) -> tuple[str, str] | None:

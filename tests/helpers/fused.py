@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-EXPERTS, WIDTH, INNER = 3, 257, 150
+EXPERTS, WIDTH, INNER = 3, 1101, 32
 CONFIG = {"model_type": "qwen3_moe", "num_experts": EXPERTS, "hidden_size": WIDTH, "moe_intermediate_size": INNER}
 LAYER = "model.layers.0.mlp"
 GATE_UP, DOWN = f"{LAYER}.experts.gate_up_proj", f"{LAYER}.experts.down_proj"

@@ -42,7 +42,7 @@ METHODS = ("relex", "secant", "weight-extrapolation", "alpha-rl", "next:ahead=4,
 
 def predict(run: Run, root: Path, *methods: str) -> dict[str, Forecast]:
     requests = [Request(parse_method(spec), TARGET, root / spec) for spec in methods]
-    extrapolate(run.open(), requests, grams=root / "grams", memory=64 * MIB, threads=2)
+    extrapolate(run.open(), requests, grams=root / "grams", memory=256 * MIB, threads=2)
     return {spec: read(root / spec).forecast for spec in methods}
 
 
@@ -78,7 +78,7 @@ def sharded_by_expert(root: Path, states: dict[int, dict[str, Tensor]], _: pytes
 
 
 def sharded_inside(root: Path, states: dict[int, dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.setattr(dcp_files, "SHARDED", {GATE_UP: 1, DOWN: 2})
+    monkeypatch.setattr(dcp_files, "SHARDED", {GATE_UP: 1, DOWN: 1})
     # The halves of three ranks are no halves of gate and up.
     run = dcp_files.write_dcp_run(root, states, world=3)
     write_model(run.base, states[0], config=CONFIG)
@@ -97,6 +97,15 @@ def test_ranks_may_hold_some_experts_or_a_part_of_each(
     pieces = {len(spec.entries[0].pieces) for spec in run.open().tensors if "experts" in spec.name}
     assert pieces == ({1} if written is sharded_by_expert else {2, 3})
     ours, theirs = (predict(each, tmp_path / name, "relex") for each, name in ((run, "a"), (both[1], "b")))
+    assert ours["relex"].tensors == theirs["relex"].tensors
+    assert load_bytes(tmp_path / "a" / "relex") == load_bytes(tmp_path / "b" / "relex")
+
+
+def test_a_base_by_the_expert_has_checkpoints_that_are_fused(both: tuple[Run, Run], tmp_path: Path) -> None:
+    """As transformers reads it from the Hub, and its trainers' ranks hold it."""
+    states = {0: load(both[0].base)} | {step: load(both[1].run / f"checkpoint-{step}") for step in STEPS}
+    run = verl_files.write_run(tmp_path / "run", states, config=CONFIG)
+    ours, theirs = (predict(each, tmp_path / name, "relex") for each, name in ((run, "a"), (both[0], "b")))
     assert ours["relex"].tensors == theirs["relex"].tensors
     assert load_bytes(tmp_path / "a" / "relex") == load_bytes(tmp_path / "b" / "relex")
 

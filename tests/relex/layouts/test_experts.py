@@ -1,12 +1,16 @@
 """Which tensors are fused experts, and what each of their matrices is called."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from relex.layouts.experts import matrices, parts
 from relex.layouts.weights import Piece, TensorEntry, whole
+from tests.helpers.trajectories import load
 
 QWEN = {"model_type": "qwen3_moe", "num_experts": 4, "hidden_size": 6}
 GPT_OSS = {"model_type": "gpt_oss", "num_local_experts": 4, "hidden_size": 6}
@@ -48,6 +52,22 @@ def test_each_matrix_is_called_as_if_stored_by_the_expert(
 ) -> None:
     before = f"{LAYER}.{name[: name.index('experts.')]}experts.0."
     assert cut(f"{LAYER}.{name}", shape, config) == [before + one for one in expected]
+
+
+def test_the_names_are_those_that_transformers_writes(tmp_path: Path) -> None:
+    config = Qwen3MoeConfig(
+        vocab_size=24, hidden_size=16, moe_intermediate_size=12, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_experts=4, num_experts_per_tok=2, decoder_sparse_step=1,
+    )  # fmt: skip
+    model = Qwen3MoeForCausalLM(config)
+    model.save_pretrained(tmp_path)
+    saved, made = load(tmp_path), {}
+    for name, tensor in model.state_dict().items():
+        fused = whole(name, torch.float32, tuple(tensor.shape), "f", 0)
+        for one in matrices(fused, json.loads((tmp_path / "config.json").read_text())):
+            made[one.name] = tensor.flatten()[one.start :][: one.shape[0] * one.shape[1]].view(one.shape)
+    assert made.keys() == {name for name in saved if ".experts." in name}
+    assert all(torch.equal(made[name], saved[name]) for name in made)
 
 
 def test_granite_has_the_same_tensors_under_other_names() -> None:
