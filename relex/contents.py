@@ -3,7 +3,7 @@
 Files say by size and times whether they changed, and not all stores keep the time of the last change: a file that was
 written again with its size and time put back would give a prediction of old products and new weights.
 
-Shape suffixes: U = units of the trajectory, R = rows: the base, then the checkpoints.
+Shape suffixes: U = units of the trajectory, R = rows: the base, then the checkpoints, D = bytes of a digest.
 """
 
 import math
@@ -31,9 +31,9 @@ class Hash(Protocol):
         """Go on with `data`."""
 
 
-def stack(digests: bytearray, *, checkpoints: int) -> Tensor:
-    """Return the digests of all units, unit after unit and row after row, as (U, R, 16) uint8."""
-    return torch.frombuffer(digests, dtype=torch.uint8).view(-1, 1 + checkpoints, DIGEST_BYTES)
+def put_down(contents_URD: Tensor, number: int, digests: bytes) -> None:
+    """Keep what unit `number` held: the digests of its rows, one after the other."""
+    contents_URD[number] = torch.frombuffer(bytearray(digests), dtype=torch.uint8).view(-1, DIGEST_BYTES)
 
 
 @dataclass(frozen=True)

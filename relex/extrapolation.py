@@ -1,7 +1,7 @@
 """From a trajectory to predicted model directories: one pass for the Gram, one for all predictions."""
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -15,6 +15,7 @@ from relex.gram import cached, forget
 from relex.matrix_updates import added
 from relex.output import manifest
 from relex.output.adapter import adapter_digest, check_adapters, write_adapter
+from relex.output.early import EarlyOutputs
 from relex.output.manifest import Manifest
 from relex.output.materialise import Output, materialise
 from relex.output.rounding import surviving, warning
@@ -78,51 +79,64 @@ def extrapolate(
                     f"--adapter: what {request.method.name} predicts is no combination of adapters. Leave out --adapter"
                     " to get a whole model."
                 )
-    gram = cached(trajectory, grams, memory=memory, threads=threads, on_progress=telling(tell, "reading"))
-    sanity.refuse_duplicates(gram)
-    requests = [
-        replace(request, method=request.method.informed(trajectory, memory=memory, threads=threads))
-        for request in requests
-    ]
-    vectors = added(
-        trajectory,
-        gram,
-        [(request.method, request.target_step) for request in requests],
-        directory=grams,
-        memory=memory,
-        threads=threads,
-        on_progress=telling(tell, "learning"),
-    )
-    forecasts: list[Forecast] = []
-    for request in requests:
-        if tell is not None:
-            tell("fitting", len(forecasts), len(requests))
-        forecasts.append(
-            forecast(
-                trajectory,
-                gram,
-                request.method,
-                target_step=request.target_step,
-                dtype=dtype,
-                added=next(vectors),
-            )
+    wanted = [(request.method, request.target_step, request.directory) for request in requests]
+    early = EarlyOutputs(trajectory, wanted, dtype or "base", shard_size)
+    with closing(early):
+        gram = cached(
+            trajectory,
+            grams,
+            memory=memory,
+            threads=threads,
+            beside=early if form == "model" and spread is None and _at_once(requests) else None,
+            on_progress=telling(tell, "reading"),
         )
-    if tell is not None:
-        tell("fitting", len(requests), len(requests))
-    if form == "model":
-        shares = surviving(trajectory, forecasts, memory=memory, threads=threads)
-        forecasts = [
-            replace(made, surviving=share, warnings=(*made.warnings, *filter(None, [warning(share, made)])))
-            for made, share in zip(forecasts, shares, strict=True)
+        sanity.refuse_duplicates(gram)
+        requests = [
+            replace(request, method=request.method.informed(trajectory, memory=memory, threads=threads))
+            for request in requests
         ]
-    missing = []
-    for made, request in zip(forecasts, requests, strict=True):
-        digest = adapter_digest(made) if form == "adapter" else made.digest
-        if request.destination and is_uploaded(request.destination, digest):
-            continue
-        if request.destination:
-            discard_other(request.directory, digest)
-        missing.append((made, request))
+        vectors = added(
+            trajectory,
+            gram,
+            [(request.method, request.target_step) for request in requests],
+            directory=grams,
+            memory=memory,
+            threads=threads,
+            on_progress=telling(tell, "learning"),
+        )
+        forecasts: list[Forecast] = []
+        for request in requests:
+            if tell is not None:
+                tell("fitting", len(forecasts), len(requests))
+            forecasts.append(
+                forecast(
+                    trajectory,
+                    gram,
+                    request.method,
+                    target_step=request.target_step,
+                    dtype=dtype,
+                    added=next(vectors),
+                )
+            )
+        if tell is not None:
+            tell("fitting", len(requests), len(requests))
+        if form == "model":
+            shares = surviving(trajectory, forecasts, memory=memory, threads=threads)
+            forecasts = [
+                replace(made, surviving=share, warnings=(*made.warnings, *filter(None, [warning(share, made)])))
+                for made, share in zip(forecasts, shares, strict=True)
+            ]
+        missing = []
+        for made, request in zip(forecasts, requests, strict=True):
+            digest = adapter_digest(made) if form == "adapter" else made.digest
+            if request.destination and is_uploaded(request.destination, digest):
+                continue
+            if request.destination:
+                discard_other(request.directory, digest)
+            missing.append((made, request))
+        begun = early.finished(forecasts, gram.contents)
+    if begun and tell is not None:
+        tell("writing", len(begun), len(begun))
     writing = telling(tell, "writing")
     try:
         if form == "adapter":
@@ -146,6 +160,7 @@ def extrapolate(
                 threads=threads,
                 shard_size=shard_size,
                 spread=spread,
+                begun=begun,
                 command=command,
                 on_progress=writing,
             )
@@ -157,6 +172,11 @@ def extrapolate(
         if request.destination:
             upload(request.directory, request.destination)
     return forecasts
+
+
+def _at_once(requests: Sequence[Request]) -> bool:
+    """Whether they can be written tensor by tensor as the products come, where no other call has them already."""
+    return all(request.method.predictor.by_tensor and not request.destination for request in requests)
 
 
 def extrapolate_run(

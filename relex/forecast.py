@@ -13,6 +13,7 @@ from hashlib import sha256
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from relex import sanity, spectrum
 from relex.errors import TargetError
@@ -21,7 +22,7 @@ from relex.interval import norm_band
 from relex.predictors import Method
 from relex.predictors.predictor import MatrixPredictor, Window
 from relex.rank_one import RankOne
-from relex.trajectory import Trajectory
+from relex.trajectory import TensorSpec, Trajectory
 
 FORMAT = 1
 
@@ -120,6 +121,49 @@ def check_target(target_step: int, steps: Sequence[int], *, inside: Literal["ref
         )
 
 
+def of_tensor(
+    method: Method, steps: Sequence[int], target_step: int, spec: TensorSpec, products_KK: Tensor | None
+) -> TensorForecast:
+    """Return how one tensor is made, but for `energy` and `r_squared`, if the method's coefficients are by tensor.
+
+    `products_KK` is its Gram, None where it does not move. The bits are those of `forecast`. Raises TargetError.
+    """
+    if products_KK is None:
+        return _copied(spec)
+    if not bool(products_KK.diagonal().any()):
+        return TensorForecast("base")
+    if not method.predictor.moves(spec.name, len(spec.base.shape)):
+        return TensorForecast("latest")
+    steps_K = torch.tensor(steps, dtype=torch.float64)
+    coefficients_K = _coefficients(method, products_KK[None], steps_K, target_step)[0]
+    return _combined(coefficients_K, _latest(len(steps)))
+
+
+def _coefficients(method: Method, products_TKK: Tensor, steps_K: Tensor, target_step: int) -> Tensor:
+    """Return (T, K); tensor by tensor where that is possible: the last bits depend on what else is in a batch."""
+    batches = products_TKK.split(1) if method.predictor.by_tensor else (products_TKK,)
+    return torch.cat([method.predictor.coefficients(Window(batch, steps_K), target_step) for batch in batches])
+
+
+def _latest(count: int) -> Tensor:
+    latest_K = torch.zeros(count, dtype=torch.float64)
+    latest_K[-1] = 1.0
+    return latest_K
+
+
+def _copied(spec: TensorSpec) -> TensorForecast:
+    return TensorForecast("base" if spec.unchanged else "latest")
+
+
+def _combined(
+    coefficients_K: Tensor, latest_K: Tensor, energy: float | None = None, r_squared: float | None = None
+) -> TensorForecast:
+    # The latest checkpoint is copied, not recomputed: base + (latest - base) can differ in the last bit.
+    if torch.equal(coefficients_K, latest_K):
+        return TensorForecast("latest", (), energy, r_squared)
+    return TensorForecast("combined", tuple(coefficients_K.tolist()), energy, r_squared)
+
+
 def forecast(
     trajectory: Trajectory,
     gram: Gram,
@@ -144,8 +188,7 @@ def forecast(
     steps_K = torch.tensor(trajectory.steps, dtype=torch.float64)
     energy_T = spectrum.energy(gram.products)
     r_squared_T = spectrum.r_squared(gram.products, steps_K)
-    latest_K = torch.zeros(len(steps_K), dtype=torch.float64)
-    latest_K[-1] = 1.0
+    latest_K = _latest(len(steps_K))
     specs = {spec.name: spec for spec in trajectory.tensors}
     moved_T = gram.products.diagonal(dim1=-2, dim2=-1).any(-1).tolist()
     # A tensor that never moved stays as it is: what a method makes of its zero Gram is of no account.
@@ -156,23 +199,18 @@ def forecast(
     ]
     coefficients_TK = latest_K * torch.tensor(moved_T, dtype=torch.float64)[:, None]
     if predicted:
-        coefficients_TK[predicted] = method.predictor.coefficients(
-            Window(gram.products[predicted], steps_K), target_step
-        )
-    tensors = {spec.name: TensorForecast("base" if spec.unchanged else "latest") for spec in trajectory.tensors}
+        coefficients_TK[predicted] = _coefficients(method, gram.products[predicted], steps_K, target_step)
+    tensors = {spec.name: _copied(spec) for spec in trajectory.tensors}
     for index, name in enumerate(gram.names):
         if not moved_T[index]:
             tensors[name] = TensorForecast("base")
             continue
+        shares = float(energy_T[index]), float(r_squared_T[index])
         if name in added:
             coefficients = tuple(coefficients_TK[index].tolist())
-            shares = float(energy_T[index]), float(r_squared_T[index])
             tensors[name] = TensorForecast("rank-one", coefficients, *shares, added[name].digest)
-            continue
-        # The latest checkpoint is copied, not recomputed: base + (latest - base) can differ in the last bit.
-        source: Source = "latest" if torch.equal(coefficients_TK[index], latest_K) else "combined"
-        coefficients = tuple(coefficients_TK[index].tolist()) if source == "combined" else ()
-        tensors[name] = TensorForecast(source, coefficients, float(energy_T[index]), float(r_squared_T[index]))
+        else:
+            tensors[name] = _combined(coefficients_TK[index], latest_K, *shares)
     # Of what a matrix method applies to, too, it may leave out a tensor, as one that is too long.
     left_out, applied = isinstance(method.predictor, MatrixPredictor), set(predicted)
     copied = tuple(

@@ -11,12 +11,14 @@ Shape suffixes: T = tensors that move, K = checkpoints.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import xxhash
@@ -25,7 +27,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from relex import factor_gram
-from relex.contents import DIGEST_BYTES, stack
+from relex.contents import DIGEST_BYTES, put_down
 from relex.errors import CheckpointDamagedError, NonFiniteError
 from relex.files.directory import untouched
 from relex.files.whole import write_whole
@@ -33,7 +35,7 @@ from relex.products import precision, read_rows, take
 from relex.progress import Progress
 from relex.ranges import Share, shared
 from relex.store import Checkpoint
-from relex.streaming import units
+from relex.streaming import Job, units
 from relex.trajectory import Trajectory
 
 FORMAT = 1
@@ -99,6 +101,17 @@ class Gram:
         )
 
 
+class Beside(Protocol):
+    """What else is done with a tensor, while it is still in the page cache."""
+
+    def ready(self, tensor: int, products_KK: Tensor | None, contents_URD: Tensor) -> Iterable[Job]:
+        """Return what is to be done, once all of tensor number `tensor` was read.
+
+        `products_KK` are of its deltas, None where it does not move; `contents_URD` has its units' digests by now. What
+        was read may turn out to be damaged.
+        """
+
+
 def measure(
     trajectory: Trajectory,
     *,
@@ -106,14 +119,15 @@ def measure(
     threads: int,
     known: Gram | None = None,
     share: Share | None = None,
+    beside: Beside | None = None,
     on_progress: Progress | None = None,
 ) -> Gram:
     """Read the trajectory once, within `memory` bytes, and return its Gram.
 
     `known` holds products of the first checkpoints of this trajectory, taken in the same way, that need not be taken
-    again; with `share` other processes take them, range by range (see `ranges`), each within `memory`. Raises
-    NonFiniteError and CheckpointDamagedError naming the tensor and the step, CheckpointChangedError when a file changed
-    meanwhile, MemoryBudgetError.
+    again; with `share` other processes take them, range by range (see `ranges`), each within `memory`, and nothing is
+    done `beside`. Raises NonFiniteError and CheckpointDamagedError naming the tensor and the step,
+    CheckpointChangedError when a file changed meanwhile, MemoryBudgetError.
     """
     count = len(trajectory.checkpoints)
     if known is not None and (known.taken is None or known.precision != precision(trajectory)):
@@ -129,34 +143,41 @@ def measure(
     ]
     total = sum(spec.count * size for spec, size in zip(trajectory.tensors, per_element, strict=True))
     done = 0
-    held = bytearray()
     erased: list[tuple[str, int]] = []
     pieces = units(trajectory)
+    contents = torch.zeros(len(pieces), count + 1, DIGEST_BYTES, dtype=torch.uint8)
+    urgent: deque[Job] = deque()
     results = (
-        take(trajectory, pieces, first=kept, memory=memory, threads=threads)
+        take(trajectory, pieces, first=kept, memory=memory, threads=threads, urgent=urgent)
         if share is None
         else shared(trajectory, pieces, share, first=kept, memory=memory, threads=threads)
     )
     # In the order of the units, wherever they were taken: the bits do not depend on it.
-    for unit, one in results:
-        spec = trajectory.tensors[unit.tensor]
-        held += one.digests
-        for number, whole in enumerate(hashes):
-            if unit.start == 0:
-                whole.update(f"{spec.name} {list(spec.base.shape)}".encode())
-            whole.update(one.digests[number * DIGEST_BYTES : (number + 1) * DIGEST_BYTES])
-        erased += [(spec.name, row) for row in one.erased]
-        if spec.moves:
-            taken[position[unit.tensor]] += one.products
-            base_norms[position[unit.tensor]] += one.base_norm
-        done += (unit.stop - unit.start) * per_element[unit.tensor]
-        if on_progress is not None:
-            on_progress(done, total)
+    with closing(results):
+        for number, (unit, one) in enumerate(results):
+            spec = trajectory.tensors[unit.tensor]
+            put_down(contents, number, one.digests)
+            for row, whole in enumerate(hashes):
+                if unit.start == 0:
+                    whole.update(f"{spec.name} {list(spec.base.shape)}".encode())
+                whole.update(one.digests[row * DIGEST_BYTES : (row + 1) * DIGEST_BYTES])
+            erased += [(spec.name, row) for row in one.erased]
+            if spec.moves:
+                taken[position[unit.tensor]] += one.products
+                base_norms[position[unit.tensor]] += one.base_norm
+            if beside is not None and share is None and unit.stop == spec.count:
+                one_KK = None
+                if spec.moves:
+                    only = slice(position[unit.tensor], position[unit.tensor] + 1)
+                    sums = _completed(taken[only], known.taken[only] if known and known.taken is not None else None)
+                    one_KK = _of_deltas(sums, [factor_gram.pays(spec)])[0]
+                urgent.extend(beside.ready(unit.tensor, one_KK, contents))
+            done += (unit.stop - unit.start) * per_element[unit.tensor]
+            if on_progress is not None:
+                on_progress(done, total)
     trajectory.check_unchanged()
 
-    if known is not None and known.taken is not None:
-        taken[:, :kept, :kept] = known.taken
-    taken = _mirrored(taken)
+    taken = _completed(taken, known.taken if known else None)
     names = tuple(trajectory.tensors[index].name for index in moving)
     gram = Gram(
         trajectory.steps,
@@ -168,7 +189,7 @@ def measure(
         tuple(checkpoint.weights.identity for checkpoint in trajectory.checkpoints),
         trajectory.base.changes,
         tuple(checkpoint.weights.changes for checkpoint in trajectory.checkpoints),
-        stack(held, checkpoints=count),
+        contents,
         taken,
         precision(trajectory),
     )
@@ -178,6 +199,14 @@ def measure(
     _refuse_erased(erased, trajectory)
     _refuse_non_finite(gram, trajectory)
     return gram
+
+
+def _completed(taken_TKK: Tensor, known_TKK: Tensor | None) -> Tensor:
+    """Return whole matrices of lower triangles, of which the first rows may be known from before."""
+    if known_TKK is not None:
+        kept = known_TKK.shape[1]
+        taken_TKK[:, :kept, :kept] = known_TKK
+    return _mirrored(taken_TKK)
 
 
 def _of_deltas(taken_TKK: Tensor, between_factors: Sequence[bool]) -> Tensor:
@@ -229,6 +258,7 @@ def cached(
     memory: int,
     threads: int,
     share: Share | None = None,
+    beside: Beside | None = None,
     on_progress: Progress | None = None,
 ) -> Gram:
     """Return the Gram of `trajectory`: from `directory`, else measured (from what is there) and saved."""
@@ -251,7 +281,9 @@ def cached(
         # What was taken in another way is no beginning of what is taken now.
         if shared > (len(known.steps) if known is not None else 0):
             known, superseded = kept.rows(range(shared)), path if shared == len(kept.steps) else None
-    gram = measure(trajectory, memory=memory, threads=threads, known=known, share=share, on_progress=on_progress)
+    gram = measure(
+        trajectory, memory=memory, threads=threads, known=known, share=share, beside=beside, on_progress=on_progress
+    )
     _save(gram, base, directory)
     if superseded is not None and superseded.name != f"{gram.digest}.safetensors":
         # Every row of the shorter one is in the longer one.

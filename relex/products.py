@@ -3,7 +3,8 @@
 Shape suffixes: K = checkpoints, R = those of a block, N = elements.
 """
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from relex import factor_gram, kernel
-from relex.streaming import CHUNK, Block, Unit, Workspace, in_order, workspaces
+from relex.streaming import CHUNK, Block, Job, Unit, Workspace, in_order, workspaces
 from relex.trajectory import TensorSpec, Trajectory
 
 # Products are taken in tiles of fixed shape: the bits of G[i, j] then do not depend on how many checkpoints there are,
@@ -43,9 +44,18 @@ class Taken:
 
 
 def take(
-    trajectory: Trajectory, pieces: Sequence[Unit], *, first: int, memory: int, threads: int
-) -> Iterator[tuple[Unit, Taken]]:
-    """Read these units within `memory` bytes and yield what they give, in order; products from row `first` on."""
+    trajectory: Trajectory,
+    pieces: Sequence[Unit],
+    *,
+    first: int,
+    memory: int,
+    threads: int,
+    urgent: deque[Job] | None = None,
+) -> Generator[tuple[Unit, Taken], None, None]:
+    """Read these units within `memory` bytes and yield what they give, in order; products from row `first` on.
+
+    Meanwhile the threads do what is put into `urgent` (see `in_order`); their buffers hold all checkpoints.
+    """
     count = len(trajectory.checkpoints)
     padded = -(-count // ROWS) * ROWS
     multiplying = max(2 * padded * WIDTH * 8, kernel.scratch(count))
@@ -75,7 +85,7 @@ def take(
             erased += [] if spec.relative else suspects
         return Taken(part[:count, :count], base_norm, b"".join(digest.digest() for digest in digests), tuple(erased))
 
-    return in_order(work, pieces, spaces)
+    return in_order(work, pieces, spaces, urgent=urgent)
 
 
 def read_rows(spec: TensorSpec) -> int:

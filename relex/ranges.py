@@ -4,7 +4,7 @@ What a unit gives is added up in the order of the units, so the bits are those o
 its worker is taken again by another one.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -47,7 +47,7 @@ Share = Callable[[Sequence[Range]], Iterable[bytes]]
 
 def shared(
     trajectory: Trajectory, pieces: Sequence[Unit], share: Share, *, first: int, memory: int, threads: int
-) -> Iterator[tuple[Unit, Taken]]:
+) -> Generator[tuple[Unit, Taken], None, None]:
     """Yield what `products.take` does, of the same bits, taken by other processes."""
     ranges = [
         Range(

@@ -10,9 +10,10 @@ Shape suffixes: N = elements of a block, R = checkpoints read at once.
 import contextlib
 import queue
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -32,6 +33,8 @@ UNIT = 1 << 20
 MAX_READ_BYTES = 1 << 17
 
 Result = TypeVar("Result")
+Job = Callable[["Workspace"], None]
+"""Something that is done by one thread with its buffers."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +48,12 @@ class Unit:
 
 def units(trajectory: Trajectory) -> list[Unit]:
     """Return the whole trajectory as pieces of work, in the order of the base's bytes."""
-    return [
-        Unit(index, start, min(start + UNIT, spec.count))
-        for index, spec in enumerate(trajectory.tensors)
-        for start in range(0, max(spec.count, 1), UNIT)
-    ]
+    return [unit for index, spec in enumerate(trajectory.tensors) for unit in units_of(index, spec)]
+
+
+def units_of(tensor: int, spec: TensorSpec) -> list[Unit]:
+    """Return the pieces of tensor number `tensor`."""
+    return [Unit(tensor, start, min(start + UNIT, spec.count)) for start in range(0, max(spec.count, 1), UNIT)]
 
 
 @dataclass(frozen=True)
@@ -206,38 +210,75 @@ def workspaces(
 
 
 def in_order(
-    work: Callable[[Workspace, Unit], Result], pieces: Sequence[Unit], spaces: Sequence[Workspace]
-) -> Iterator[tuple[Unit, Result]]:
+    work: Callable[[Workspace, Unit], Result],
+    pieces: Sequence[Unit],
+    spaces: Sequence[Workspace],
+    *,
+    urgent: deque[Job] | None = None,
+) -> Generator[tuple[Unit, Result], None, None]:
     """Run `work` on every piece, one thread a workspace, and yield the results in the order of the pieces.
 
+    What whoever takes a result puts into `urgent` is done before the pieces that wait, and all of it before this ends.
     The threads of torch and of BLAS are off meanwhile: on chunks of cache size they cost more than they bring.
     """
     free: queue.SimpleQueue[Workspace] = queue.SimpleQueue()
     for space in spaces:
         free.put(space)
+    sooner: queue.SimpleQueue[Job] = queue.SimpleQueue()
+    later: queue.SimpleQueue[Job] = queue.SimpleQueue()
 
-    def run(piece: Unit) -> Result:
+    def run() -> None:
         space = free.get()
         try:
-            return work(space, piece)
+            try:
+                job = sooner.get_nowait()
+            except queue.Empty:
+                job = later.get_nowait()
+            job(space)
         finally:
             free.put(space)
 
     pending: deque[tuple[Unit, Future[Result]]] = deque()
+    aside: list[Future[None]] = []
     with single_threaded(), ThreadPoolExecutor(len(spaces), thread_name_prefix="relex") as pool:
+
+        def submit(piece: Unit) -> None:
+            future: Future[Result] = Future()
+            later.put(partial(_settle, future, lambda space: work(space, piece)))
+            pool.submit(run)
+            pending.append((piece, future))
+
+        def hurry() -> None:
+            while urgent:
+                ended: Future[None] = Future()
+                sooner.put(partial(_settle, ended, urgent.popleft()))
+                pool.submit(run)
+                aside.append(ended)
+
         try:
             for piece in pieces:
-                pending.append((piece, pool.submit(run, piece)))
+                submit(piece)
                 if len(pending) > 4 * len(spaces):
                     done, future = pending.popleft()
                     yield done, future.result()
+                    hurry()
             while pending:
                 done, future = pending.popleft()
                 yield done, future.result()
+                hurry()
+            for ended in aside:
+                ended.result()
         finally:
             pool.shutdown(cancel_futures=True)
             for space in spaces:
                 space.files.close()
+
+
+def _settle(future: Future[Result], job: Callable[[Workspace], Result], space: Workspace) -> None:
+    try:
+        future.set_result(job(space))
+    except BaseException as error:  # noqa: BLE001
+        future.set_exception(error)
 
 
 @contextlib.contextmanager

@@ -39,20 +39,25 @@ def materialise(
     threads: int,
     shard_size: int | None = None,
     spread: Spread | None = None,
+    begun: Mapping[Path, ModelWriter] | None = None,
     command: Sequence[str] = (),
     on_progress: Progress | None = None,
 ) -> None:
     """Write every output that is not there yet, in one pass within `memory` bytes, going on after a killed call.
 
     The files are cut as the base's are, or at `shard_size` bytes. With `spread` other processes write them, each within
-    `memory`; all paths must then mean the same to all of them. Raises OutputError when a directory holds something
+    `memory`; all paths must then mean the same to all of them. `begun` are writers, by directory, of outputs that were
+    begun while the Gram was taken. Raises OutputError when a directory holds something
     else, NonFiniteError when a prediction leaves the range of its precision, CheckpointChangedError when an input
     changed meanwhile (then nothing is left behind).
     """
     forecasts = [output.forecast for output in outputs]
-    writers: dict[int, ModelWriter] = {}
+    begun = begun or {}
+    writers = {i: begun[output.directory] for i, output in enumerate(outputs) if output.directory in begun}
     try:
         for index, output in enumerate(outputs):
+            if index in writers:
+                continue
             tensors = output_tensors(trajectory, output.forecast.dtype, shard_size)
             writer = open_writer(output.directory, output.forecast.digest, tensors)
             if writer is not None:

@@ -9,6 +9,7 @@ on its shape: so the bytes of a prediction do not depend on what else is asked f
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,13 +21,14 @@ from relex import kernel
 from relex.contents import SecondReading
 from relex.errors import CheckpointChangedError, NonFiniteError, OutputError
 from relex.files.block_cache import BlockCache
-from relex.forecast import Forecast
+from relex.forecast import Forecast, TensorForecast
 from relex.layouts.hf import SINGLE_FILE
 from relex.output import manifest
 from relex.output.combine import chunks, needed_rows, predicted
 from relex.output.manifest import Manifest
 from relex.output.writer import ModelWriter, OutputTensor, join_writer
 from relex.progress import Progress
+from relex.rank_one import RankOne
 from relex.streaming import CHUNK, Block, Unit, Workspace, as_bytes, in_order, units, workspaces
 from relex.trajectory import TensorSpec, Trajectory, open_again
 
@@ -81,6 +83,60 @@ def _output_tensor(spec: TensorSpec, override: torch.dtype | None) -> OutputTens
     return OutputTensor(stored.name, dtype, stored.shape, size, stored.pieces[0].file)
 
 
+@dataclass(frozen=True)
+class Part:
+    """One tensor of one prediction: how it is made, where it goes, and what is told of it when it cannot be stored."""
+
+    made: TensorForecast
+    writer: ModelWriter
+    prediction: str
+    vectors: RankOne | None = None
+
+    @classmethod
+    def of(cls, forecast: Forecast, name: str, writer: ModelWriter) -> "Part":
+        """Take one tensor out of a forecast."""
+        vectors = forecast.vectors.get(name)
+        prediction = f"predicted at step {forecast.target_step} by {forecast.method}"
+        return cls(forecast.tensors[name], writer, prediction, vectors)
+
+
+def write_unit(reading: SecondReading, space: Workspace, unit: Unit, parts: Sequence[Part]) -> None:
+    """Read one unit again and write what all predictions make of it.
+
+    Raises NonFiniteError when one leaves the range of its precision, CheckpointChangedError.
+    """
+    spec = reading.trajectory.tensors[unit.tensor]
+    needed = rows_of(spec, parts)
+    for block in reading.blocks(space, unit, needed):
+        in_c = [part for part in parts if _is_summed(part, block, spec)]
+        for place, rows_RN in space.rows(block) if in_c else ():
+            for part in in_c:
+                dtype = part.writer.tensors[spec.stored.name].dtype
+                values = [part.made.coefficients[row] for row in needed]
+                chunk = torch.empty(rows_RN.rows.shape[1], dtype=dtype)
+                if not kernel.combine(rows_RN, block.base[place], coefficients=torch.tensor(values), out=chunk):
+                    raise _leaves_the_range(spec.name, part, dtype)
+                begin = spec.start + block.start + place.start
+                part.writer.write(spec.stored.name, begin * dtype.itemsize, as_bytes(chunk))
+        others = [part for part in parts if not _is_summed(part, block, spec)]
+        for place, deltas in chunks(space, block, spec) if others else ():
+            for part in others:
+                dtype = part.writer.tensors[spec.stored.name].dtype
+                base, stored = block.base[place], None if spec.relative else block.stored[:, place]
+                start = block.start + place.start
+                added = part.vectors.elements(start, start + len(base), dtype=deltas.dtype) if part.vectors else None
+                chunk = predicted(part.made, needed, base, stored=stored, deltas=deltas, added=added).to(dtype)
+                # What was read is finite; a copy too may not be in a narrower precision.
+                if not bool(torch.isfinite(chunk).all()):
+                    raise _leaves_the_range(spec.name, part, dtype)
+                part.writer.write(spec.stored.name, (spec.start + start) * dtype.itemsize, as_bytes(chunk))
+
+
+def rows_of(spec: TensorSpec, parts: Sequence[Part]) -> list[int]:
+    """Return the numbers of the checkpoints that one tensor is made from."""
+    return sorted({row for part in parts for row in needed_rows(part.made, len(spec.entries))})
+
+
 def fill(
     trajectory: Trajectory,
     forecasts: Sequence[Forecast],
@@ -101,7 +157,7 @@ def fill(
     # Which outputs a tensor still goes to is fixed before the first byte: shards are finished while others are written.
     filling = {
         spec.name: [
-            i
+            Part.of(forecasts[i], spec.name, writer)
             for i, writer in writers.items()
             if (only is None or writer.tensors[spec.stored.name].shard == only) and writer.pending(spec.stored.name)
         ]
@@ -109,78 +165,44 @@ def fill(
     }
     # Backwards: what the pass before this one read last is still in the page cache, and what it read first may not be.
     pieces = [unit for unit in reversed(units(trajectory)) if filling[tensors[unit.tensor].name]]
-    rows = {
-        index: sorted(
-            {row for i in filling[spec.name] for row in needed_rows(forecasts[i].tensors[spec.name], len(spec.entries))}
-        )
-        for index, spec in enumerate(tensors)
-    }
     if not pieces:
         return
-    spaces = workspaces(
-        trajectory, max(len(needed) for needed in rows.values()), memory=memory, threads=threads, extra=2 * CHUNK * 8
-    )
-
+    most = max(len(rows_of(spec, filling[spec.name])) for spec in tensors)
+    spaces = workspaces(trajectory, most, memory=memory, threads=threads, extra=2 * CHUNK * 8)
     reading = SecondReading(trajectory, contents)
 
     def work(space: Workspace, unit: Unit) -> None:
-        spec = tensors[unit.tensor]
-        needed = rows[unit.tensor]
-        for block in reading.blocks(space, unit, needed):
-            in_c = [i for i in filling[spec.name] if _is_summed(forecasts[i], writers[i], block, spec)]
-            for place, rows_RN in space.rows(block) if in_c else ():
-                for i in in_c:
-                    writer = writers[i]
-                    dtype = writer.tensors[spec.stored.name].dtype
-                    values = [forecasts[i].tensors[spec.name].coefficients[row] for row in needed]
-                    chunk = torch.empty(rows_RN.rows.shape[1], dtype=dtype)
-                    if not kernel.combine(rows_RN, block.base[place], coefficients=torch.tensor(values), out=chunk):
-                        raise _leaves_the_range(spec.name, forecasts[i], dtype)
-                    begin = spec.start + block.start + place.start
-                    writer.write(spec.stored.name, begin * dtype.itemsize, as_bytes(chunk))
-            others = [i for i in filling[spec.name] if i not in in_c]
-            for place, deltas in chunks(space, block, spec) if others else ():
-                for i in others:
-                    tensor, writer = forecasts[i].tensors[spec.name], writers[i]
-                    dtype = writer.tensors[spec.stored.name].dtype
-                    base, stored = block.base[place], None if spec.relative else block.stored[:, place]
-                    vectors = forecasts[i].vectors.get(spec.name)
-                    start = block.start + place.start
-                    added = vectors.elements(start, start + len(base), dtype=deltas.dtype) if vectors else None
-                    chunk = predicted(tensor, needed, base, stored=stored, deltas=deltas, added=added).to(dtype)
-                    # What was read is finite; a copy too may not be in a narrower precision.
-                    if not bool(torch.isfinite(chunk).all()):
-                        raise _leaves_the_range(spec.name, forecasts[i], dtype)
-                    writer.write(spec.stored.name, (spec.start + start) * dtype.itemsize, as_bytes(chunk))
+        write_unit(reading, space, unit, filling[tensors[unit.tensor].name])
 
-    last: dict[tuple[int, str], Unit] = {}
+    last: dict[tuple[int, str], tuple[Unit, ModelWriter]] = {}
     for unit in pieces:
         spec = tensors[unit.tensor]
-        for i in filling[spec.name]:
-            writers[i].begin(spec.stored.name)
-            last[i, writers[i].tensors[spec.stored.name].shard] = unit
+        for part in filling[spec.name]:
+            part.writer.begin(spec.stored.name)
+            last[id(part.writer), part.writer.tensors[spec.stored.name].shard] = unit, part.writer
     total = sum(unit.stop - unit.start for unit in pieces)
     done = 0
-    for unit, _ in in_order(work, pieces, spaces):
-        for (i, shard), final in last.items():
-            if final is unit:
-                writers[i].close(shard)
-        done += unit.stop - unit.start
-        if on_progress is not None:
-            on_progress(done, total)
+    # Nobody writes any more once this is left, however it is.
+    with closing(in_order(work, pieces, spaces)) as written:
+        for unit, _ in written:
+            for (_, shard), (final, writer) in last.items():
+                if final is unit:
+                    writer.close(shard)
+            done += unit.stop - unit.start
+            if on_progress is not None:
+                on_progress(done, total)
 
 
-def _is_summed(forecast: Forecast, writer: ModelWriter, block: Block, spec: TensorSpec) -> bool:
+def _is_summed(part: Part, block: Block, spec: TensorSpec) -> bool:
     """Whether the loops in C make the sum: the same to the bit, and faster."""
     stored = (block.base.dtype, block.stored.dtype)
-    possible = kernel.BUILT and writer.tensors[spec.stored.name].dtype in kernel.DTYPES and torch.float64 not in stored
-    return possible and forecast.tensors[spec.name].source == "combined"
+    dtype = part.writer.tensors[spec.stored.name].dtype
+    return kernel.BUILT and dtype in kernel.DTYPES and torch.float64 not in stored and part.made.source == "combined"
 
 
-def _leaves_the_range(name: str, forecast: Forecast, dtype: torch.dtype) -> NonFiniteError:
+def _leaves_the_range(name: str, part: Part, dtype: torch.dtype) -> NonFiniteError:
     return NonFiniteError(
-        f"{name} predicted at step {forecast.target_step} by {forecast.method} leaves the range of {dtype}. Give a"
-        " nearer target, or a --dtype of wider range."
+        f"{name} {part.prediction} leaves the range of {dtype}. Give a nearer target, or a --dtype of wider range."
     )
 
 

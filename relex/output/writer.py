@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
@@ -31,6 +31,9 @@ from relex.output.manifest import FILE_NAME, FileRecord, read
 
 # The order in which safetensors itself lays tensors out: by dtype, then by name.
 _DTYPE_ORDER = ("U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "I8", "U8", "BOOL")
+
+# In the place of the prediction's name.
+_EARLY = "early"
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,19 @@ class ModelWriter:
         os.close(parent)
         self.release()
 
+    def remove(self, name: str) -> None:
+        """Take back the shard of tensor `name`: it is missing again."""
+        (self.partial / self.tensors[name].shard).unlink(missing_ok=True)
+
+    def take_name(self, digest: str) -> bool:
+        """Become, of an early output, that of the prediction named `digest`; False where there is another one of it."""
+        partial = _partial(self.out, digest, self.tensors.values())
+        if self.out.exists() or partial.exists():
+            return False
+        self.partial.rename(partial)
+        self.partial = partial
+        return True
+
     def _room(self) -> contextlib.AbstractContextManager[None]:
         return room_for(self._size, self.out, partial=self.partial)
 
@@ -173,6 +189,38 @@ def open_writer(out: Path, digest: str, tensors: Sequence[OutputTensor]) -> Mode
             return None
         what = f"the prediction {present[:12]}…, not {digest[:12]}…" if present else "something relex did not write"
         raise OutputError(f"output {out} exists and holds {what}. Delete it, or give another --out.")
+    return _open(out, _partial(out, digest, tensors), tensors)
+
+
+def open_early(out: Path, tensors: Sequence[OutputTensor]) -> ModelWriter | None:
+    """Start the output `out` of a prediction that has no name yet; no other call goes on with it.
+
+    None: something of that output is there. Raises OutputError when another process is writing it.
+    """
+    partial = _early(out)
+    if out.exists() or out.is_symlink() or set(out.parent.glob(f".{out.name}.*.partial")) - {partial}:
+        return None
+    writer = _open(out, partial, tensors)
+    for leftover in partial.iterdir():
+        leftover.unlink()
+    return writer
+
+
+def _written_elsewhere(out: Path) -> OutputError:
+    return OutputError(f"output {out} is being written by another process. Wait for it, or give another --out.")
+
+
+def _early(out: Path) -> Path:
+    return out.parent / f".{out.name}.{_EARLY}.partial"
+
+
+def _partial(out: Path, digest: str, tensors: Iterable[OutputTensor]) -> Path:
+    # Shards of another cut may have the same names and hold other tensors.
+    cut = json.dumps([digest, {tensor.name: tensor.shard for tensor in tensors}], sort_keys=True)
+    return out.parent / f".{out.name}.{sha256(cut.encode()).hexdigest()[:16]}.partial"
+
+
+def _open(out: Path, partial: Path, tensors: Sequence[OutputTensor]) -> ModelWriter:
     made_parent = not out.parent.exists()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -180,19 +228,18 @@ def open_writer(out: Path, digest: str, tensors: Sequence[OutputTensor]) -> Mode
         raise OutputError(
             f"output {out} cannot be made: {error.strerror} at {error.filename}. Give another --out."
         ) from error
-    prefix = f".{out.name}."
-    # Shards of another cut may have the same names and hold other tensors.
-    cut = json.dumps([digest, {tensor.name: tensor.shard for tensor in tensors}], sort_keys=True)
-    partial = out.parent / f"{prefix}{sha256(cut.encode()).hexdigest()[:16]}.partial"
-    for leftover in out.parent.glob(f"{prefix}*.partial"):
+    early = _early(out)
+    for leftover in out.parent.glob(f".{out.name}.*.partial"):
         # What another prediction of this name left behind when it was killed; a live one holds its lock.
         if leftover != partial and (lock := try_lock(leftover)) is not None:
             shutil.rmtree(leftover)
             os.close(lock)
+        elif leftover == early and leftover != partial:
+            raise _written_elsewhere(out)
     partial.mkdir(exist_ok=True)
     lock = try_lock(partial)
     if lock is None:
-        raise OutputError(f"output {out} is being written by another process. Wait for it, or give another --out.")
+        raise _written_elsewhere(out)
     _remove_unfinished(partial)
     return ModelWriter(out, partial, {tensor.name: tensor for tensor in tensors}, lock, made_parent)
 

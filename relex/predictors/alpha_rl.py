@@ -63,6 +63,11 @@ class AlphaRL:
         """One."""
         return 1.0
 
+    @property
+    def by_tensor(self) -> bool:
+        """What is added is known when all Grams are."""
+        return False
+
     def coefficients(self, window: Window, target_step: float) -> Tensor:
         """Return fp64 zeros: the matrix is added to the base."""
         return torch.zeros(window.gram_TKK.shape[:-1], dtype=torch.float64)

@@ -74,6 +74,11 @@ class Coordinates(Predictor):
         return torch.matmul(basis_TKR, scaled_TR[..., None])[..., 0]
 
     @property
+    def by_tensor(self) -> bool:
+        """A product over the coordinates of all tensors has other last bits than one over a few; sinusoids are slow."""
+        return False
+
+    @property
     def _described(self) -> str:
         return f"polynomial of degree {self.degree}" if self.curve == "polynomial" else "sinusoid"
 

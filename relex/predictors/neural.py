@@ -57,6 +57,11 @@ class Neural(Predictor):
         if self.rank < 1 or self.epochs < 0:
             raise TargetError(f"rank is {self.rank} and epochs {self.epochs}; give at least 1 and 0.")
 
+    @property
+    def by_tensor(self) -> bool:
+        """One network learns from all tensors."""
+        return False
+
     def coefficients(self, window: Window, target_step: float) -> Tensor:
         """Return the fp64 (T, K) coefficients of all tensors together; one Gram (K, K) alone is allowed."""
         steps_K = window.steps_K

@@ -72,6 +72,11 @@ class Next:
         """What multiplies the unit's vectors."""
         return self.alpha
 
+    @property
+    def by_tensor(self) -> bool:
+        """What is added is known when all Grams are."""
+        return False
+
     def coefficients(self, window: Window, target_step: float) -> Tensor:
         """Return fp64 coefficients of the latest checkpoint, which the matrix is added to."""
         coefficients_K = torch.zeros(len(window.steps_K), dtype=torch.float64)

@@ -45,6 +45,11 @@ class Predictor(Protocol):
         """Say whether this tensor is predicted (here every one); if not, it is copied from the latest checkpoint."""
         return True
 
+    @property
+    def by_tensor(self) -> bool:
+        """Whether a tensor's coefficients, to the last bit, follow from its own Gram (see `forecast.of_tensor`)."""
+        return True
+
 
 @runtime_checkable
 class MatrixPredictor(Predictor, Protocol):

@@ -32,6 +32,11 @@ class Travel(Predictor):
         if self.lr is not None and self.lr <= 0:
             raise TargetError(f"lr is {self.lr:g}; give a learning rate above 0, or leave it out to have it read.")
 
+    @property
+    def by_tensor(self) -> bool:
+        """Once the learning rate is known."""
+        return self.lr is not None
+
     def informed(self, trajectory: Trajectory, *, memory: int, threads: int) -> "Travel":
         """Return it with the learning rate: the trainer's own word, or what the weights tell. Raises TargetError."""
         if self.lr is not None:
