@@ -3,11 +3,13 @@
 Builds trajectories of a Qwen2-shaped model (40 M parameters with 20 checkpoints by default), then runs, turn by turn
 and each in a process of its own: the floor, and the product's own path, which takes the Gram, fits, and writes the
 predictions. Prints wall and CPU seconds without imports, as they are and as multiples of the floor's, peak resident
-memory, and the bytes that went through read and write calls: of each the run with the least CPU time. The files come
-from the page cache, or with --cold from the disk, as a run's checkpoints that were written an hour ago do.
+memory, and the bytes that went through read calls and that came from the disk: of each the run with the least CPU time.
+The files come from the page cache, or with --cold from the disk, as a run's checkpoints that were written an hour ago
+do. With --cache the page cache forgets what was read so many MiB ago, as that of a machine does whose memory the run
+exceeds; --two-passes takes the Gram of everything first, as a method does that needs all Grams at once.
 
     .venv/bin/python benchmarks/one_pass.py [--parameters 40] [--checkpoints 12 20 75] [--dtype bfloat16 float32]
-        [--targets 1] [--threads 1 2] [--cold] [--keep DIR]
+        [--targets 1] [--threads 1 2] [--cold] [--cache MIB] [--two-passes] [--keep DIR]
 """
 
 import argparse
@@ -16,16 +18,18 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 
-from relex import gram, store, trajectory
-from relex.forecast import forecast
-from relex.output.materialise import Output, materialise
+from relex import extrapolation, gram, kernel, store, streaming, trajectory
 from relex.predictors import parse_method
 
 MIB = 1 << 20
@@ -74,24 +78,52 @@ def floor(root: Path, threads: int, dtype: torch.dtype) -> None:
         list(pool.map(convert, sorted(root.glob("**/model.safetensors"))))
 
 
-def extrapolate(root: Path, memory: int, threads: int, targets: int) -> dict[str, float]:
+def extrapolate(root: Path, memory: int, threads: int, targets: int, *, two_passes: bool) -> dict[str, float]:
     """Run the product's own path: trajectory, Gram, forecasts, outputs."""
     began = time.perf_counter()
     base = store.open_base(root / "base")
     run = root / "run"
     observed = store.observed(store.scan(run, base, now=time.time()), run)
     opened = trajectory.open_trajectory(base, observed)
-    with tempfile.TemporaryDirectory(dir=root) as scratch:
-        products = gram.cached(opened, Path(scratch) / "grams", memory=memory, threads=threads)
-        passed = time.perf_counter() - began
-        outputs = [
-            Output(forecast(opened, products, parse_method("relex"), target_step=step), Path(scratch) / f"step-{step}")
+    with tempfile.TemporaryDirectory(dir=root) as directory:
+        scratch = Path(directory)
+        if two_passes:
+            gram.cached(opened, scratch / "grams", memory=memory, threads=threads)
+        requests = [
+            extrapolation.Request(parse_method("relex"), step, scratch / f"step-{step}")
             for step in range(500, 500 + 100 * targets, 100)
         ]
-        materialise(opened, outputs, memory=memory, threads=threads)
+        extrapolation.extrapolate(opened, requests, grams=scratch / "grams", memory=memory, threads=threads)
         wall = time.perf_counter() - began
-        useful = sum(path.stat().st_size for path in Path(scratch).rglob("*") if path.is_file())
-    return {"gram_s": passed, "wall_s": wall, "kept_mib": useful / MIB}
+        useful = sum(path.stat().st_size for path in scratch.rglob("*") if path.is_file())
+    return {"wall_s": wall, "kept_mib": useful / MIB}
+
+
+def keep_little(most: int) -> None:
+    """Have the page cache forget what was read more than `most` bytes ago, first what was read first."""
+    reads: deque[tuple[int, int, int]] = deque()
+    files: dict[int, int] = {}
+    lock = threading.Lock()
+    held = 0
+    plain = kernel.read
+
+    def read(pieces_4P: NDArray[np.int64], buffer: memoryview) -> bool:
+        nonlocal held
+        done = plain(pieces_4P, buffer)
+        with lock:
+            for descriptor, position, _, length in pieces_4P.T.tolist():
+                file = os.fstat(descriptor).st_ino
+                if file not in files:
+                    files[file] = os.dup(descriptor)
+                reads.append((files[file], position, length))
+                held += length
+            while held > most:
+                oldest, position, length = reads.popleft()
+                os.posix_fadvise(oldest, position, length, os.POSIX_FADV_DONTNEED)
+                held -= length
+        return done
+
+    vars(streaming)["read"] = read
 
 
 def forget(root: Path) -> None:
@@ -119,7 +151,11 @@ def worker(options: argparse.Namespace) -> None:
     if options.worker == "floor":
         floor(options.keep, threads, getattr(torch, options.dtype[0]))
     else:
-        figures = extrapolate(options.keep, options.memory * MIB, threads, options.targets)
+        if options.cache:
+            keep_little(options.cache * MIB)
+        figures = extrapolate(
+            options.keep, options.memory * MIB, threads, options.targets, two_passes=options.two_passes
+        )
     figures |= {"cpu_s": time.process_time() - computed}
     figures.setdefault("wall_s", time.perf_counter() - began)
     after = io_counters()
@@ -135,9 +171,9 @@ def peak_resident_mib() -> float:
 
 
 def io_counters() -> dict[str, int]:
-    """Bytes through read and write calls of this process so far."""
+    """Bytes through read calls of this process, and from the disk for it, so far."""
     fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
-    return {"read_mib": int(fields["rchar"]), "written_mib": int(fields["wchar"])}
+    return {"read_mib": int(fields["rchar"]), "disk_mib": int(fields["read_bytes"])}
 
 
 def main() -> None:
@@ -149,6 +185,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[os.cpu_count() or 1])
     parser.add_argument("--memory", type=int, default=512, help="MiB")
     parser.add_argument("--cold", action="store_true", help="read from the disk, not from the page cache")
+    parser.add_argument("--cache", type=int, default=0, help="MiB that the page cache remembers (0: as it is)")
+    parser.add_argument("--two-passes", action="store_true", help="take the Gram of everything first")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--keep", type=Path, help="build here and keep it, or use what an earlier call built")
     parser.add_argument("--worker", choices=["floor", "extrapolate"], help=argparse.SUPPRESS)
@@ -158,7 +196,7 @@ def main() -> None:
         return
     print(
         f"{'K':>3} {'dtype':9}{'threads':>8}{'floor: wall':>12}{'CPU s':>7}{'run: wall':>11}{'CPU s':>7}"
-        f"{'x wall':>8}{'x CPU':>7}{'gram s':>8}{'peak MiB':>10}{'read MiB':>10}{'kept':>7}"
+        f"{'x wall':>8}{'x CPU':>7}{'peak MiB':>10}{'read MiB':>10}{'disk MiB':>10}{'kept':>7}"
     )
     for checkpoints in options.checkpoints:
         for dtype in options.dtype:
@@ -173,7 +211,8 @@ def main() -> None:
 def measure(root: Path, checkpoints: int, dtype: str, threads: int, options: argparse.Namespace) -> None:
     """Run floor and extrapolation in turns and print a line."""
     common = ["--keep", str(root), "--threads", str(threads), "--dtype", dtype]
-    common += ["--targets", str(options.targets), "--memory", str(options.memory)]
+    common += ["--targets", str(options.targets), "--memory", str(options.memory), "--cache", str(options.cache)]
+    common += ["--two-passes"] if options.two_passes else []
     runs: dict[str, list[dict[str, float]]] = {"floor": [], "extrapolate": []}
     for _ in range(options.repeats):
         for kind, figures in runs.items():
@@ -184,8 +223,8 @@ def measure(root: Path, checkpoints: int, dtype: str, threads: int, options: arg
     walls = [min(one["wall_s"] for one in figures) for figures in runs.values()]
     print(
         f"{checkpoints:3} {dtype:9}{threads:8}{walls[0]:12.2f}{bare['cpu_s']:7.2f}{walls[1]:11.2f}{full['cpu_s']:7.2f}"
-        f"{walls[1] / walls[0]:8.2f}{full['cpu_s'] / bare['cpu_s']:7.2f}{full['gram_s']:8.2f}"
-        f"{full['peak_rss_mib']:10.0f}{full['read_mib']:10.0f}{full['kept_mib']:7.1f}",
+        f"{walls[1] / walls[0]:8.2f}{full['cpu_s'] / bare['cpu_s']:7.2f}"
+        f"{full['peak_rss_mib']:10.0f}{full['read_mib']:10.0f}{full['disk_mib']:10.0f}{full['kept_mib']:7.1f}",
         flush=True,
     )
 

@@ -141,7 +141,8 @@ def of_tensor(
 
 def _coefficients(method: Method, products_TKK: Tensor, steps_K: Tensor, target_step: int) -> Tensor:
     """Return (T, K); tensor by tensor where that is possible: the last bits depend on what else is in a batch."""
-    batches = products_TKK.split(1) if method.predictor.by_tensor else (products_TKK,)
+    alone = [products_TKK[place : place + 1] for place in range(len(products_TKK))]
+    batches = alone if method.predictor.by_tensor else [products_TKK]
     return torch.cat([method.predictor.coefficients(Window(batch, steps_K), target_step) for batch in batches])
 
 
