@@ -20,7 +20,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -100,8 +99,8 @@ def extrapolate(root: Path, memory: int, threads: int, targets: int, *, two_pass
 
 
 def keep_little(most: int) -> None:
-    """Have the page cache forget what was read more than `most` bytes ago, first what was read first."""
-    reads: deque[tuple[int, int, int]] = deque()
+    """Have the page cache forget all but the `most` bytes that were read last."""
+    reads: dict[tuple[int, int, int], None] = {}
     files: dict[int, int] = {}
     lock = threading.Lock()
     held = 0
@@ -115,11 +114,16 @@ def keep_little(most: int) -> None:
                 file = os.fstat(descriptor).st_ino
                 if file not in files:
                     files[file] = os.dup(descriptor)
-                reads.append((files[file], position, length))
-                held += length
+                one = (files[file], position, length)
+                held += length if one not in reads else 0
+                reads.pop(one, None)
+                reads[one] = None
             while held > most:
-                oldest, position, length = reads.popleft()
-                os.posix_fadvise(oldest, position, length, os.POSIX_FADV_DONTNEED)
+                oldest, position, length = next(iter(reads))
+                del reads[oldest, position, length]
+                # With what lies before it: the cache drops only whole stretches of what it fetched at once.
+                begin = max(0, position - MIB)
+                os.posix_fadvise(oldest, begin, position + length - begin, os.POSIX_FADV_DONTNEED)
                 held -= length
         return done
 
