@@ -102,7 +102,7 @@ def test_the_readme_has_a_row_for_every_command() -> None:
 def test_every_option_that_prose_names_exists() -> None:
     every = {option for options in known_commands().values() for option in options}
     # Other programs' options: dask's, docker's, trainers', pip's and the engine's.
-    others = {"--nthreads", "--max-model-len", "--save-hf", "--ckpt.save_hf", "--cold", "--cache"}
+    others = {"--nthreads", "--max-model-len", "--save-hf", "--ckpt.save_hf", "--cold", "--cache", "--two-passes"}
     for path in PAGES:
         text = path.read_text(encoding="utf-8")
         shown = {match for code in re.findall(r"`(--[^`]*)`", text) for match in re.findall(r"--[\w.-]+", code)}
