@@ -230,18 +230,23 @@ def test_a_worker_that_is_killed_while_it_writes_costs_its_shard_alone(
 
     def look() -> None:
         while not done.is_set():
-            whole = {path.name: path.stat().st_ino for path in out.glob(".step-300*.partial/*.safetensors")}
-            for file in out.glob(".step-100*.partial/*.safetensors.*.tmp"):
-                # model-00001-of-00008.safetensors.HOST-PID.tmp
-                shard, pid = f"{file.name.split('.')[0]}.safetensors", int(file.stem.rsplit("-", 1)[1])
-                begun.setdefault(shard, set()).add(pid)
-                if whole and not killed:
-                    os.kill(pid, signal.SIGSTOP)
-                    if file.exists():
-                        killed.append(shard)
-                        kept.update(whole)
-                    os.kill(pid, signal.SIGKILL if killed else signal.SIGCONT)
+            # A file gets another name, or its directory does, while it is looked at.
+            with contextlib.suppress(FileNotFoundError):
+                look_once()
             time.sleep(0.001)
+
+    def look_once() -> None:
+        whole = {path.name: path.stat().st_ino for path in out.glob(".step-300*.partial/*.safetensors")}
+        for file in out.glob(".step-100*.partial/*.safetensors.*.tmp"):
+            # model-00001-of-00008.safetensors.HOST-PID.tmp
+            shard, pid = f"{file.name.split('.')[0]}.safetensors", int(file.stem.rsplit("-", 1)[1])
+            begun.setdefault(shard, set()).add(pid)
+            if whole and not killed:
+                os.kill(pid, signal.SIGSTOP)
+                if file.exists():
+                    killed.append(shard)
+                    kept.update(whole)
+                os.kill(pid, signal.SIGKILL if killed else signal.SIGCONT)
 
     killer = threading.Thread(target=look, daemon=True)
     killer.start()
