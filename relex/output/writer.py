@@ -11,6 +11,7 @@ import os
 import shutil
 import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
@@ -65,6 +66,9 @@ class ModelWriter:
     _made_parent: bool
     _suffix: str = ".tmp"
     _open: dict[str, _Shard] = field(default_factory=dict)
+    # Whole shards are read for their records while others are written.
+    _records: dict[str, Future[FileRecord]] = field(default_factory=dict)
+    _recorder: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "relex-record"))
 
     def pending(self, name: str) -> bool:
         """Whether the shard of tensor `name` still has to be written."""
@@ -104,7 +108,7 @@ class ModelWriter:
             _write_at(shard.descriptor, data, shard.offsets[name] + start)
 
     def close(self, shard: str) -> None:
-        """Every tensor of `shard` is written: make it durable and give it its name."""
+        """Every tensor of `shard` is written: make it durable, give it its name and have its record made meanwhile."""
         done = self._open.pop(shard)
         try:
             with self._room():
@@ -112,6 +116,9 @@ class ModelWriter:
         finally:
             os.close(done.descriptor)
         done.path.replace(self.partial / shard)
+        # Who joins does not publish.
+        if self._lock >= 0:
+            self._records[shard] = self._recorder.submit(FileRecord.of, self.partial / shard)
 
     def publish(self, side_files: Mapping[str, bytes], manifest: Callable[[Mapping[str, FileRecord]], Any]) -> None:
         """Add the other files and the manifest made from all files' records, then let the directory appear."""
@@ -126,7 +133,7 @@ class ModelWriter:
         with self._room():
             for name, content in files.items():
                 _write_durably(self.partial / name, content)
-            records = {name: FileRecord.of(self.partial / name) for name in sorted({*files, *shards})}
+            records = {name: self._record(name) for name in sorted({*files, *shards})}
             _write_durably(self.partial / FILE_NAME, _json(manifest(records)))
         os.fsync(self._lock)
         try:
@@ -142,16 +149,25 @@ class ModelWriter:
 
     def remove(self, name: str) -> None:
         """Take back the shard of tensor `name`: it is missing again."""
-        (self.partial / self.tensors[name].shard).unlink(missing_ok=True)
+        shard = self.tensors[name].shard
+        if (record := self._records.pop(shard, None)) is not None:
+            wait([record])
+        (self.partial / shard).unlink(missing_ok=True)
 
     def take_name(self, digest: str) -> bool:
         """Become, of an early output, that of the prediction named `digest`; False where there is another one of it."""
         partial = _partial(self.out, digest, self.tensors.values())
         if self.out.exists() or partial.exists():
             return False
+        # They are read by the name that the directory has now.
+        wait(self._records.values())
         self.partial.rename(partial)
         self.partial = partial
         return True
+
+    def _record(self, name: str) -> FileRecord:
+        known = self._records.pop(name, None)
+        return FileRecord.of(self.partial / name) if known is None else known.result()
 
     def _room(self) -> contextlib.AbstractContextManager[None]:
         return room_for(self._size, self.out, partial=self.partial)
@@ -162,6 +178,7 @@ class ModelWriter:
 
     def discard(self) -> None:
         """Remove what was written so far."""
+        self._stop_recording()
         shutil.rmtree(self.partial, ignore_errors=True)
         if self._made_parent:
             with contextlib.suppress(OSError):  # another output is there by now
@@ -170,12 +187,17 @@ class ModelWriter:
 
     def release(self) -> None:
         """Let go of the lock and of open shards; what is whole stays for the next attempt."""
+        self._stop_recording()
         for shard in self._open.values():
             os.close(shard.descriptor)
         self._open.clear()
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+
+    def _stop_recording(self) -> None:
+        self._recorder.shutdown(cancel_futures=True)
+        self._records.clear()
 
 
 def open_writer(out: Path, digest: str, tensors: Sequence[OutputTensor]) -> ModelWriter | None:

@@ -1,7 +1,9 @@
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from relex.errors import OutputError
 from relex.files.local import LocalDirectory
 from relex.formats.safetensors_header import DTYPES
 from relex.layouts.hf import INDEX_FILE, SINGLE_FILE
-from relex.output.manifest import FILE_NAME
+from relex.output.manifest import FILE_NAME, FileRecord
 from relex.output.writer import ModelWriter, OutputTensor, open_writer
 from tests.helpers.trajectories import Run, load, predict, tree, write
 
@@ -98,6 +100,34 @@ def test_a_name_is_given_to_what_is_on_the_disk_only(tmp_path: Path, monkeypatch
     before = {name for what, name in done[:published] if what == "sync"}
     assert before == {"one.tmp", "two.tmp", INDEX_FILE, FILE_NAME, hidden}
     assert done[published + 1 :] == [("sync", tmp_path.name)]
+
+
+def test_shards_are_read_for_their_records_while_others_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[str, bool]] = []
+    of = FileRecord.of
+
+    def noted(path: Path) -> FileRecord:
+        made.append((path.name, threading.current_thread() is threading.main_thread()))
+        return of(path)
+
+    monkeypatch.setattr(FileRecord, "of", noted)
+    state = {"a": torch.ones(3), "b": torch.ones(5)}
+    writer = _opened(tmp_path / "out", state, {"a": "one", "b": "two"})
+    # Shard one is written again, and its record is that of the second time.
+    for name in ("a", "a", "b"):
+        writer.remove(name)
+        writer.begin(name)
+        writer.write(name, 0, memoryview(state[name].view(torch.uint8).numpy().data))
+        writer.close(writer.tensors[name].shard)
+        state[name] += 1
+    records: dict[str, FileRecord] = {}
+    writer.publish({}, lambda files: records.update(files) or {})
+    assert sorted(made) == [(INDEX_FILE, True), ("one", False), ("one", False), ("two", False)]
+    for name, record in records.items():
+        assert record.sha256 == sha256((tmp_path / "out" / name).read_bytes()).hexdigest()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("relex-record")]
 
 
 def test_what_the_system_writes_or_reads_in_parts_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
