@@ -237,18 +237,20 @@ def _refuse_erased(erased: Sequence[tuple[str, int]], trajectory: Trajectory) ->
 
 
 def _refuse_non_finite(gram: Gram, trajectory: Trajectory) -> None:
-    for place, name in enumerate(gram.names):
-        if not bool(torch.isfinite(gram.base_norms[place])):
+    finite_TK = torch.isfinite(gram.products.diagonal(dim1=1, dim2=2))
+    base_T = torch.isfinite(gram.base_norms)
+    for place in (~(base_T & finite_TK.all(1))).nonzero().flatten().tolist():
+        name = gram.names[place]
+        if not bool(base_T[place]):
             raise NonFiniteError(
                 f"base {trajectory.base.directory}: {name} holds NaN or infinity. Give an intact base."
             )
-        for row, checkpoint in enumerate(trajectory.checkpoints):
-            if not bool(torch.isfinite(gram.products[place, row, row])):
-                raise NonFiniteError(
-                    f"{checkpoint.weights.directory}: {name} holds NaN or infinity at step {checkpoint.step}."
-                    " The run has diverged there, or the file is damaged: choose a window before it, or delete the"
-                    " directory."
-                )
+        checkpoint = trajectory.checkpoints[int((~finite_TK[place]).nonzero()[0])]
+        raise NonFiniteError(
+            f"{checkpoint.weights.directory}: {name} holds NaN or infinity at step {checkpoint.step}."
+            " The run has diverged there, or the file is damaged: choose a window before it, or delete the"
+            " directory."
+        )
 
 
 def cached(
