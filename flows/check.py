@@ -184,6 +184,6 @@ def _checkpoints(stored: tuple[StoredCheckpoint, ...]) -> Iterator[Fault]:
         # A wrong base breaks them all in one way.
         more = f" ({len(broken) - 1} more are broken)" if len(broken) > 1 else ""
         yield Fault("waiting", f"step {broken[0].step} is broken: {broken[0].reason}{more}")
-    doubt = foreign_base([checkpoint.weights for checkpoint in stored if checkpoint.weights is not None])
-    if doubt:
-        yield Fault("warning", doubt)
+    warning = foreign_base([checkpoint.weights for checkpoint in stored if checkpoint.weights is not None])
+    if warning:
+        yield Fault("warning", warning)

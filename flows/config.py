@@ -87,11 +87,11 @@ def read_config(path: Path, model: type[Read], *, context: Mapping[str, object] 
     except ValidationError as error:
         # What follows from another key that is wrong is right with that one.
         problems = [problem for problem in error.errors() if problem["type"] != "default_factory_not_called"]
-        wrong = [_told(problem, path, model) for problem in problems]
+        wrong = [_sentence(problem, path, model) for problem in problems]
         raise ConfigError(f"config {path}: {' '.join(wrong)}", wrong) from error
 
 
-def _told(problem: ErrorDetails, path: Path, model: type[Config]) -> str:
+def _sentence(problem: ErrorDetails, path: Path, model: type[Config]) -> str:
     """Return what is wrong with one key: its name, its line in the file, what is asked for, and what was given."""
     place = [part for part in problem["loc"] if part != GIVEN]
     name, line = ".".join(map(str, place)) or "file", key_line(path, place)

@@ -165,19 +165,19 @@ def status(
 def _show_run(home: Path, name: str, *, as_json: bool) -> None:
     from flows.watch.runs import tell
 
-    told = tell(home.expanduser().resolve(), name)
+    account = tell(home.expanduser().resolve(), name)
     if as_json:
-        decision = None if told.decision is None else told.decision.to_json()
-        print_json({"run": asdict(told.run), "decision": decision, "page": told.page, "log": told.log})
+        decision = None if account.decision is None else account.decision.to_json()
+        print_json({"run": asdict(account.run), "decision": decision, "page": account.page, "log": account.log})
         return
-    print_sentence(told.run.text)
-    if told.page is None:
-        print_sentence(f"nothing is decided yet; relex check {told.run.config} says what is in the way")
+    print_sentence(account.run.text)
+    if account.page is None:
+        print_sentence(f"nothing is decided yet; relex check {account.run.config} says what is in the way")
     else:
-        for line in told.page.read_text(encoding="utf-8").splitlines():
+        for line in account.page.read_text(encoding="utf-8").splitlines():
             print_sentence(line)
-        print_sentence(f"page: {told.page}")
-    print_sentence(f"log: {told.log}")
+        print_sentence(f"page: {account.page}")
+    print_sentence(f"log: {account.log}")
 
 
 def _show_record(config: Path, *, as_json: bool) -> None:
@@ -228,8 +228,8 @@ def _show_stack(home: Path, *, as_json: bool) -> None:
     services = stack.status(home)
     runs = {service.name: run for service in services if (run := run_of(service)) is not None}
     if as_json:
-        told = {name: {"run": asdict(run)} for name, run in runs.items()}
-        print_json([asdict(service) | told.get(service.name, {}) for service in services])
+        watched = {name: {"run": asdict(run)} for name, run in runs.items()}
+        print_json([asdict(service) | watched.get(service.name, {}) for service in services])
         return
     show_services(out, services)
     for run in runs.values():

@@ -72,11 +72,11 @@ def predict(
     directory = window_directory(settings, key) / "models"
     observed_model = Request(parse_method("hold"), last, directory / "observed" / f"step-{last}")
     written, warnings = _write(settings, key, trajectory, at_once, [observed_model], spread=spread, tell=tell)
-    doubt = foreign_base([checkpoint.weights for checkpoint in inside if checkpoint.weights is not None])
+    warning = foreign_base([checkpoint.weights for checkpoint in inside if checkpoint.weights is not None])
     return Predicted(
         Model("observed", last, str(observed_model.directory)),
         written,
-        (*warnings, *filter(None, [doubt])),
+        (*warnings, *filter(None, [warning])),
         _backtested(converged),
         tuple(run.known[str(checkpoint.step)].written for checkpoint in inside),
         () if at_once else proposed,

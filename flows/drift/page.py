@@ -86,12 +86,11 @@ def observed(settings: Settings, rows: Sequence[Scored]) -> list[str]:
     if not scores:
         return [f"step {row.step} cannot be scored: {row.problem}" for row in rows]
     best = max(scores, key=lambda score: (score.accuracy, -score.model.step))
-    told = ", ".join(
+    accuracies = ", ".join(
         f"step {score.model.step} {score.accuracy:.4f}{' (the best)' * (score == best)}" for score in scores
     )
-    where = (
-        f"Observed checkpoints on {best.n} problems of {best.benchmark}: {told}. Kept in {scored_directory(settings)}."
-    )
+    kept = scored_directory(settings)
+    where = f"Observed checkpoints on {best.n} problems of {best.benchmark}: {accuracies}. Kept in {kept}."
     return [where, *(f"step {row.step} cannot be scored: {row.problem}" for row in rows if row.problem)]
 
 

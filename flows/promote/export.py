@@ -120,8 +120,8 @@ def _body(
         lines = ["| model | accuracy | problems | benchmark |", "|---|---|---|---|"]
         for scored in (results.candidate, *results.references):
             report = scored.report
-            told = f"{report.accuracy:.4f} | {len(report.scores)} | {report.benchmark}"
-            lines.append(f"| {scored.model.title} | {told} |")
+            cells = f"{report.accuracy:.4f} | {len(report.scores)} | {report.benchmark}"
+            lines.append(f"| {scored.model.title} | {cells} |")
         yield "\n".join(lines)
     yield "`relex.json` has the coefficients, every input's digest and the SHA-256 of every file.\n"
 

@@ -54,14 +54,14 @@ async def _serve(approval: RunnerDeployment, tracking_uri: str, downloads: Path)
 async def _judge(tracking_uri: str, downloads: Path) -> None:
     troubles: list[str] = []
     while True:
-        told = await asyncio.to_thread(settle_all, tracking_uri, downloads)
-        troubles = _log(told, troubles)
+        outcome = await asyncio.to_thread(settle_all, tracking_uri, downloads)
+        troubles = _log(outcome, troubles)
         await asyncio.sleep(_PAUSE_SECONDS)
 
 
-def _log(told: tuple[list[str], list[str]], known: list[str]) -> list[str]:
+def _log(outcome: tuple[list[str], list[str]], known: list[str]) -> list[str]:
     """Log what was judged, and trouble that is not `known` yet; return the trouble."""
-    judged, troubles = told
+    judged, troubles = outcome
     for line in judged:
         logger.info("%s", line)
     for line in troubles:

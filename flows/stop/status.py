@@ -75,8 +75,8 @@ def look(config: Path, settings: Settings) -> Status:
     except StopError as error:
         return Status(config, str(error), decision=decision, record=record)
     counted = saving(settings, decision)
-    doubt, said = unmet(config, settings, decision), sentence(outlook(settings, decision))
-    return Status(config, finished(counted), doubt, decision, due, counted, record, said)
+    in_the_way, outlook_sentence = unmet(config, settings, decision), sentence(outlook(settings, decision))
+    return Status(config, finished(counted), in_the_way, decision, due, counted, record, outlook_sentence)
 
 
 def confirm(

@@ -66,15 +66,17 @@ class Notices:
         path = _path(self._settings)
         before = read_json(path, Told) if path.is_file() else {}
         # To an address that is new, what is there already is no news.
-        told = {_name(address): [each.key for each in notices] for address in addresses} | before
+        sent_keys = {_name(address): [each.key for each in notices] for address in addresses} | before
         sending = self._thread is not None and self._thread.is_alive()
         if not sending:
             for name, key in self._taken:
-                told[name] = [*told[name], key]
+                sent_keys[name] = [*sent_keys[name], key]
             self._taken = []
-        if told != before:
-            write_json(path, told)
-        left = [(each, address) for each in notices for address in addresses if each.key not in told[_name(address)]]
+        if sent_keys != before:
+            write_json(path, sent_keys)
+        left = [
+            (each, address) for each in notices for address in addresses if each.key not in sent_keys[_name(address)]
+        ]
         if left and not sending and time.monotonic() >= self._again:
             self._thread = threading.Thread(target=self._send, args=(left,), daemon=True)
             self._thread.start()

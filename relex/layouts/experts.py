@@ -58,10 +58,10 @@ def matrices(entry: TensorEntry, config: Mapping[str, Any]) -> tuple[ExpertMatri
     alike = [each for each in stated if entry.shape[0] in _counts(each)]
     if stated and not alike:
         return ()
-    told = None if bias else _is_turned(last, entry.shape, alike or settings)
+    stated_turned = None if bias else _is_turned(last, entry.shape, alike or settings)
     usual = not any(each.get("model_type") in _TURNED_MODELS for each in settings)
-    turned = not bias and (told if told is not None else not usual)
-    halved = last in _HALVES and told is False and usual and entry.shape[1] % 2 == 0
+    turned = not bias and (stated_turned if stated_turned is not None else not usual)
+    halved = last in _HALVES and stated_turned is False and usual and entry.shape[1] % 2 == 0
     names = _HALVES[last] if halved else (last,)
     rows = entry.shape[1] // len(names)
     inner = (rows, *entry.shape[2:])
@@ -83,7 +83,7 @@ def parts(entry: TensorEntry, cut: Sequence[ExpertMatrix]) -> tuple[TensorEntry,
     """Return where each matrix of a tensor lies, in whatever boxes the tensor itself does."""
     number = {(matrix.expert, matrix.rows): place for place, matrix in enumerate(cut)}
     halves = sorted({matrix.rows for matrix in cut})
-    found: list[list[Piece]] = [[] for _ in cut]
+    pieces_of: list[list[Piece]] = [[] for _ in cut]
     for piece in entry.pieces:
         if math.prod(piece.shape) == 0:
             continue
@@ -97,12 +97,12 @@ def parts(entry: TensorEntry, cut: Sequence[ExpertMatrix]) -> tuple[TensorEntry,
             shape = (end - begin, *piece.shape[2:])
             offset = piece.offset + (begin - first) * row
             for place in range(piece.shape[0]):
-                found[number[piece.origin[0] + place, half]].append(
+                pieces_of[number[piece.origin[0] + place, half]].append(
                     Piece(piece.file, offset + place * piece.shape[1] * row, origin, shape)
                 )
     return tuple(
         TensorEntry(matrix.name, entry.dtype, matrix.shape, tuple(pieces))
-        for matrix, pieces in zip(cut, found, strict=True)
+        for matrix, pieces in zip(cut, pieces_of, strict=True)
     )
 
 
