@@ -70,6 +70,7 @@ def take(
         spec = trajectory.tensors[unit.tensor]
         rows = read_rows(spec)
         multiplied = _in_c if _is_fp32(spec) else _in_fp64
+        ends = [] if spec.relative else _file_ends(trajectory, spec, unit, range(rows))
         scratch = torch.zeros(kernel.scratch(count) if _is_fp32(spec) else 2 * padded * WIDTH * 8, dtype=torch.uint8)
         if spec.relative and unit.start == 0:
             erased += factor_gram.read_parts(trajectory, spec, digests[1:], erased=_erased)
@@ -83,6 +84,7 @@ def take(
             norm, suspects = multiplied(space, block, part, scratch, first)
             base_norm += norm
             erased += [] if spec.relative else suspects
+            erased += [row for row, end in ends if _is_cut(block, row, end)]
         return Taken(part[:count, :count], base_norm, b"".join(digest.digest() for digest in digests), tuple(erased))
 
     return in_order(work, pieces, spaces, urgent=urgent)
@@ -151,6 +153,24 @@ def _add_products(total: NDArray[np.float64], deltas: NDArray[np.float64], *, fi
             for left in range(0, top + ROWS, COLUMNS):
                 columns = slice(left, min(left + COLUMNS, top + ROWS))
                 total[rows, columns] += deltas[rows] @ deltas[columns].T
+
+
+def _file_ends(trajectory: Trajectory, spec: TensorSpec, unit: Unit, rows: Sequence[int]) -> list[tuple[int, int]]:
+    """Return (row, element) where a file ends before that element of a unit."""
+    return [
+        (row, end)
+        for row in rows
+        for end in trajectory.checkpoints[row].weights.ends(spec.entries[row])
+        if unit.start < end < unit.stop + _FEWEST_ZEROS
+    ]
+
+
+def _is_cut(block: Block, row: int, end: int) -> bool:
+    """Whether a row is zero right before `end`, or as far as the block goes, and the base is not."""
+    stop = min(end - block.start, len(block.base))
+    place = slice(stop - _FEWEST_ZEROS, stop)
+    inside = place.start >= 0 and end - block.start - stop < _FEWEST_ZEROS
+    return inside and _lost(block.stored[row, place], block.base[place])
 
 
 def _erased(stored_RN: Tensor, base_N: Tensor) -> list[int]:

@@ -102,6 +102,25 @@ class Weights:
             for place, position, size in _runs(entry, piece, start, start + length)
         ]
 
+    def ends(self, entry: TensorEntry) -> list[int]:
+        """Return after which elements of a tensor one of its files ends: there a write that was cut left zeros.
+
+        Empty for what lies in one piece: there it is the tensor's own end.
+        """
+        if len(entry.pieces) == 1:
+            return []
+        strides = [math.prod(entry.shape[axis + 1 :]) for axis in range(len(entry.shape))]
+        return [
+            1 + sum((begin + n - 1) * s for begin, n, s in zip(piece.origin, piece.shape, strides, strict=True))
+            for piece in entry.pieces
+            if (size := math.prod(piece.shape) * entry.dtype.itemsize)
+            and piece.offset + size == self._sizes.get(piece.file)
+        ]
+
+    @cached_property
+    def _sizes(self) -> dict[str, int]:
+        return {file.name: file.size for file in self.files}
+
     def _read(self, entry: TensorEntry, file: str, position: int, buffer: memoryview) -> None:
         try:
             count = self.directory.read_into(file, position, buffer)

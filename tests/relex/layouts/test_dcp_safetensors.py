@@ -1,6 +1,7 @@
 """Shards of NeMo-RL's kind: whatever is missing or left over, the base's shapes show it."""
 
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,13 +14,13 @@ from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 from relex import store
-from relex.errors import CheckpointIncompleteError, CheckpointMismatchError
+from relex.errors import CheckpointDamagedError, CheckpointIncompleteError, CheckpointMismatchError
 from relex.files.local import LocalDirectory
 from relex.layouts.detection import open_any
 from relex.layouts.weights import Weights
 from relex.store import State
 from tests.helpers.dcp_files import save, write_dcp_safetensors_run
-from tests.helpers.random_faults import states
+from tests.helpers.random_faults import measure, states
 from tests.helpers.trajectories import Run, content, predict, quiet, write, write_model, write_run
 
 NORM = "model.layers.0.input_layernorm.weight"
@@ -155,6 +156,20 @@ def test_a_tensor_that_the_base_lacks_is_not_skipped(run: Run) -> None:
     base = store.open_base(write_model(run.base, smaller))
     (checkpoint, *_) = store.scan(run.run, base, now=time.time())
     assert "has tensor model.layers.0.mlp.down_proj.weight" in checkpoint.reason
+
+
+@pytest.mark.parametrize("lost", [16, 60, 104, 400])
+@pytest.mark.parametrize("rank", [1, 2])
+def test_an_end_of_a_shard_that_did_not_arrive_is_seen_in_the_middle_of_a_tensor(
+    run: Run, rank: int, lost: int
+) -> None:
+    file = _place(run) / shard(rank)
+    size = file.stat().st_size
+    os.truncate(file, size - lost)
+    os.truncate(file, size)
+    quiet(file.parent)
+    with pytest.raises(CheckpointDamagedError, match=r"a stretch of .* is all zeros at step 25"):
+        measure(run)
 
 
 def test_it_is_ready_when_it_has_been_quiet(run: Run) -> None:
