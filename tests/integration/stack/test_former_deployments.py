@@ -7,6 +7,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from deploy.local import daemon, stack
 from deploy.local.stack import Stack
 from tests.helpers.api import call
 from tests.helpers.stacks import auth
@@ -59,7 +60,7 @@ def test_the_deployment_of_an_earlier_version_is_removed_with_its_triggers_and_w
     assert len(waiting(former)) == 1
 
     argv = [sys.executable, "-m", "flows.deployments", str(config), "--tracking-uri", servers.mlflow_url]
-    serving = subprocess.Popen(argv, env=server_environment)
+    stack.spawn(servers.home, "former", argv, environment=server_environment)
     try:
         # The last that is registered is there: all are.
         wait_for("the deployments", lambda: named("stop-training"))
@@ -68,5 +69,4 @@ def test_the_deployment_of_an_earlier_version_is_removed_with_its_triggers_and_w
         assert triggers(former) == []
         assert waiting(former) == []
     finally:
-        serving.terminate()
-        serving.wait(30)
+        daemon.stop(servers.home, ["former"])

@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from transformers import AutoModelForCausalLM
 
 from deploy import registry
-from deploy.local import stack
+from deploy.local import daemon, stack
 from deploy.local.stack import Stack
 from flows.promote.promotion import promote
 from flows.settings import load_settings
@@ -76,21 +76,19 @@ Serve = Callable[[Path, str], psutil.Process]
 @pytest.fixture
 def serve(servers: Stack, server_environment: dict[str, str]) -> Iterator[Serve]:
     """Serve the training run of a config; the watcher looks for 20 s every 25 s."""
-    started: list[psutil.Process] = []
+    names: list[str] = []
 
     def start(config: Path, name: str) -> psutil.Process:
         argv = [sys.executable, "-m", "flows.deployments", str(config), "--tracking-uri", servers.mlflow_url]
         argv += ["--run-seconds", "20", "--schedule-seconds", "25"]
         service = stack.spawn(servers.home, name, argv, environment=server_environment)
         assert service.pid is not None
-        started.append(psutil.Process(service.pid))
-        return started[-1]
+        names.append(name)
+        return psutil.Process(service.pid)
 
     yield start
-    for process in started:
-        if process.is_running():
-            process.terminate()
-            process.wait(120)
+    # As `relex down` does: Prefect's runner, which raises SystemExit wherever it is on SIGTERM, may hang.
+    daemon.stop(servers.home, names)
 
 
 def _steps(trained: TrainedRun) -> dict[int, Path]:

@@ -11,7 +11,7 @@ import yaml
 from mlflow import MlflowClient
 from transformers import AutoModelForCausalLM
 
-from deploy.local import stack
+from deploy.local import daemon, stack
 from deploy.local.stack import Stack
 from evaluation.benchmarks.benchmark import write_benchmark
 from flows.demo.task import DIGITS, problems
@@ -110,7 +110,7 @@ def test_what_relex_up_serves_climbs_a_ladder_and_shows_its_cycles_on_a_page_and
                 break
         wait_for("its end", lambda: "is the total" in (home / "reground.json").read_text() or None, seconds=480)
     finally:
-        psutil.Process(service.pid).terminate()
+        daemon.stop(servers.home, [service.name])
     printed = json.loads((home / "reground.json").read_text())
     cycle = printed["cycles"][0]
     assert len(cycle["ladder"]) >= 2
