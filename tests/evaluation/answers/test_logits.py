@@ -166,6 +166,7 @@ def test_a_benchmark_at_alpha_1_is_the_end_model_alone_though_it_was_killed(
     _assert_same(killed_at_end[2], alone[1])
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_of_a_pair_resumes_without_paying_twice(
     killed_at_end: tuple[str, list[list[str]], Scored], model: Path, other_model: Path
 ) -> None:
@@ -178,6 +179,7 @@ def test_a_killed_evaluation_of_a_pair_resumes_without_paying_twice(
     assert len(everything) == len({json.loads(line)["chunk"] for line in everything}) == 3 + 8
 
 
+@pytest.mark.slow
 def test_two_alphas_never_share_a_journal(
     at_start: Scored, killed_at_end: tuple[str, list[list[str]], Scored], cache: Path
 ) -> None:

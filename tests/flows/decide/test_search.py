@@ -90,9 +90,9 @@ def run(
     ("differences", "attempts", "margin"),
     [
         ((0.0,) * 12, 1, 0.0),
-        ((0.0,) * 12, 3, 0.0),
-        ((-0.01,) * 12, 3, 0.01),
-        ((0.0,) * 6 + (-0.05,) * 6, 3, 0.0),
+        pytest.param((0.0,) * 12, 3, 0.0, marks=pytest.mark.slow),
+        pytest.param((-0.01,) * 12, 3, 0.01, marks=pytest.mark.slow),
+        pytest.param((0.0,) * 6 + (-0.05,) * 6, 3, 0.0, marks=pytest.mark.slow),
         ((0.0,) * 6 + (-0.05,) * 6, 1, 0.0),
     ],
     ids=["equals", "equals, re-armed", "worse by the margin", "equals and worse, re-armed", "equals and worse"],

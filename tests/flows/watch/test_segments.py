@@ -135,7 +135,7 @@ def _content(entry: StoredCheckpoint) -> tuple[int, int]:
     return int(step), int(segment)
 
 
-@pytest.mark.parametrize("pin", ["link", "copy"])
+@pytest.mark.parametrize("pin", ["link", pytest.param("copy", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("attentive", [True, False], ids=["watched throughout", "watched now and then"])
 def test_what_is_announced_is_one_segment_the_newest_and_whole(pin: str, attentive: bool) -> None:
     announced = [history(seed, pin, attentive=attentive) for seed in range(20)]

@@ -92,7 +92,7 @@ def write_header(step: Path, header: bytes) -> None:
 GOOD = (10, 20, 30, 40)
 
 
-@pytest.mark.parametrize("pin", ["none", "link", "copy"])
+@pytest.mark.parametrize("pin", ["none", "link", pytest.param("copy", marks=pytest.mark.slow)])
 def test_one_bad_directory_of_each_kind_is_told_once_and_the_good_ones_are_announced(
     settings: Settings,
     write_checkpoint: WriteCheckpoint,

@@ -87,6 +87,7 @@ def test_the_scores_are_the_rewards_of_single_problems_in_the_same_order_every_t
     assert "_calculate_rewards" not in vars(trainer)
 
 
+@pytest.mark.slow
 def test_a_run_jumps_and_gets_further_in_the_same_steps(tmp_path: Path) -> None:
     ends = []
     jump = JumpCallback(4)

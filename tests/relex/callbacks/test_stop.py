@@ -52,12 +52,14 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_every_rank_ends_at_the_same_step_when_the_file_appears_between_their_looks(two_ranks: Path) -> None:
     # The first rank had looked when the file came, so it is seen a step later.
     assert [(two_ranks / f"rank-{rank}").read_text() for rank in range(2)] == ["6", "6"]
     assert [path.name for path in (two_ranks / "run").iterdir()] == ["checkpoint-6"]
 
 
+@pytest.mark.slow
 def test_the_training_s_process_is_spared_what_only_relex_needs(two_ranks: Path) -> None:
     imported = set((two_ranks / "modules").read_text().splitlines())
     assert "relex.callbacks.stop" in imported

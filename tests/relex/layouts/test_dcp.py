@@ -56,6 +56,7 @@ def tensor_bytes(weights: Weights, name: str) -> bytes:
     return bytes(buffer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["trainer", "nemo", "plain", "safetensors"])
 def test_every_tensor_of_two_processes_is_the_gathered_one(gloo: Path, kind: str) -> None:
     base = store.open_base(gloo / "base")
@@ -71,6 +72,7 @@ def test_every_tensor_of_two_processes_is_the_gathered_one(gloo: Path, kind: str
             assert tensor_bytes(checkpoint.weights, name) == tensor.numpy().tobytes(), (checkpoint.step, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["trainer", "nemo", "plain", "safetensors"])
 def test_a_prediction_from_shards_is_the_prediction_from_whole_models(gloo: Path, kind: str, tmp_path: Path) -> None:
     quiet_tree(gloo / kind)
@@ -83,6 +85,7 @@ def test_a_prediction_from_shards_is_the_prediction_from_whole_models(gloo: Path
     assert outputs[kind] == outputs["full"]
 
 
+@pytest.mark.slow
 def test_a_tied_head_stored_beside_its_embedding_is_dropped(gloo: Path) -> None:
     base = store.open_base(gloo / "base")
     weights = open_any(LocalDirectory(gloo / "trainer" / "step_10"), base=base)
