@@ -1,6 +1,5 @@
 """A tiny random model with a character tokenizer, and what it answers when asked plainly."""
 
-import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from evaluation.benchmarks.benchmark import write_benchmark
+from tests.helpers.processes import command_of
 
 CHARACTERS = "0123456789=+ "
 NEW_TOKENS = 40
@@ -118,12 +118,7 @@ def edited(benchmark: Path, tmp_path: Path) -> Callable[[str, str], Path]:
 
 def workers(parent: psutil.Process) -> list[psutil.Process]:
     """Return the live scoring children of a process, among whose children may be what others have left."""
-    alive = []
-    for child in parent.children():
-        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
-            if "evaluation.answers.worker" in child.cmdline():
-                alive.append(child)
-    return alive
+    return [child for child in parent.children() if "evaluation.answers.worker" in command_of(child)]
 
 
 def written(directory: Path) -> dict[str, Any]:

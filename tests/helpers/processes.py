@@ -13,6 +13,14 @@ def children_of(process: psutil.Process) -> list[psutil.Process]:
         return []
 
 
+def command_of(process: psutil.Process) -> list[str]:
+    """Return the command line of a process; nothing when it has ended, waited for or not, or is another user's."""
+    try:
+        return process.cmdline()
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return []
+
+
 def environment_of(process: psutil.Process) -> dict[str, str]:
     """Return the environment variables of a process; nothing when it is gone or another user's."""
     try:

@@ -32,6 +32,7 @@ from flows.settings import Settings, load_settings
 from flows.state.events import CHECKPOINT_READY, WINDOW_READY, resource
 from flows.state.windows import read_decisions
 from tests.helpers.api import call
+from tests.helpers.processes import command_of
 from tests.helpers.stacks import environment_given_back
 from tests.helpers.waiting import wait_for
 
@@ -291,7 +292,7 @@ def _refuse_secrets(home: Path, running: Stack) -> None:
         content = path.read_bytes()
         assert not [secret for secret in secrets if secret in content], path
     processes = [process for service in stack.status(home) for process in daemon.processes(home, service.name)]
-    told = [" ".join(process.cmdline()) for process in processes]
+    told = [" ".join(command_of(process)) for process in processes]
     told += [str(_post(running, path, {})) for path in ("deployments/filter", "flow_runs/filter", "artifacts/filter")]
     told += [str(service) for service in stack.status(home)]
     assert not [text for text in told if plain.decode() in text]

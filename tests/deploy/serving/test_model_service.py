@@ -29,7 +29,7 @@ from deploy.serving.naming import NamedEvents
 from deploy.serving.service import Notice, Service, server_of, serving
 from deploy.tracking import connect, prepare
 from tests.helpers.predictions import write_prediction
-from tests.helpers.processes import children_of
+from tests.helpers.processes import children_of, command_of
 
 ANSWERING = (
     f"{sys.executable} {shlex.quote(str(Path(__file__).with_name('answering_engine.py')))} {{model}} {{host}} {{port}}"
@@ -128,13 +128,6 @@ def mine(place: Path) -> set[psutil.Process]:
     """Return the live guards, engines and workers of engines that were started for a home."""
     named = {process for process in psutil.process_iter() if str(place) in " ".join(command_of(process))}
     return named | {child for process in named for child in children_of(process)}
-
-
-def command_of(process: psutil.Process) -> list[str]:
-    try:
-        return [] if process.status() == psutil.STATUS_ZOMBIE else process.cmdline()
-    except psutil.Error:
-        return []
 
 
 async def until(condition: Callable[[], bool], *, seconds: float = 480) -> None:

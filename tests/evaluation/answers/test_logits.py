@@ -1,6 +1,5 @@
 """Two models in lock-step: at the ends they are one of the two to the bit, elsewhere what a slow loop computes."""
 
-import contextlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -30,6 +29,7 @@ from evaluation.benchmarks.benchmark import resolve_benchmark, write_benchmark
 from evaluation.errors import BenchmarkError, ModelError, WorkerError
 from evaluation.verdict.report import Report
 from flows.cli.main import app
+from tests.helpers.processes import command_of
 
 PROMPTS = ["1+1=", "77+5=", "0", "12345+678=", "=", "9 9 9 9 9 9", "3+4", "5=5"]
 EOS = 2
@@ -132,9 +132,8 @@ def killed_at_end(
 
     def kill(progress: Progress) -> None:
         for child in psutil.Process().children() if progress.done == 5 else []:
-            with contextlib.suppress(psutil.NoSuchProcess):  # some other child, which has just ended
-                if "evaluation.answers.worker" in child.cmdline():
-                    child.kill()
+            if "evaluation.answers.worker" in command_of(child):
+                child.kill()
 
     with pytest.raises(WorkerError) as death:
         evaluate(pair, two_benchmarks, cache=cache / "evaluations", batch_size=5, on_progress=kill)

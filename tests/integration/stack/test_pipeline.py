@@ -24,7 +24,7 @@ from relex.files.local import LocalDirectory
 from relex.layouts.steps import step_directories
 from relex.output import manifest
 from tests.helpers.api import call
-from tests.helpers.processes import kill_with_children
+from tests.helpers.processes import command_of, kill_with_children
 from tests.helpers.stacks import auth
 from tests.helpers.waiting import wait_for
 from tests.integration.stack.conftest import STEPS, TrainedRun, write_config
@@ -32,14 +32,11 @@ from tests.integration.stack.conftest import STEPS, TrainedRun, write_config
 
 def descendants(pid: int, *words: str) -> list[psutil.Process]:
     """Return the live processes below `pid` whose command line holds all of `words`."""
-    collected = []
-    for process in psutil.Process(pid).children(recursive=True):
-        try:
-            if process.status() != psutil.STATUS_ZOMBIE and all(word in " ".join(process.cmdline()) for word in words):
-                collected.append(process)
-        except psutil.NoSuchProcess:
-            continue
-    return collected
+    return [
+        process
+        for process in psutil.Process(pid).children(recursive=True)
+        if all(word in " ".join(command_of(process)) for word in words)
+    ]
 
 
 def flow_process(pid: int, environment_word: str, names: dict[str, str]) -> psutil.Process | None:

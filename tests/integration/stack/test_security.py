@@ -36,6 +36,7 @@ from deploy.registry import models
 from deploy.runs import record
 from flows.cli import main, operate
 from tests.helpers.api import call
+from tests.helpers.processes import command_of
 from tests.helpers.stacks import access, auth, headers, prefect_settings
 from tests.helpers.waiting import wait_for
 
@@ -268,7 +269,7 @@ def test_the_password_is_in_no_file_command_line_or_status(
     assert f"ask for the user and the password in {servers.home / 'auth'}." in told.out
     processes = [process for name in ("prefect", "mlflow") for process in daemon.processes(servers.home, name)]
     assert len(processes) >= 2
-    lines = [" ".join(process.cmdline()) for process in processes]
+    lines = [" ".join(command_of(process)) for process in processes]
     known = access(servers)
     secrets = (known.password, known.authorization.removeprefix("Basic "))
     assert not [line for line in (told.out, told.err, *lines, str(servers)) for secret in secrets if secret in line]

@@ -33,6 +33,7 @@ from relex.output.shards import Spread
 from relex.predictors import parse_method
 from relex.trajectory import open_run
 from tests.helpers import ROOT
+from tests.helpers.processes import command_of
 from tests.helpers.stacks import prefect_settings
 from tests.helpers.trajectories import drift, write_run
 
@@ -271,4 +272,5 @@ def test_without_an_address_workers_of_this_machine_are_started_and_ended(data: 
     assert digests(tmp_path / "dask") == digests(tmp_path / "threads")
     left = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
     # Python's own tracker of shared resources stays with the process that asked for it.
-    assert not [child for child in left if "resource_tracker" not in " ".join(child.cmdline())]
+    commands = [" ".join(command) for child in left if (command := command_of(child))]
+    assert not [command for command in commands if "resource_tracker" not in command]
