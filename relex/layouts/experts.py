@@ -58,10 +58,10 @@ def matrices(entry: TensorEntry, config: Mapping[str, Any]) -> tuple[ExpertMatri
     alike = [each for each in stated if entry.shape[0] in _counts(each)]
     if stated and not alike:
         return ()
-    stated_turned = None if bias else _is_turned(last, entry.shape, alike or settings)
+    turned_by_width = None if bias else _is_turned(last, entry.shape, alike or settings)
     usual = not any(each.get("model_type") in _TURNED_MODELS for each in settings)
-    turned = not bias and (stated_turned if stated_turned is not None else not usual)
-    halved = last in _HALVES and stated_turned is False and usual and entry.shape[1] % 2 == 0
+    turned = not bias and (turned_by_width if turned_by_width is not None else not usual)
+    halved = last in _HALVES and turned_by_width is False and usual and entry.shape[1] % 2 == 0
     names = _HALVES[last] if halved else (last,)
     rows = entry.shape[1] // len(names)
     inner = (rows, *entry.shape[2:])

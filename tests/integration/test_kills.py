@@ -32,7 +32,7 @@ from flows.settings import Settings, load_settings
 from flows.state.events import CHECKPOINT_READY, WINDOW_READY, resource
 from flows.state.windows import read_decisions
 from tests.helpers.api import call
-from tests.helpers.processes import command_of
+from tests.helpers.processes import command_of, environment_of
 from tests.helpers.stacks import environment_given_back
 from tests.helpers.waiting import wait_for
 
@@ -160,11 +160,8 @@ def _flow_process(home: Path, run: Run, flow: str) -> psutil.Process | None:
     flows = {each["id"]: each["name"] for each in _post(running, "flows/filter", {})}
     names = {each["id"]: flows[each["flow_id"]] for each in _flow_runs(running) if each["state_type"] == "RUNNING"}
     for process in daemon.processes(home, f"watcher-{run.name}"):
-        try:
-            engine = "prefect" in " ".join(process.cmdline())
-            flow_run = process.environ().get("PREFECT__FLOW_RUN_ID", "") if engine else ""
-        except psutil.Error:
-            continue
+        engine = "prefect" in " ".join(command_of(process))
+        flow_run = environment_of(process).get("PREFECT__FLOW_RUN_ID", "") if engine else ""
         if names.get(flow_run) == flow:
             return process
     return None

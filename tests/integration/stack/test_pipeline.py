@@ -24,7 +24,7 @@ from relex.files.local import LocalDirectory
 from relex.layouts.steps import step_directories
 from relex.output import manifest
 from tests.helpers.api import call
-from tests.helpers.processes import command_of, kill_with_children
+from tests.helpers.processes import command_of, environment_of, kill_with_children
 from tests.helpers.stacks import auth
 from tests.helpers.waiting import wait_for
 from tests.integration.stack.conftest import STEPS, TrainedRun, write_config
@@ -42,12 +42,9 @@ def descendants(pid: int, *words: str) -> list[psutil.Process]:
 def flow_process(pid: int, environment_word: str, names: dict[str, str]) -> psutil.Process | None:
     """Return the process of a flow run whose name, by its id, contains `environment_word`."""
     for process in psutil.Process(pid).children(recursive=True):
-        try:
-            run = process.environ().get("PREFECT__FLOW_RUN_ID")
-            if run and "prefect" in " ".join(process.cmdline()) and environment_word in names.get(run, ""):
-                return process
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
+        run = environment_of(process).get("PREFECT__FLOW_RUN_ID")
+        if run and "prefect" in " ".join(command_of(process)) and environment_word in names.get(run, ""):
+            return process
     return None
 
 
